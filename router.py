@@ -1,0 +1,152 @@
+"""router.py -- which experts does each token visit, and how much does each one count?
+
+Letters, here and in every other file:
+
+    B images, N tokens per image, T = B*N tokens, D width, H hidden,
+    E experts, K experts per token, C capacity (tokens one expert accepts)
+"""
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATES = ("softmax_topk", "topk_softmax", "sigmoid")
+
+
+class Routing(NamedTuple):
+    """One routing decision for every token: what the experts, the losses and the plots all read."""
+    experts: Tensor          # (T, K) int64, the favourite first
+    gates: Tensor            # (T, K) float32, the weight of each chosen expert's output
+    probs: Tensor            # (T, E) float32, softmax(logits) whatever the gate; noise-free
+    logits: Tensor           # (T, E) float32, noise-free
+    dropped: Tensor | int = 0  # () how many of the T*K choices found their expert full
+
+
+class TopKRouter(nn.Module):
+    """A linear router with top-k selection: `router(x)` with x (T, D) gives a `Routing`.
+
+    gate="softmax_topk"  the K largest of softmax(z), not rescaled   V-MoE, arXiv:2106.05974
+    gate="topk_softmax"  softmax over the K largest logits alone     Shazeer, arXiv:1701.06538
+    gate="sigmoid"       one sigmoid per expert, not rescaled
+
+    `noise` is the noise on the logits in units of V-MoE's (1.0: standard deviation 1/E), in
+    training only. `capacity_factor=None` drops nothing; otherwise an expert accepts
+    C = ceil(factor * K * T / E) choices, first choices before second ones, then in token order,
+    and a choice that comes too late keeps its expert but gets gate 0.
+
+    >>> routing = TopKRouter(dim=8, n_experts=4, k=2)(torch.randn(5, 8))
+    >>> routing.experts.shape, routing.gates.shape, routing.probs.shape
+    (torch.Size([5, 2]), torch.Size([5, 2]), torch.Size([5, 4]))
+    """
+
+    def __init__(self, dim, n_experts, k=2, gate="softmax_topk", noise=0.0, capacity_factor=None):
+        super().__init__()
+        if not 1 <= k <= n_experts:
+            raise ValueError(f"a token cannot visit {k} of {n_experts} experts: "
+                             f"choose k from 1 to {n_experts}")
+        if gate not in GATES:
+            raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
+        if gate == "topk_softmax" and k == 1:
+            warnings.warn("topk_softmax with k=1: the only gate is the constant 1, so the task "
+                          "loss never reaches the router; use softmax_topk", stacklevel=2)
+        self.n_experts, self.k, self.gate = n_experts, k, gate
+        self.noise, self.capacity_factor = noise, capacity_factor
+        self.name = "router"     # a ViT writes the block's number here, for the error below
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x):
+        # float32 whatever the autocast: rounding the logits to bfloat16 changes the chosen
+        # experts of up to 1 token in 100.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())           # (T, E)
+            return self.route(logits)
+
+    def route(self, logits):
+        """Turn logits (T, E) into a `Routing`; FloatingPointError where they are not finite."""
+        # softmax(NaN) sends every token to one expert: a dense model that nobody asked for.
+        # Inside torch.compile the training loop's own check of the loss stands in for this one.
+        if not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
+            bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+            raise FloatingPointError(
+                f"{self.name}: the logits of {bad} of {len(logits)} tokens are not finite; lower "
+                f"the learning rate or look for inf in the inputs")
+
+        probs = logits.softmax(dim=-1)                                  # (T, E)
+        noisy = logits
+        if self.training and self.noise > 0:
+            noisy = logits + torch.randn_like(logits) * (self.noise / self.n_experts)
+
+        # A stable sort, not topk: equal logits go to the lowest index on every device.
+        order = noisy.sort(dim=-1, descending=True, stable=True).indices
+        experts = order[:, :self.k]                                     # (T, K)
+        chosen = noisy.gather(1, experts)                               # (T, K)
+        if self.gate == "softmax_topk":
+            # The K gates are not rescaled to sum to 1: with K=1 a rescaled gate is the
+            # constant 1, and the task loss would never reach the router.
+            gates = noisy.softmax(dim=-1).gather(1, experts)            # (T, K)
+        elif self.gate == "topk_softmax":
+            gates = chosen.softmax(dim=-1)
+        else:
+            gates = chosen.sigmoid()
+
+        dropped = 0
+        if self.capacity_factor is not None:
+            kept = within_capacity(experts, self.n_experts, self.capacity_factor)
+            gates = gates * kept
+            dropped = (~kept).sum()
+        return Routing(experts, gates, probs, logits, dropped)
+
+
+def within_capacity(experts, n_experts, capacity_factor):
+    """Say which choices (T, K) an expert still has room for: first choices first, then token order.
+
+    C = ceil(capacity_factor * K * T / E); 0 drops every choice, infinity none. V-MoE serves
+    choices in the same order (arXiv:2106.05974) but rounds C to the nearest where we round up.
+    """
+    T, K = experts.shape
+    C = math.ceil(min(T, capacity_factor * K * T / n_experts))
+    queue = F.one_hot(experts.T.reshape(-1), n_experts)                 # (K*T, E) in service order
+    place = (queue.cumsum(dim=0) * queue).sum(dim=1)                    # (K*T,) 1 = served first
+    return (place <= C).view(K, T).T                                    # (T, K)
+
+
+# --- losses on the routing; each says how many tokens an expert gets, none says which -----------
+
+def load_loss(probs):
+    """CV^2 of the importance of each expert, from probs (T, E): 0 when even, E - 1 when collapsed.
+
+    Imp_e = mean_t p_te and the loss is var(Imp) / mean(Imp)^2 with the population variance
+    (V-MoE, arXiv:2106.05974, appendix A; TGR-MoE, arXiv:2604.21330, L_load). Written as
+    (std / mean)^2 the same number has a NaN gradient at perfect balance.
+    """
+    importance = probs.mean(dim=0)                                      # (E,)
+    return importance.var(correction=0) / importance.mean().square()
+
+
+def entropy_loss(logits):
+    """Mean entropy in nats of the tokens' routing, from logits (T, E) (TGR-MoE, L_ent).
+
+    Logits, not probabilities: p log p has an infinite slope where p underflows to 0.
+    """
+    log_p = logits.log_softmax(dim=-1)                                  # (T, E)
+    return -(log_p.exp() * log_p).sum(dim=-1).mean()
+
+
+def balance_loss(probs, experts):
+    """E * sum_e f_e P_e: 1 when even, E when collapsed (Switch, arXiv:2101.03961, eq. 4-6).
+
+    f_e is the share of the T*K choices that went to e, a constant for autograd; P_e is the
+    mean over all tokens of probs (T, E).
+    """
+    E = probs.shape[1]
+    f = F.one_hot(experts, E).sum(dim=(0, 1)) / experts.numel()         # (E,)
+    return E * (f * probs.mean(dim=0)).sum()
+
+
+def z_loss(logits):
+    """Mean squared log-sum-exp of logits (T, E) (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return logits.logsumexp(dim=-1).square().mean()
