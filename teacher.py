@@ -1,0 +1,100 @@
+"""teacher.py -- what can a frozen dense model tell a sparse one about routing?
+
+TGR-MoE (arXiv:2604.21330): top-k routing hides the unselected experts from the task loss, so a
+light router on a frozen teacher's features sets a target for *all* experts of every token. What
+the paper leaves open and we chose is marked "ours".
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from router import entropy_loss, load_loss
+
+
+class TeacherRouter(nn.Module):
+    """The teacher's features (T, D) -> logits (T, E) that the student's router should come to.
+
+    One bias-free linear map (ours). It only makes targets and never dispatches a token.
+    """
+
+    def __init__(self, dim, n_experts):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
+        # not zero: perfectly even targets are a fixed point of both of its losses
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, h):
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), self.weight.float())             # (T, E)
+
+
+class Guide(nn.Module):
+    """A frozen teacher and one `TeacherRouter` per MoE block of the student.
+
+    `guide(images)` sees the very images the student sees, mixed and augmented (ours), and gives
+    {student's block number: logits (T, E)}. `blocks` says which teacher block feeds which student
+    block; by default the one at the same relative depth. The feature is what that block's MLP is
+    given (ours). The teacher is frozen in place; it and its routers are dropped at inference.
+
+    The paper's controls are compositions: an untrained ViT as `teacher`,
+    `guide.routers.requires_grad_(False)`, `blocks={5: 9, 7: 9, 9: 9}`, centroids copied into a
+    router's `weight`, or oracle dispatch, `student(images, {block: router.route(z.detach())})`.
+    """
+
+    def __init__(self, teacher, student, n_experts, blocks=None):
+        super().__init__()
+        if teacher.n_tokens != student.n_tokens:
+            raise ValueError(f"the teacher cuts an image into {teacher.n_tokens} tokens and the "
+                             f"student into {student.n_tokens}: give both the same --patch")
+        self.teacher = teacher.requires_grad_(False).eval()
+        depth = len(teacher.blocks) / len(student.blocks)
+        aligned = {b: max(1, round(b * depth)) for b in student.moe_blocks}
+        self.blocks = aligned if blocks is None else blocks
+        dim = teacher.embed.out_features
+        self.routers = nn.ModuleDict({str(b): TeacherRouter(dim, n_experts) for b in self.blocks})
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()      # frozen means frozen: no stochastic depth in the targets
+        return self
+
+    def features(self, images):
+        """The teacher's features at the aligned blocks, {student's block number: h (T, D)}."""
+        with torch.no_grad():
+            layers = self.teacher(images).layers
+        return {student: layers[teacher].h for student, teacher in self.blocks.items()}
+
+    def forward(self, images):
+        return {b: self.routers[str(b)](h) for b, h in self.features(images).items()}
+
+
+def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):
+    """KL(stopgrad(p_teacher) || p), averaged over tokens, from two logits (T, E) (TGR-MoE).
+
+    Its gradient on the student's logits is (p - p_teacher) / T: an entry for every expert, selected
+    or not. `tokens` "class" or "patches" keeps only that part of each image's `n_tokens` tokens;
+    the paper's text allows more than one reading, "all" is ours.
+    """
+    if tokens not in ("all", "class", "patches"):
+        raise ValueError(f"tokens cannot be {tokens!r}: choose all, class or patches")
+    if target_logits.shape != logits.shape:
+        raise ValueError(f"the teacher's logits are {tuple(target_logits.shape)} and the student's "
+                         f"{tuple(logits.shape)}: both need the same tokens and experts")
+    target = target_logits.detach().softmax(dim=-1)                     # (T, E)
+    # F.kl_div knows that 0 log 0 = 0, so a teacher may rule an expert out
+    kl = F.kl_div(logits.log_softmax(dim=-1), target, reduction="none").sum(dim=-1)    # (T,)
+    if tokens == "class":
+        kl = kl.view(-1, n_tokens)[:, 0]
+    elif tokens == "patches":
+        kl = kl.view(-1, n_tokens)[:, 1:]
+    return kl.mean()
+
+
+def teacher_router_losses(targets):
+    """(L_load, L_ent) of the teacher routers, each summed over {block: logits (T, E)} (TGR-MoE).
+
+    Together they ask for one confident expert per token and an even load: the mutual information
+    of token and expert, a discriminative clustering of frozen features. No task loss enters.
+    """
+    load = sum(load_loss(z.softmax(dim=-1)) for z in targets.values())
+    return load, sum(entropy_loss(z) for z in targets.values())

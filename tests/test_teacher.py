@@ -1,0 +1,346 @@
+"""What must be true of guidance by a frozen teacher: who learns, from what, and how strongly."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe import MoE, ViT
+from router import entropy_loss, load_loss
+from teacher import Guide, TeacherRouter, guidance_loss, teacher_router_losses
+
+E = 5
+
+
+def vit(depth, dim, **kwargs):
+    """A ViT whose images (B, 3, 24, 24) have N = 10 tokens."""
+    return ViT(dim, depth, heads=2, hidden=45, patch=8, n_classes=7, image_size=24, **kwargs)
+
+
+def student(seed=0, moe_blocks=(2, 5), **kwargs):
+    torch.manual_seed(seed)
+    return vit(6, 16, moe_blocks=moe_blocks, make_sparse=lambda: MoE(16, 23, E, k=1), **kwargs)
+
+
+def teacher(seed=1, depth=12, **kwargs):
+    torch.manual_seed(seed)
+    return vit(depth, 20, **kwargs)
+
+
+def images(n=3):
+    return torch.randn(n, 3, 24, 24, generator=torch.Generator().manual_seed(2))
+
+
+def logits(seed, T=37):
+    return torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def guidance(net, guide, x):
+    """Task loss and guidance of one batch, as a training loop adds them up."""
+    out, targets = net(x), guide(x)
+    task = F.cross_entropy(out.logits, torch.arange(len(x)))
+    return task + sum(guidance_loss(z, out.layers[b].routing.logits) for b, z in targets.items())
+
+
+# --- the guidance: KL(teacher || student) on the router's logits ---------------------------------
+
+def test_guidance_reaches_every_expert_of_every_token():
+    t, z = logits(0), logits(1).requires_grad_()
+    guidance_loss(t, z).backward()
+    # law 6: p - t on each token, 1 / T for the mean over tokens
+    torch.testing.assert_close(z.grad, (z.softmax(-1) - t.softmax(-1)).detach() / 37)
+    assert (z.grad.abs() > 1e-6).all()
+
+
+def test_guidance_is_silent_only_where_the_student_agrees():
+    t = logits(0)
+    z = (t + 3).requires_grad_()                   # another constant, the same probabilities
+    loss = guidance_loss(t, z)
+    loss.backward()
+    assert loss.abs() < 1e-14
+    assert z.grad.abs().max() < 1e-16
+    assert guidance_loss(t, t + 0.01 * logits(1)) > 1e-6
+
+
+def test_guidance_does_not_know_which_expert_was_selected_or_what_it_does():
+    net, x = student(), images()
+    guide = Guide(teacher(), net, E)
+
+    def gradient():
+        z = net(x).layers[2].routing.logits
+        return torch.autograd.grad(guidance_loss(guide(x)[2], z), z)[0]
+
+    before = gradient()
+    moe = net.blocks[1].mlp
+    moe.router.k = 3                               # other selections
+    torch.nn.init.normal_(moe.experts.w_out)       # other experts
+    torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
+
+
+def test_guidance_is_the_kl_divergence_from_the_teachers_side():
+    t = torch.tensor([[3.0, 1.0]]).double().log()              # p_teacher = (3/4, 1/4)
+    z = torch.tensor([[1.0, 1.0]]).double().log()              # p         = (1/2, 1/2)
+    # 3/4 ln(3/2) + 1/4 ln(1/2) = 0.304099 - 0.173287 = 0.130812
+    assert guidance_loss(t, z).item() == pytest.approx(0.130812, abs=1e-6)
+    # and the other way round 1/2 ln(2/3) + 1/2 ln(2) = 0.143841
+    assert guidance_loss(z, t).item() == pytest.approx(0.143841, abs=1e-6)
+
+
+# Teacher certain of expert 0, student giving it exp(-a): KL = a. Two images of three tokens each.
+KL = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], dtype=torch.float64)
+CERTAIN = torch.tensor([0.0, -torch.inf], dtype=torch.float64).expand(6, 2)
+LEARNER = torch.stack([torch.zeros_like(KL), KL.expm1().log()], dim=1)
+
+
+@pytest.mark.parametrize("tokens, expected", [
+    ("all", (1 + 2 + 4 + 8 + 16 + 32) / 6),
+    ("class", (1 + 8) / 2),
+    ("patches", (2 + 4 + 16 + 32) / 4),
+])
+def test_guidance_is_a_mean_over_the_tokens_it_is_asked_about(tokens, expected):
+    loss = guidance_loss(CERTAIN, LEARNER, tokens, n_tokens=3)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_a_class_token_can_be_guided_alone():
+    z = LEARNER.clone().requires_grad_()
+    guidance_loss(CERTAIN, z, "class", n_tokens=3).backward()
+    assert (z.grad != 0).any(dim=1).tolist() == [True, False, False, True, False, False]
+
+
+def test_all_tokens_are_guided_unless_one_says_otherwise():
+    assert guidance_loss(CERTAIN, LEARNER).item() == pytest.approx(10.5)
+
+
+def test_an_unknown_choice_of_tokens_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="'cls': choose all, class or patches"):
+        guidance_loss(CERTAIN, LEARNER, "cls", n_tokens=3)
+
+
+@pytest.mark.parametrize("no", [-math.inf, -200.0])            # softmax(-200) underflows to 0
+def test_a_teacher_may_rule_an_expert_out(no):
+    t = torch.tensor([[no, 0.0]])
+    z = torch.tensor([[0.0, math.log(3)]], requires_grad=True)  # p = (1/4, 3/4)
+    loss = guidance_loss(t, z)
+    loss.backward()
+    # 0 ln(0 / (1/4)) + 1 ln(1 / (3/4)) = ln(4/3); the gradient is (1/4 - 0, 3/4 - 1)
+    assert loss.item() == pytest.approx(math.log(4 / 3))
+    torch.testing.assert_close(z.grad, torch.tensor([[0.25, -0.25]]))
+
+
+def test_a_student_that_ruled_an_expert_out_is_still_guided_back():
+    z = torch.tensor([[-200.0, 0.0]], requires_grad=True)
+    loss = guidance_loss(torch.zeros(1, 2), z)
+    loss.backward()
+    # 1/2 ln(1/2) + 1/2 ln(1/2) - 1/2 (-200) - 1/2 (0) = 100 - ln 2; gradient (0 - 1/2, 1 - 1/2)
+    assert loss.item() == pytest.approx(100 - math.log(2))
+    torch.testing.assert_close(z.grad, torch.tensor([[-0.5, 0.5]]))
+
+
+# --- who learns (law 7) --------------------------------------------------------------------------
+
+def test_only_the_student_learns_from_the_students_loss():
+    net = student()
+    guide = Guide(teacher(), net, E)
+    guidance(net, guide, images()).backward()
+    assert all(p.grad is None for p in guide.parameters())
+    assert all(net.blocks[b - 1].mlp.router.weight.grad.abs().max() > 1e-6 for b in (2, 5))
+
+
+def test_only_the_teacher_routers_learn_from_their_own_losses():
+    net = student()
+    guide = Guide(teacher(), net, E)
+    net(images())
+    sum(teacher_router_losses(guide(images()))).backward()
+    assert all(p.grad is None for p in [*net.parameters(), *guide.teacher.parameters()])
+    assert all(r.weight.grad.abs().max() > 1e-6 for r in guide.routers.values())
+
+
+def test_the_teacher_never_learns():
+    net, dense = student(), teacher()
+    guide = Guide(dense, net, E)
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    routers = [r.weight.clone() for r in guide.routers.values()]
+    optimizer = torch.optim.AdamW([*net.parameters(), *guide.parameters()], weight_decay=0.5)
+    for _ in range(2):
+        loss = guidance(net, guide, images()) + sum(teacher_router_losses(guide(images())))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert not any(p.requires_grad for p in dense.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    assert all(not torch.equal(r.weight, w)
+               for r, w in zip(guide.routers.values(), routers, strict=True))
+
+
+def test_no_gradient_is_kept_for_the_teacher_even_if_someone_thaws_it():
+    guide = Guide(teacher(), student(), E)
+    guide.teacher.requires_grad_(True)
+    assert not any(h.requires_grad for h in guide.features(images()).values())
+
+
+def test_a_frozen_teacher_router_is_a_control_that_never_moves():
+    net = student()
+    guide = Guide(teacher(), net, E)
+    guide.routers.requires_grad_(False)
+    (guidance(net, guide, images()) + sum(teacher_router_losses(guide(images())))).backward()
+    assert all(r.weight.grad is None for r in guide.routers.values())
+    assert net.blocks[1].mlp.router.weight.grad.abs().max() > 1e-6
+
+
+# --- what the teacher says -----------------------------------------------------------------------
+
+def test_a_training_student_hears_the_same_answer_twice():
+    net = student(drop_path=0.5)
+    guide = Guide(teacher(drop_path=0.5).train(), net, E)      # stochastic depth, switched on
+    for mode in (None, True, False):
+        if mode is not None:
+            net.train(mode)
+            assert guide.train(mode) is guide
+            assert guide.training is guide.routers.training is mode
+        assert not guide.teacher.blocks[3].training
+        torch.testing.assert_close(guide(images())[5], guide(images())[5], rtol=0, atol=0)
+
+
+def test_the_feature_is_what_the_mlp_of_the_aligned_block_is_given():
+    dense, seen = teacher(), {}
+    guide = Guide(dense, student(), E)
+    for number, block in enumerate(dense.blocks, start=1):
+        block.norm2.register_forward_hook(lambda m, args, y, n=number: seen.update({n: y}))
+    h = guide.features(images())
+    # 12 teacher blocks over 6 of the student's: 2 -> 4 and 5 -> 10
+    assert guide.blocks == {2: 4, 5: 10} and list(h) == [2, 5]
+    for mine, theirs in guide.blocks.items():
+        torch.testing.assert_close(h[mine], seen[theirs].reshape(30, 20), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("depth, expected", [
+    (6, {1: 1, 4: 4, 6: 6}), (8, {1: 1, 4: 5, 6: 8}), (2, {1: 1, 4: 1, 6: 2})])
+def test_blocks_are_aligned_by_relative_depth(depth, expected):
+    # a teacher of 8: 1 * 8/6 = 1.3, 4 * 8/6 = 5.3; of 2: 1 * 2/6 = 0.3, but blocks begin at 1
+    assert Guide(teacher(depth=depth), student(moe_blocks=(1, 4, 6)), E).blocks == expected
+
+
+def test_another_alignment_is_followed():
+    dense, net = teacher(), student()
+    last = Guide(dense, net, E, blocks={2: 12, 5: 12})
+    expected = dense(images()).layers[12].h
+    assert all(torch.equal(h, expected) for h in last.features(images()).values())
+    assert list(last(images())) == [2, 5]
+
+
+def test_every_block_has_its_own_teacher_router_over_all_experts():
+    guide = Guide(teacher(), student(), E)
+    h, z = guide.features(images()), guide(images())
+    for b in (2, 5):
+        torch.testing.assert_close(z[b], h[b] @ guide.routers[str(b)].weight.T)
+        assert z[b].shape == (30, E)
+    assert not torch.equal(guide.routers["2"].weight, guide.routers["5"].weight)
+
+
+def test_the_teacher_sees_the_students_images_token_by_token():
+    guide, x = Guide(teacher(), student(), E), images()
+    whole, last = guide(x)[5], guide(x[2:])[5]
+    torch.testing.assert_close(whole[20:], last)   # rows 20-29: the third image's 10 tokens
+    assert not torch.allclose(whole[:10], last)
+
+
+def test_the_teacher_matters():
+    net = student()
+    one, other = Guide(teacher(seed=1), net, E), Guide(teacher(seed=9), net, E)
+    other.routers.load_state_dict(one.routers.state_dict())
+    assert not torch.allclose(one(images())[2], other(images())[2])
+    assert guidance(net, one, images()) != guidance(net, other, images())
+
+
+def test_a_teacher_that_cuts_images_differently_is_refused_in_a_sentence():
+    coarse = ViT(20, 12, heads=2, hidden=45, patch=12, n_classes=7, image_size=24)
+    with pytest.raises(ValueError, match=r"into 5 tokens and the student into 10: .* --patch"):
+        Guide(coarse, student(), E)
+
+
+def test_targets_are_float32_whatever_the_autocast():
+    torch.manual_seed(0)
+    router, h = TeacherRouter(20, E), torch.randn(37, 20).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = router(h)
+        targets = Guide(teacher(), student(), E)(images())
+    assert z.dtype == torch.float32 and all(t.dtype == torch.float32 for t in targets.values())
+    torch.testing.assert_close(z, h.float() @ router.weight.T)
+
+
+def test_centroids_can_be_the_targets():
+    guide, x = Guide(teacher(), student(), E), images()
+    centroids = torch.randn(E, 20)
+    with torch.no_grad():
+        guide.routers["5"].weight.copy_(centroids)
+    torch.testing.assert_close(guide(x)[5], guide.features(x)[5] @ centroids.T)
+
+
+def test_a_student_can_be_dispatched_by_its_teacher():
+    net, x = student(), images()
+    guide = Guide(teacher(), net, E)
+    routings = {b: net.blocks[b - 1].mlp.router.route(z.detach()) for b, z in guide(x).items()}
+    oracle = net(x, routings)
+    F.cross_entropy(oracle.logits, torch.arange(3)).backward()
+    for b, z in guide(x).items():
+        assert torch.equal(oracle.layers[b].routing.experts[:, 0], z.argmax(dim=1))
+        assert net.blocks[b - 1].mlp.router.weight.grad is None
+    assert not torch.allclose(oracle.logits, net(x).logits)
+
+
+# --- what makes a teacher router decide ----------------------------------------------------------
+
+def test_the_teacher_routers_losses_are_sums_over_blocks():
+    even = 1000.0 * torch.eye(4).repeat(2, 1)                  # (8, 4) confident, two tokens each
+    collapsed = 1000.0 * torch.eye(4)[[0] * 6]                 # (6, 4) confident, all on expert 0
+    unsure = torch.zeros(5, 4)
+    # load: 0 + (E - 1) + (E - 1) + 0 = 6      entropy: 0 + 0 + 0 + ln 4
+    load, ent = teacher_router_losses({1: even, 3: collapsed, 4: collapsed, 7: unsure})
+    assert load.item() == pytest.approx(6) and ent.item() == pytest.approx(math.log(4))
+
+
+def clustered(load=0.005, ent=0.005, zero=False, seed=0, steps=200):
+    """(router, L_load, entropy) after training a teacher router of 4 experts on 4 clusters."""
+    torch.manual_seed(seed)
+    h = (torch.randn(4, 1, 20) + 0.3 * torch.randn(4, 37, 20)).flatten(0, 1)   # (148, 20)
+    router = TeacherRouter(20, 4)
+    if zero:
+        torch.nn.init.zeros_(router.weight)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=1e-2)
+    for _ in range(steps):
+        l_load, l_ent = teacher_router_losses({1: router(h)})
+        optimizer.zero_grad()
+        (load * l_load + ent * l_ent).backward()
+        optimizer.step()
+    z = router(h).detach()
+    return router, load_loss(z.softmax(-1)).item(), entropy_loss(z).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_teacher_router_becomes_confident_and_even(seed):
+    _, load, entropy = clustered(seed=seed)
+    assert load < 0.01 and entropy < 0.05          # of at most E - 1 = 3 and ln 4 = 1.39
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_confidence_alone_is_uneven(seed):
+    _, load, entropy = clustered(load=0, seed=seed)
+    assert load > 0.3 and entropy < 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_evenness_alone_never_decides(seed):
+    _, load, entropy = clustered(ent=0, seed=seed)
+    assert load < 1e-4 and entropy > 0.95 * math.log(4)
+
+
+def test_a_teacher_router_that_starts_at_zero_stays_there():
+    router, _, entropy = clustered(zero=True, steps=30)
+    assert (router.weight == 0).all() and entropy == pytest.approx(math.log(4))
+
+
+def test_a_teacher_router_does_not_start_at_zero():
+    torch.manual_seed(0)
+    weight = TeacherRouter(200, 50).weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
