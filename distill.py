@@ -1,0 +1,126 @@
+"""distill.py -- how do experts learn from each other, and what does each one fail to see?
+
+MoDE (arXiv:2402.00893): a gate hands each expert few samples, so its vision is narrow; letting
+the experts that are active together imitate each other *moderately* widens it. The abstract is
+the paper's; the formula below is the one that CoEKS (ICLR 2026, eq. 5-6) credits to it, and the
+measurements are defined by us where the paper's definition was not at hand ("ours").
+"""
+import warnings
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from router import Routing
+
+
+def mutual_distillation_loss(raw):
+    """L_md of the co-active experts, from their outputs before gating raw (T, K, D).
+
+        K = 1: 0        K = 2: MSE(e_1, e_2)        K > 2: 1/K sum_i MSE(e_i, mean_j e_j)
+
+    averaged over features, then tokens, in float32; both sides learn (no stop-gradient). K > 2 is
+    the variance over experts, whose value at K = 2 would be MSE / 4: the printed K = 2 case weighs
+    four times as much, so one alpha does not mean the same on both sides of that line. A dense
+    gate is K = E. A choice that a full expert dropped still takes part (ours).
+    """
+    K = raw.shape[1]
+    if K == 1:
+        _warn_that_one_expert_is_alone()
+        return raw.new_zeros((), dtype=torch.float32)
+    raw = raw.float()
+    if K == 2:
+        return F.mse_loss(raw[:, 0], raw[:, 1])
+    return raw.var(dim=1, correction=0).mean()
+
+
+@cache
+def _warn_that_one_expert_is_alone():
+    warnings.warn("mutual distillation with K=1 is 0: an expert that is active alone has nobody "
+                  "to learn from; use --k 2 or more", stacklevel=3)
+
+
+# --- expert probing: freeze the model, force one expert at a time (ours, after MoDE) -------------
+
+def domains(probs, n_tokens):
+    """d(x) = argmax_i gate_i(x): the dominant expert (B,) of each image, from probs (B*N, E).
+
+    An image's gate is the mean over its tokens (ours: MoDE's experts see whole inputs).
+    """
+    return probs.view(-1, n_tokens, probs.shape[1]).mean(dim=1).argmax(dim=1)
+
+
+def class_domains(domain, labels, n_experts, n_classes):
+    """D[i, c], the share of class c that expert i dominates (E, n_classes); a column sums to 1.
+
+    domain and labels are (B,); the column of a class without images is NaN.
+    """
+    count = torch.zeros(n_experts, n_classes)
+    count.index_put_((domain.cpu(), labels.cpu()), torch.tensor(1.0), accumulate=True)
+    return count / count.sum(dim=0)
+
+
+def forced(expert, n_tokens, n_experts, device="cpu"):
+    """The `Routing` that sends all of n_tokens tokens to one expert with gate 1."""
+    experts = torch.full((n_tokens, 1), expert, device=device)
+    probs = F.one_hot(experts[:, 0], n_experts).float()
+    return Routing(experts, torch.ones_like(experts, dtype=torch.float32), probs, probs.log())
+
+
+@torch.no_grad()
+def probe(vit, images, labels, block):
+    """Is each image classified right when expert i alone serves `block`? correct (E, B) bool."""
+    E, T = vit.blocks[block - 1].mlp.router.n_experts, len(images) * vit.n_tokens
+    was_training = vit.training
+    vit.eval()
+    correct = [vit(images, {block: forced(i, T, E, images.device)}).logits.argmax(dim=1) == labels
+               for i in range(E)]
+    vit.train(was_training)
+    return torch.stack(correct)
+
+
+def accuracy_matrix(correct, domain):
+    """A[i, j], the accuracy of expert i on DS_j = {x: d(x) = j}, (E, E); NaN where DS_j is empty.
+
+    correct (E, B) from `probe`, domain (B,) from `domains`: of the same model, or of the plain
+    MoE for every model compared, which takes the difference between partitions out.
+    """
+    inside = F.one_hot(domain, len(correct)).float()                    # (B, E)
+    return correct.float() @ inside / inside.sum(dim=0)
+
+
+def own_and_others(A):
+    """(own, others), each (E,): expert i on its own domain, and its mean on the other domains."""
+    off = A.masked_fill(torch.eye(len(A), dtype=torch.bool, device=A.device), float("nan"))
+    return A.diagonal(), off.nanmean(dim=1)
+
+
+def gate_accuracy(correct, domain):
+    """Of the images that some single expert gets right, the share for which expert d(x) does.
+
+    NaN where no expert gets any right.
+    """
+    solvable = correct.any(dim=0)                                       # (B,)
+    hit = correct.gather(0, domain[None])[0]                            # (B,)
+    return (hit.float().sum() / solvable.float().sum()).item()
+
+
+# --- narrow vision: who learns from whom (MoDE, figure 1; the measure is ours) -------------------
+
+def expert_gradient_norms(vit, images, labels, block):
+    """||dL(x)/d theta_i|| for every image x and expert i of `block`, (B, E); one backward each."""
+    weights = list(vit.blocks[block - 1].mlp.experts.parameters())      # each (E, ...)
+    was_training = vit.training
+    vit.eval()
+    norms = []
+    for image, label in zip(images, labels, strict=True):
+        loss = F.cross_entropy(vit(image[None]).logits, label[None])
+        grads = torch.autograd.grad(loss, weights)
+        norms.append(sum(g.flatten(1).square().sum(dim=1) for g in grads).sqrt())    # (E,)
+    vit.train(was_training)
+    return torch.stack(norms)
+
+
+def narrow_vision(norms):
+    """r_i, expert i's share of the gradient that these images (B, E) send: (E,), sums to 1."""
+    return norms.sum(dim=0) / norms.sum()
