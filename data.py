@@ -1,0 +1,357 @@
+"""data.py -- which images is the model shown, and what happens to them on the way?
+
+CIFAR-100 where it can be had, and otherwise a built-in set of drawn puzzles with the same shape:
+100 fine classes in 20 coarse ones. Either is one uint8 tensor that lives on the device, and every
+step from there to the model is batched tensor code: no worker processes, no Python per image.
+
+    B images of a batch, n images of a split; every picture is (3, 32, 32)
+"""
+import hashlib
+import http.client
+import math
+import os
+import pickle
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR100
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+SIZE = 32            # pixels on a side
+CONNECT_S = 10       # seconds a server may take to answer, or to send its next bytes
+PATIENCE_S = 10      # seconds after which the average speed of a download is judged
+SLOWEST = 1e6        # bytes per second; below this nobody waits for the whole archive
+AGAIN = "run again, or train with --data synthetic"
+
+
+class Split(NamedTuple):
+    images: Tensor   # (n, 3, 32, 32) uint8
+    fine: Tensor     # (n,) int64, 0..99
+    coarse: Tensor   # (n,) int64, 0..19
+
+
+class Data(NamedTuple):
+    name: str                           # "cifar100" or "synthetic"
+    note: str                           # what was chosen and why, in one sentence
+    md5: str                            # of the CIFAR-100 archive, or of the drawn bytes
+    train: Split
+    test: Split
+    fine_names: list[str]
+    coarse_names: list[str]
+    mean: tuple[float, float, float]    # of the training images in [0, 1], per channel
+    std: tuple[float, float, float]
+
+
+def load(name="auto", data_dir="data", device="cpu"):
+    """The data set by name, on the device; `auto` never chooses in silence: see Data.note."""
+    if name not in ("auto", "cifar100", "synthetic"):
+        raise ValueError(f"there is no data set {name!r}: choose auto, cifar100 or synthetic")
+    on_cpu = torch.device(device).type == "cpu"
+
+    data = None
+    if name != "synthetic":
+        data = cifar100(data_dir, fetch=name == "cifar100" or not on_cpu)
+    if data is None:
+        where = "" if str(data_dir) == "data" else f" --data_dir {data_dir}"
+        note = "the built-in synthetic set, as asked" if name == "synthetic" else (
+            f"the built-in synthetic set, because CIFAR-100 is not in {data_dir}/ and a CPU run "
+            f"downloads nothing unasked; `python train.py --data cifar100{where}` would fetch it")
+        data = synthetic()._replace(note=note)
+
+    train, test = (Split(*(t.to(device) for t in split)) for split in (data.train, data.test))
+    return data._replace(train=train, test=test)
+
+
+def channel_stats(images):
+    """Mean and std per channel in [0, 1]; exact, and small in memory, from three histograms."""
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        share = channel.flatten().bincount(minlength=256).double() / channel.numel()  # (256,)
+        mean.append((share * value).sum().item())
+        std.append((share * (value - mean[-1]).square()).sum().sqrt().item())
+    return tuple(mean), tuple(std)
+
+
+# --- CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009) ---
+
+def cifar100(data_dir="data", fetch=True):
+    """CIFAR-100 from `data_dir`, its md5s checked by torchvision; if it is not there, download it
+    or, without `fetch`, return None."""
+    folder = Path(data_dir) / CIFAR100.base_folder
+    archive = Path(data_dir) / CIFAR100.filename
+    note = f"CIFAR-100 from {data_dir}/, md5 checked"
+    try:
+        if not folder.exists() and not archive.exists():
+            if not fetch:
+                return None
+            download(CIFAR100.url, archive)
+            note = f"CIFAR-100, downloaded to {data_dir}/, md5 checked"
+        if not folder.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
+            # Looked at here: torchvision would fetch it once more, however slow the line.
+            raise ValueError(f"{archive} is damaged (its md5 is wrong): delete it and {AGAIN}")
+
+        # Given a sound archive and no folder, torchvision's "download" does nothing but unpack.
+        parts = {"train": CIFAR100(data_dir, train=True, download=not folder.exists()),
+                 "test": CIFAR100(data_dir, train=False)}
+        # torchvision keeps only the fine labels; the pickles may be trusted now.
+        coarse, names = {}, pickle.loads((folder / "meta").read_bytes(), encoding="latin1")
+        for file in parts:
+            pickled = pickle.loads((folder / file).read_bytes(), encoding="latin1")
+            coarse[file] = torch.tensor(pickled["coarse_labels"])
+    except RuntimeError as error:              # how torchvision says missing, or md5 wrong
+        raise ValueError(f"CIFAR-100 in {folder}/ is damaged: delete it and {AGAIN}") from error
+    except OSError as error:
+        if error.strerror is None:             # from `download`, and already a sentence
+            raise
+        raise OSError(f"{data_dir}/ cannot be used ({error.strerror}): choose another --data_dir, "
+                      "or train with --data synthetic") from error
+
+    splits = [Split(images=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                    fine=torch.tensor(part.targets), coarse=coarse[file])
+              for file, part in parts.items()]
+    return Data("cifar100", note, CIFAR100.tgz_md5, *splits, names["fine_label_names"],
+                names["coarse_label_names"], *channel_stats(splits[0].images))
+
+
+def download(url, archive):
+    """Stream the archive to `archive`, or give up in a sentence: no server, too slow, damaged."""
+    by_hand = f"put {url} into {archive.parent}/ by hand, or train with --data synthetic"
+    part = Path(f"{archive}.part")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        start, done = time.monotonic(), 0
+        with (urllib.request.urlopen(url, timeout=CONNECT_S) as reply, open(part, "wb") as file,
+              tqdm(total=reply.length, desc=archive.name, unit="B", unit_scale=True,
+                   disable=None) as bar):      # disable=None: a bar only where there is a terminal
+            while chunk := reply.read1(1 << 16):     # read1 returns what has come: a slow server
+                file.write(chunk)                    # cannot hold up the look at the clock
+                bar.update(len(chunk))
+                done, elapsed = done + len(chunk), time.monotonic() - start
+                if elapsed > PATIENCE_S and done / elapsed < SLOWEST:
+                    raise OSError(f"only {done / elapsed / 1e6:.2f} MB/s")
+        if not check_integrity(part, CIFAR100.tgz_md5):
+            raise OSError("the md5 of what came is wrong")
+        os.replace(part, archive)              # never half an archive under the real name
+    except (OSError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", None) or error      # urllib wraps the cause in `reason`
+        raise OSError(f"the download of CIFAR-100 was stopped ({why}): {by_hand}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- the built-in set: shapes cut from two-coloured materials ---
+
+# A coarse class is a material, seen in any one patch of the object; a fine class is the shape cut
+# from it, seen only by patches together. No class is a colour at a place: position, phase, size
+# and contrast are random and the two colours swap roles, so the mean picture says almost nothing.
+PALETTES = ["red-cyan", "orange-blue", "lime-violet", "green-magenta", "mint-pink"]
+TEXTURES = ["striped", "barred", "checked", "dotted"]
+SHAPES = ["disc", "ring", "square", "triangle", "cross"]
+
+
+def synthetic(seed=0, n_train=10_000, n_test=2_000):
+    """100 classes of drawn puzzles, the same bytes for the same seed."""
+    splits, md5 = [], hashlib.md5()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                   # on a busy machine two mostly wait for each other
+    for part, n in enumerate((n_train, n_test)):
+        generator = torch.Generator().manual_seed(2 * seed + part)
+        fine = (torch.arange(n) % 100)[torch.randperm(n, generator=generator)]
+        # In pieces, because the maps of a few hundred images stay in the cache.
+        images = torch.cat([draw(piece, generator) for piece in fine.split(250)])
+        splits.append(Split(images, fine, fine // 5))
+        for tensor in splits[-1]:
+            md5.update(tensor.numpy().tobytes())
+    torch.set_num_threads(threads)
+    coarse_names = [f"{p} {t}" for p in PALETTES for t in TEXTURES]
+    fine_names = [f"{material} {shape}" for material in coarse_names for shape in SHAPES]
+    return Data("synthetic", "the built-in synthetic set", md5.hexdigest(), *splits,
+                fine_names, coarse_names, *channel_stats(splits[0].images))
+
+
+def uniform(B, generator, low=0.0, high=1.0, channels=1, dtype=torch.float32):
+    """One number per sample (and channel), (B, channels, 1, 1), to be spread over its picture."""
+    shape = (B, channels, 1, 1)
+    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
+    return low + (high - low) * draw
+
+
+def draw(fine, generator):
+    """One picture per label (B,) -> (B, 3, 32, 32) uint8: a textured shape on a dim background."""
+    B = len(fine)
+    palette, texture, shape = fine // 20, fine // 5 % 4, fine % 5
+
+    def rand(low, high, channels=1):           # float64, so that the last bit of another
+        return uniform(B, generator, low, high, channels, torch.float64)    # sin() moves no byte
+
+    def choose(which, *maps):                  # for each image, one of several (B, 1, 32, 32) maps
+        return torch.stack(maps).take_along_dim(which.view(1, B, 1, 1, 1), dim=0)[0]
+
+    axis = torch.arange(SIZE, dtype=torch.float64) - (SIZE - 1) / 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")                # (32, 32), 0 in the middle
+
+    # The object's own coordinates, moved and slightly turned.
+    tilt = rand(-0.25, 0.25)                                        # (B, 1, 1, 1)
+    u, v = x - rand(-3, 3), y - rand(-3, 3)                         # (B, 1, 32, 32)
+    u, v = u * tilt.cos() + v * tilt.sin(), v * tilt.cos() - u * tilt.sin()
+    r, far, near = u.hypot(v), torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
+
+    # How many pixels inside the outline; clamped to 0..1 this is a mask with a soft edge.
+    R = rand(9.5, 13)
+    inside = choose(shape,
+                    0.95 * R - r,                                                   # disc
+                    0.30 * R - (r - 0.75 * R).abs(),                                # ring
+                    0.85 * R - far,                                                 # square
+                    0.55 * R - torch.maximum(v - R / 4, 0.87 * u.abs() - (v - R / 4) / 2),
+                    torch.minimum(R - far, 0.38 * R - near))                        # cross
+    mask = (inside + 0.5).clamp(0, 1)
+
+    # The texture: +1 where the material has its first colour, -1 where it has its second.
+    k = 2 * math.pi / rand(4.8, 6.2)
+    across, down = (k * u + rand(0, 7)).sin(), (k * v + rand(0, 7)).sin()
+    wave = choose(texture, across, down, 1.5 * across * down, across + down - 0.7)
+    wave = (2 * wave).clamp(-1, 1)
+
+    # The palette: opposite hues around a grey. A random sign says which one comes first.
+    hue = (36 * palette.view(B, 1, 1, 1) + rand(-10, 10)).deg2rad()
+    red, green = torch.tensor([[2, -1, -1], [0, 1, -1]], dtype=torch.float64)[..., None, None]
+    chroma = hue.cos() * red / math.sqrt(6) + hue.sin() * green / math.sqrt(2)      # (B, 3, 1, 1)
+    sign = (rand(-1, 1) > 0) * 2 - 1
+    colour = sign * (rand(0.26, 0.52) * chroma + rand(-0.15, 0.15))
+    thing = rand(0.4, 0.6) + colour * wave                          # (B, 3, 32, 32)
+
+    # The background: a tinted grey with three slow waves, each in a direction of its own.
+    swell = sum((x * rand(-0.6, 0.6) + y * rand(-0.6, 0.6) + rand(0, 7)).sin() for _ in range(3))
+    ground = rand(0.2, 0.5) + rand(-0.1, 0.1, channels=3) + rand(0.015, 0.06, channels=3) * swell
+
+    return ((ground + mask * (thing - ground)).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# --- from the tensor to the model ---
+
+def unit(images):
+    """Bytes become float32 in [0, 1]; what is float already passes."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def normalise(images, data_mean, data_std):
+    """uint8, or float in [0, 1], (B, 3, 32, 32) -> float32 with mean 0 and std 1 per channel."""
+    mean, std = torch.tensor([data_mean, data_std], device=images.device)[..., None, None]
+    return (unit(images) - mean) / std
+
+
+def augment(images, strength, generator):
+    """uint8 (B, 3, 32, 32) -> float32 in [0, 1]; every sample has its own draw from `generator`.
+
+    none: as it is. light: crop and flip. heavy: light, one affine warp, two colour operations and
+    an erased box, in the manner of RandAugment (arXiv:1909.13719) and arXiv:1708.04896.
+    """
+    assert strength in ("none", "light", "heavy"), f"there is no augmentation {strength!r}"
+    if strength == "none":
+        return unit(images)
+    images = unit(crop_and_flip(images, generator))
+    if strength == "heavy":
+        images = warp(images, generator)
+        for _ in range(2):
+            images = recolour(images, generator)
+        images = erase(images, generator)
+    return images
+
+
+def crop_and_flip(images, generator, reach=4):
+    """A window moved by up to `reach` pixels, the border reflected, mirrored half of the time."""
+    rows, columns = (
+        torch.arange(SIZE, device=images.device)
+        + torch.randint(-reach, reach + 1, (len(images), 1), generator=generator,
+                        device=images.device)
+        for _ in range(2))                                          # (B, 32) each, -4..35
+    flip = uniform(len(images), generator)[:, :, 0, 0] < 0.5             # (B, 1)
+    columns = torch.where(flip, SIZE - 1 - columns, columns)
+    rows, columns = ((SIZE - 1) - (SIZE - 1 - i.abs()).abs() for i in (rows, columns))
+    pixel = SIZE * rows[:, :, None] + columns[:, None, :]           # (B, 32, 32) where to look
+    index = pixel.flatten(1)[:, None].expand(-1, 3, -1)             # (B, 3, 1024), no copy
+    return images.flatten(2).gather(2, index).view_as(images)
+
+
+def warp(images, generator, p=0.5):
+    """One affine grid_sample: a share `p` of the images is turned, sheared, scaled and shifted."""
+    def amount(most):                          # 0 for the images that are left alone
+        return on * uniform(len(images), generator, -most, most).flatten()
+
+    on = (uniform(len(images), generator) < p).flatten()                 # (B,)
+    angle, scale = amount(0.35), 1 + amount(0.2)
+    # Half of RandAugment's largest strengths, because here they come all at once.
+    matrix = torch.stack([
+        scale * angle.cos(), amount(0.15) - scale * angle.sin(), amount(0.15),
+        amount(0.15) + scale * angle.sin(), scale * angle.cos(), amount(0.15)], dim=1)
+    grid = F.affine_grid(matrix.view(-1, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def recolour(images, generator):
+    """Per sample one of brightness, contrast, saturation, posterise, solarise, or nothing."""
+    which = (6 * uniform(len(images), generator)).floor()                # (B, 1, 1, 1), 0..5
+    amount = uniform(len(images), generator, -0.7, 0.7)
+    grey = images.mean(dim=1, keepdim=True)                         # (B, 1, 32, 32)
+    # Three of them are one blend: away from (or towards) black, the mean grey, or the own grey.
+    anchor = torch.where(which == 1, grey.mean(dim=(2, 3), keepdim=True), grey * (which == 2))
+    blended = torch.lerp(images, anchor, amount).clamp(0, 1)
+    levels = (4 + 12 * amount.abs()).round()
+    posterised = (images * levels).round() / levels
+    solarised = torch.where(images > 1 - 0.5 * amount.abs(), 1 - images, images)
+    return (images.where(which == 5, blended).where(which != 3, posterised)
+            .where(which != 4, solarised))
+
+
+def box(cy, cx, height, width):
+    """True inside a box per sample, cut off at the border: four (B, 1, 1, 1) -> (B, 1, 32, 32)."""
+    at = torch.arange(SIZE, device=cy.device) + 0.5                 # pixel centres
+    return (((at[:, None] - cy).abs() < height / 2) & ((at - cx).abs() < width / 2))
+
+
+def erase(images, generator, p=0.25):
+    """A share `p` of the images loses a box of 2 to 33 % of its area to one flat random colour."""
+    area = SIZE**2 * uniform(len(images), generator, 0.02, 0.33)
+    aspect = uniform(len(images), generator, math.log(0.3), math.log(3.3)).exp()
+    cy, cx = (uniform(len(images), generator, 0, SIZE) for _ in range(2))
+    gone = box(cy, cx, (area * aspect).sqrt(), (area / aspect).sqrt())
+    gone = gone & (uniform(len(images), generator) < p)                  # (B, 1, 32, 32)
+    # The paper fills with noise per pixel, which would cost more than all the rest of `augment`.
+    colour = uniform(len(images), generator, channels=3)
+    return torch.where(gone, colour, images)
+
+
+def mix(images, targets, mixup, cutmix, generator):
+    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) with a partner from the same batch.
+
+    float images and (B, n_classes) targets; the two numbers are the alphas of Beta(alpha, alpha),
+    and 0 switches one off. Unlike the papers, every sample has a lambda of its own.
+    """
+    if not mixup and not cutmix:
+        return images, targets
+
+    def beta(alpha):                           # private, but torch.distributions takes no generator
+        alphas = torch.full((len(images), 2), float(alpha), device=images.device)
+        return torch._sample_dirichlet(alphas, generator=generator)[:, :1, None, None]
+
+    # Both are one weighted sum. Mixup's weight is flat; cutmix's is 0 in a box and 1 around it.
+    weight = torch.ones_like(images[:, :1])                         # (B, 1, 32, 32)
+    if mixup:
+        weight = weight * beta(mixup)
+    if cutmix:
+        side = SIZE * (1 - beta(cutmix)).sqrt()
+        cy, cx = (uniform(len(images), generator, 0, SIZE) for _ in range(2))
+        keep = (~box(cy, cx, side, side)).float()
+        cut = uniform(len(images), generator) < (0.5 if mixup else 1)
+        weight = torch.where(cut, keep, weight)
+    partner = torch.randperm(len(images), generator=generator, device=images.device)
+    images = weight * images + (1 - weight) * images[partner]
+    share = weight.mean(dim=(2, 3))                                 # (B, 1) counted, not hoped for
+    return images, share * targets + (1 - share) * targets[partner]
