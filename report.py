@@ -1,0 +1,439 @@
+"""report.py -- what happened in this run?
+
+Was the routing consistent over time, what did the model reach and cost, and how does it look?
+All from the files of a run: metrics.jsonl, result.json and, where there is a router, routing.npz.
+
+    python report.py runs/tgr                                          # closing table and figures
+    python report.py --readme README.md notebooks/results/cpu.jsonl    # the README's results table
+
+Alphabet: L MoE layers, B probe images, N tokens per image (the class token is number 0),
+E experts, K experts per token. An assignment says which experts each token visits. The same probe
+images are routed after every epoch, in eval mode: two assignments differ by training alone.
+"""
+
+import argparse
+import json
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+# --- numbers: is a token still with the same expert? ---
+
+
+def agreement(a, b):
+    """Share of tokens with the same first expert in both assignments (TGR-MoE, arXiv:2604.21330).
+
+    >>> agreement([0, 1, 2, 2], [0, 1, 2, 0])
+    0.75
+    """
+    return float(np.mean(np.asarray(a) == np.asarray(b)))
+
+
+def overlap(a, b):
+    """Share of its K experts (last axis) that a token keeps, in any order; ours, for K > 1."""
+    a, b = np.asarray(a), np.asarray(b)
+    kept = a[..., :, None] == b[..., None, :]               # (..., K, K) choice i of a is j of b
+    return float(kept.any(axis=-1).mean())
+
+
+def load_share(a, n_experts):
+    """Share of all choices that falls on each expert, (E,)."""
+    a = np.asarray(a)
+    return np.bincount(a.ravel(), minlength=n_experts) / a.size
+
+
+def kappa(a, b, n_experts):
+    """Agreement beyond chance (Cohen's kappa; ours here). None where chance alone always agrees."""
+    chance = float(load_share(a, n_experts) @ load_share(b, n_experts))
+    return None if chance == 1 else (agreement(a, b) - chance) / (1 - chance)
+
+
+def load_entropy(share):
+    """Evenness of a load: 1 is even, 0 is one expert for everything. A lone expert is even: 1."""
+    used = share[share > 0]
+    return float(-(used * np.log(used)).sum() / np.log(len(share))) if len(share) > 1 else 1.0
+
+
+def last_fluctuation(experts):
+    """Last epoch, counted from 1, that found a token away from its final expert; 0 if none did.
+
+    From the history (epochs, ...) of first experts. StableMoE, arXiv:2204.08396; steps are epochs.
+    """
+    away = experts != experts[-1]                           # (epochs, ...)
+    epoch = np.arange(1, len(experts) + 1).reshape(-1, *[1] * (experts.ndim - 1))
+    return (away * epoch).max(axis=0)
+
+
+def mean(values):
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def consistency(experts, n_experts):
+    """Every curve and summary of a routing history (epochs, L, B, N, K), ready for JSON.
+
+    Curves are lists over layers of lists over epochs; `adjacent` compares with the epoch before,
+    `final` with the last. A fraction of training is the last epoch ended by then, at least one.
+    """
+    epochs, L = experts.shape[:2]
+    first = experts[..., 0]                                 # (epochs, L, B, N) the argmax expert
+    every, later = range(epochs), range(1, epochs)
+
+    def curves(measure, steps):
+        return [[measure(t, l) for t in steps] for l in range(L)]
+
+    def chance_free(t, s, l):
+        return kappa(first[t, l], first[s, l], n_experts)
+
+    def fluctuation(last):                                  # last (B, N); compared in whole numbers
+        return {"mean": float(last.mean())} | {
+            f"share_after_{percent}_percent": float((100 * last > percent * epochs).mean())
+            for percent in (20, 50, 80)}
+
+    report = {
+        "agreement_adjacent": curves(lambda t, l: agreement(first[t, l], first[t - 1, l]), later),
+        "agreement_final": curves(lambda t, l: agreement(first[t, l], first[-1, l]), every),
+        "kappa_adjacent": curves(lambda t, l: chance_free(t, t - 1, l), later),
+        "kappa_final": curves(lambda t, l: chance_free(t, -1, l), every),
+        "overlap_adjacent": curves(lambda t, l: overlap(experts[t, l], experts[t - 1, l]), later),
+        # the load counts all K choices: it is the work an expert is given
+        "load_entropy": curves(
+            lambda t, l: load_entropy(load_share(experts[t, l], n_experts)), every),
+        "last_fluctuation": [fluctuation(last_fluctuation(first[:, l])) for l in range(L)],
+    }
+
+    def over_layers(name, steps):
+        return mean(curve[t] for curve in report[name] for t in steps)
+
+    # The late learning rate is small, so late epochs agree whatever the method: compare the first
+    # quarter. The last epoch agrees with itself: compare a sixth and a half of training with it.
+    quarter = range(min(epochs, max(2, math.ceil(epochs / 4))) - 1)     # pairs (1, 2), (2, 3), ...
+    sixth, half = ([max(1, epochs // n) - 1] if epochs > 1 else [] for n in (6, 2))
+    return report | {
+        "mean_agreement_adjacent": over_layers("agreement_adjacent", range(epochs - 1)),
+        "first_quarter_agreement_adjacent": over_layers("agreement_adjacent", quarter),
+        "first_quarter_kappa_adjacent": over_layers("kappa_adjacent", quarter),
+        "sixth_agreement_final": over_layers("agreement_final", sixth),
+        "half_agreement_final": over_layers("agreement_final", half),
+        "final_load_entropy": over_layers("load_entropy", [-1]),
+    }
+
+
+# --- tables: one run, then all runs ---
+
+
+def show(value, form="{:.2f}"):
+    return "–" if value is None else form.format(value)
+
+
+def closing_table(result):
+    """The few lines a run ends with; – is a number this run does not have."""
+    r = result
+    exam = "test" if r["test_accuracy"] is not None else "val"
+    lines = {
+        "run": f"{r['method']}, preset {r['preset']}, seed {r['seed']}; epochs: {r['epochs']}, "
+               f"training images: {r['train_images']:,} ({r['data']})",
+        f"{exam} accuracy": f"{show(r[f'{exam}_accuracy'], '{:.1%}')} of {r['labels']} labels; "
+                            f"dense teacher {show(r['teacher_accuracy'], '{:.1%}')}",
+        "parameters": f"{r['params_total'] / 1e6:.2f} M total, "
+                      f"{r['params_active'] / 1e6:.2f} M active",
+        "FLOPs per image": f"{r['flops_per_image'] / 1e6:.1f} M",
+        "agreement": f"{show(r['agreement_adjacent'])} with the epoch before, "
+                     f"{show(r['agreement_final'])} of half-time with the end",
+        "load entropy": f"{show(r['load_entropy'])} (1 is even, 0 is one expert for all)",
+        "speed": f"{r['images_per_second']:,.0f} images/s on {r['device']}",
+        "files": r["out"],
+    }
+    return "\n".join(f"{name:<17}{line}" for name, line in lines.items())
+
+
+# Rows of one setting share a table; rows of one experiment differ in the seed alone and are pooled.
+SETTING = ("data", "data_md5", "labels", "train_images", "test_images", "epochs", "preset")
+NOT_THE_EXPERIMENT = ("seed", "device", "data_dir", "out", "save_every", "resume", "eval")
+
+
+def experiment(row):
+    """What was run, from its config: two paths that differ in a number (a seed) count as one."""
+    return {name: re.sub(r"\d+", "*", value) if "/" in str(value) else value
+            for name, value in row["config"].items() if name not in NOT_THE_EXPERIMENT}
+
+
+def results_table(rows):
+    """Markdown: one table and its caption per setting; a rerun of a seed replaces the first run."""
+    tables = {}                                             # setting > experiment > seed > row
+    for row in rows:
+        groups = tables.setdefault(tuple(row[name] for name in SETTING), {})
+        same = row["method"], row["device"], json.dumps(experiment(row), sort_keys=True)
+        groups.setdefault(same, {})[row["seed"]] = row
+    return "\n\n".join(one_table([list(seeds.values()) for seeds in groups.values()])
+                       for groups in tables.values()) or "Nothing has been measured yet."
+
+
+def pooled(values, form="{:.2f}"):
+    """Mean ± sample standard deviation of the known values; a lone one stands alone."""
+    known = [value for value in values if value is not None]
+    spread = f" ± {form.format(np.std(known, ddof=1))}" if len(known) > 1 else ""
+    return show(mean(known), form) + spread
+
+
+def one_table(groups):
+    lines = ["| method | K | params total / active | MFLOPs per image | test accuracy "
+             "| agreement adjacent, first quarter | load entropy | seconds | n | device |",
+             "|-|-|-|-|-|-|-|-|-|-|"]
+    for group in groups:
+        row, routed = group[0], group[0]["load_entropy"] is not None
+        rivals = [experiment(other[0]) for other in groups if other[0]["method"] == row["method"]]
+        differs = [f"{name}={value}" for name, value in experiment(row).items()
+                   if name != "k" and any(rival.get(name) != value for rival in rivals)]
+        lines.append("| " + " | ".join([
+            row["method"] + (f" ({', '.join(differs)})" if differs else ""),
+            show(row["config"].get("k") if routed else None, "{}"),
+            f"{row['params_total'] / 1e6:.2f} M / {row['params_active'] / 1e6:.2f} M",
+            f"{row['flops_per_image'] / 1e6:.1f}",
+            pooled([r["test_accuracy"] for r in group], "{:.1%}"),
+            pooled([(r.get("consistency") or {}).get("first_quarter_agreement_adjacent")
+                    for r in group]),
+            pooled([r["load_entropy"] for r in group]),
+            f"{mean(r['seconds'] for r in group):.0f}",
+            f"{len(group)}",
+            row["device"],
+        ]) + " |")
+
+    def all_of(value):
+        return ", ".join(str(v) for v in sorted({value(r) for group in groups for r in group}))
+
+    return "\n".join([*lines, "", (
+        f"{row['data']} (md5 {row['data_md5']}), {row['labels']} labels, {row['train_images']:,} "
+        f"training and {row['test_images']:,} test images, preset {row['preset']}; epochs: "
+        f"{row['epochs']}; seeds: {all_of(lambda r: r['seed'])}; torch "
+        f"{all_of(lambda r: r['versions']['torch'])}; commit "
+        f"{all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation over n "
+        f"seeds. Agreement: share of probe tokens that keep their first expert from one epoch to "
+        f"the next. Load entropy: 1 is even, 0 is one expert for all. –: no such number.")])
+
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def write_readme(readme_path, results_path):
+    """Put the table of a file of results between the two markers, and touch nothing else."""
+    text = Path(readme_path).read_bytes().decode()          # bytes: line endings stay as they are
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme_path} needs one line {BEGIN} and, below it, one line {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    table = results_table(read_lines(results_path))
+    command = f"python report.py --readme {readme_path} {results_path}"
+    Path(readme_path).write_bytes(
+        f"{before}{BEGIN}\n{table}\n\nWritten by `{command}`.\n{END}{after}".encode())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+# --- figures: every title says what the numbers say ---
+
+# Okabe and Ito's eight colours: colour-blind eyes tell them apart too
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
+TERMS = ("load", "entropy", "guidance", "mutual", "teacher_load", "teacher_entropy")
+
+
+def sheet(title, rows, columns, width, height, **layout):
+    """A figure that needs no display, its conclusion on top, and its axes (rows, columns)."""
+    fig = Figure(figsize=(width, height), dpi=90, layout="constrained")
+    fig.suptitle(textwrap.fill(title, int(10.5 * width)), fontsize=12)
+    return fig, fig.subplots(rows, columns, squeeze=False, **layout)
+
+
+def by_epoch(axis, ylabel):
+    axis.set(xlabel="epoch", ylabel=ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axis.grid(alpha=0.25)
+
+
+def plot_loss(metrics, result):
+    """Task loss, the other terms of the objective, and accuracy, over epochs."""
+    first, last = metrics[0], metrics[-1]
+    epoch = [m["epoch"] for m in metrics]
+    terms = [term for term in TERMS if any(term in m for m in metrics)]
+    test, teacher = result.get("test_accuracy"), result.get("teacher_accuracy")
+    title = f"The task loss ended at {last['task']:.2f} (first epoch: {first['task']:.2f})"
+    title += f"; {test:.1%} of the test images are right" if test is not None else ""
+    title += f" (dense teacher: {teacher:.1%})" if teacher is not None else ""
+    fig, axes = sheet(title, 1, 3 if terms else 2, 10.5 if terms else 8, 3.8)
+
+    axes[0, 0].plot(epoch, [m["task"] for m in metrics], ".-", color=COLOURS[0])
+    by_epoch(axes[0, 0], "task loss")
+    for term, colour in zip(terms, COLOURS, strict=False):  # guidance may end before training
+        axes[0, 1].plot(epoch, [m.get(term, math.nan) for m in metrics], ".-", color=colour,
+                        label=term.replace("_", " "))
+    if terms:
+        by_epoch(axes[0, 1], "weighted loss, log scale")
+        axes[0, 1].set_yscale("log")                        # the weights differ by powers of ten
+        axes[0, 1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+
+    accuracy = axes[0, -1]
+    kinds = {"probe_accuracy": "training images (probe)", "val_accuracy": "held-out images (val)"}
+    for (name, label), colour in zip(kinds.items(), (COLOURS[0], COLOURS[2]), strict=True):
+        if name in last:
+            accuracy.plot(epoch, [100 * m[name] for m in metrics], ".-", color=colour, label=label)
+    if test is not None:
+        accuracy.plot(epoch[-1], 100 * test, "*", ms=13, color=COLOURS[3], label="test images")
+    if teacher is not None:
+        accuracy.axhline(100 * teacher, ls="--", color="black", label="dense teacher")
+    by_epoch(accuracy, "images classified right, %")
+    accuracy.set_ylim(bottom=0)
+    accuracy.legend()
+    return fig
+
+
+def plot_load(experts, n_experts, layers):
+    """How much work has each expert? One map per MoE layer, experts by epochs."""
+    epochs, L = experts.shape[:2]
+    load = n_experts * np.array([[load_share(experts[t, l], n_experts) for t in range(epochs)]
+                                 for l in range(L)])        # (L, epochs, E) 1 is a fair share
+    idle = int((load[:, -1] == 0).sum())
+    fig, axes = sheet(f"The last epoch leaves {idle} of {L * n_experts} experts idle; the "
+                      f"busiest has {load[:, -1].max():.1f} times its fair share",
+                      1, L, 2 + 2.4 * L, 3.8)
+    for axis, of_layer, block in zip(axes[0], load, layers, strict=True):
+        # one scale for every run, so that the figures of two runs can be laid side by side
+        picture = axis.imshow(of_layer.T, vmin=0, vmax=2, aspect="auto", interpolation="nearest",
+                              origin="lower", extent=(0.5, epochs + 0.5, -0.5, n_experts - 0.5))
+        by_epoch(axis, "expert")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.grid(False)
+        axis.set_title(f"block {block}", fontsize=11)
+    fig.colorbar(picture, ax=axes, extend="max", ticks=range(3),
+                 label="load / fair share (0 idle, 1 fair)")
+    return fig
+
+
+def plot_agreement(consistency, layers):
+    """Do tokens keep their expert, do they have their final one yet, and is the load even?"""
+    kept, settled = consistency["mean_agreement_adjacent"], consistency["half_agreement_final"]
+    title = ("One epoch: there is no other assignment to compare with" if kept is None else
+             f"{kept:.0%} of tokens keep their expert from one epoch to the next; "
+             f"at half of training {settled:.0%} have their final one")
+    collapsed = [str(block) for block, curve in zip(layers, consistency["kappa_final"], strict=True)
+                 if curve[-1] is None]
+    if collapsed:
+        title += (f". One expert takes every token in block {', '.join(collapsed)}: "
+                  f"agreement there means nothing")
+
+    fig, axes = sheet(title, 2, 2, 9, 5.8, sharex=True, height_ratios=[5, 3])
+    panels = {"agreement_adjacent": ("same expert as an epoch ago", "tokens, %"),
+              "agreement_final": ("same expert as at the end", "tokens, %"),
+              "kappa_adjacent": ("as an epoch ago, beyond chance", "kappa, %"),
+              "load_entropy": ("a collapsed router agrees too: look here", "load entropy, %")}
+    for axis, (name, (panel, ylabel)) in zip(axes.flat, panels.items(), strict=True):
+        curves = 100 * np.array(consistency[name], dtype=float)     # (L, steps), None becomes nan
+        epoch = np.arange(curves.shape[1]) + (2 if name.endswith("adjacent") else 1)
+        axis.set_prop_cycle(color=COLOURS)
+        for curve, block in zip(curves, layers, strict=True):
+            axis.plot(epoch, curve, ".-", label=f"block {block}")
+        by_epoch(axis, ylabel)
+        axis.set_ylim(np.fmin.reduce(curves, axis=None, initial=0) - 3, 103)    # fmin skips nan
+        axis.set_title(panel, fontsize=11)
+    for axis in axes[0]:
+        axis.set_xlabel("")
+    axes[0, 1].legend()
+    return fig
+
+
+def plot_patches(images, experts, probs, layer):
+    """Who sees what: the first expert of every patch, over the image.
+
+    images (n, 3, H, W) uint8, the first n of B. For one block number `layer`: experts (B, N, K) and
+    probs (B, N, E) of one epoch; for L block numbers both have L in front.
+    """
+    layers, E, n = np.atleast_1d(layer), probs.shape[-1], len(images)
+    experts = experts.reshape(-1, *experts.shape[-3:])              # (L, B, N, K)
+    probs = probs.reshape(-1, *probs.shape[-3:]).astype(float)      # (L, B, N, E)
+    assert len(experts) == len(probs) == len(layers), "one epoch, please: pass experts[-1]"
+    L, B, N, _ = experts.shape
+    side = math.isqrt(N - 1)
+    assert side * side == N - 1, f"{N} tokens are not a class token and a square of patches"
+    first = experts[:, :, 1:, 0].reshape(L, B, side, side)          # without the class token
+    alpha = probs[:, :, 1:].max(axis=-1).reshape(L, B, side, side)
+
+    deepest = first[-1]                                             # (B, side, side)
+    below, right = deepest[:, 1:] == deepest[:, :-1], deepest[:, :, 1:] == deepest[:, :, :-1]
+    together = np.concatenate([below.ravel(), right.ravel()]).mean()
+    chance = (load_share(deepest, E) ** 2).sum()
+    # expert numbers have no order, so beyond eight colours neighbouring numbers are set far apart
+    palette = np.array([to_rgb(colour) for colour in COLOURS])      # (at least E, 3)
+    if len(palette) < E:
+        palette = colormaps["viridis"](np.arange(E) * 0.618 % 1)[:, :3]
+
+    fig, axes = sheet(f"In block {layers[-1]}, {together:.0%} of neighbouring patches share an "
+                      f"expert; by chance {chance:.0%} would",
+                      1 + L, n, 0.9 + 1.1 * n, 1.1 + 1.12 * (1 + L))
+    for axis, name in zip(axes[:, 0], ["image", *(f"block {b}" for b in layers)], strict=True):
+        axis.set_ylabel(name)
+    for i, image in enumerate(images):
+        axes[0, i].imshow(image.transpose(1, 2, 0))
+        grey = image.mean(axis=0)                                   # (H, W)
+        for l in range(L):
+            axis = axes[1 + l, i]
+            axis.imshow(grey, cmap="gray", vmin=-255, vmax=255)     # pale, under the colours
+            axis.imshow(np.dstack([palette[first[l, i]], alpha[l, i]]), interpolation="nearest",
+                        extent=(-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    fig.legend(handles=[Patch(color=palette[e], label=f"{e}") for e in range(E) if E <= 16],
+               title="colour: the patch's first expert; strength: its probability",
+               loc="outside lower center", ncols=8, frameon=False)
+    return fig
+
+
+def figures(run_dir):
+    """Draw what the files of a run allow, into its folder; returns the paths of the pictures."""
+    run = Path(run_dir)
+    ended = (run / "result.json").exists()                  # a stopped run still has its curves
+    result = json.loads((run / "result.json").read_text()) if ended else {}
+    drawn = {"loss.png": plot_loss(read_lines(run / "metrics.jsonl"), result)}
+    if (run / "routing.npz").exists():                      # dense and soft models have no router
+        routing = np.load(run / "routing.npz")
+        experts, probs, images = routing["experts"], routing["probs"], routing["images"]
+        layers, E = routing["layers"], int(routing["n_experts"])
+        drawn["load.png"] = plot_load(experts, E, layers)
+        drawn["agreement.png"] = plot_agreement(consistency(experts, E), layers)
+        drawn["patches.png"] = plot_patches(images, experts[-1], probs, layers)
+    for name, figure in drawn.items():
+        figure.savefig(run / name)
+    return [run / name for name in drawn]
+
+
+# --- the command ---
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What happened in this run?")
+    parser.add_argument("path", help="a run folder; with --readme, a file of results")
+    parser.add_argument("--readme", help="rewrite the results table of this file")
+    args = parser.parse_args()
+    try:
+        if args.readme:
+            write_readme(args.readme, args.path)
+        else:
+            print(closing_table(json.loads((Path(args.path) / "result.json").read_text())))
+            print(*figures(args.path), sep="\n")
+    except OSError as error:
+        parser.exit(2, f"report.py cannot read {error.filename}: {error.strerror}\n")
+    except ValueError as error:
+        if not args.readme:
+            raise
+        parser.exit(2, f"report.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

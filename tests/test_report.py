@@ -1,0 +1,381 @@
+"""Is what report.py says about a run true? Numbers by hand, then the tables, then the figures."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import report
+from report import (
+    agreement,
+    closing_table,
+    consistency,
+    kappa,
+    last_fluctuation,
+    load_entropy,
+    load_share,
+    overlap,
+    results_table,
+    write_readme,
+)
+
+# --- numbers ---
+
+
+def test_agreement_is_the_share_of_tokens_that_keep_their_expert():
+    assert agreement(np.array([[0, 1], [2, 2]]), np.array([[0, 1], [1, 2]])) == 3 / 4
+
+
+def test_kappa_takes_off_the_agreement_that_two_unlike_loads_have_by_chance():
+    a, b = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 2])
+    # agree 2/4; loads [3/4, 1/4, 0] and [1/2, 1/4, 1/4]: c = 3/8 + 1/16 = 7/16
+    # (1/2 - 7/16) / (1 - 7/16) = 1/9; with the load of a twice, c = 10/16 and kappa < 0
+    assert kappa(a, b, 3) == pytest.approx(1 / 9)
+
+
+def test_kappa_of_all_shuffles_of_an_assignment_is_zero_on_average():
+    a = np.array([0, 0, 1, 2, 0])
+    shuffles = [kappa(a, np.array(b), 3) for b in itertools.permutations(a)]
+    assert min(shuffles) < 0 < max(shuffles) == pytest.approx(1)
+    assert np.mean(shuffles) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_collapsed_router_agrees_with_itself_but_kappa_is_undefined_and_its_load_is_not_even():
+    collapsed = np.full((3, 2, 4, 5, 1), 6, dtype=np.uint8)  # 3 epochs, 2 layers: all to expert 6
+    c = consistency(collapsed, 8)
+    assert c["mean_agreement_adjacent"] == c["half_agreement_final"] == 1
+    assert c["kappa_adjacent"] == [[None, None]] * 2
+    assert c["first_quarter_kappa_adjacent"] is None
+    assert c["final_load_entropy"] == 0
+
+
+def test_overlap_ignores_the_order_of_a_tokens_experts():
+    assert overlap([[0, 1], [2, 3]], [[1, 0], [3, 2]]) == 1
+    # token 0 keeps 2 of 3, token 1 keeps 0 of 3
+    assert overlap([[0, 1, 2], [3, 4, 5]], [[2, 7, 1], [0, 1, 2]]) == pytest.approx(1 / 3)
+
+
+def test_load_share_counts_every_choice_and_an_idle_expert_has_none():
+    assert load_share(np.array([[0, 1], [0, 3]]), 5).tolist() == [0.5, 0.25, 0, 0.25, 0]
+
+
+def test_load_entropy_is_one_when_even_zero_when_collapsed_and_halfway_for_half_the_experts():
+    assert load_entropy(np.full(8, 1 / 8)) == pytest.approx(1)
+    assert load_entropy(np.array([0, 1.0, 0, 0])) == 0
+    assert load_entropy(np.array([0.5, 0, 0.5, 0])) == pytest.approx(0.5)  # log 2 / log 4
+    assert load_entropy(np.array([1.0])) == 1  # a lone expert has its fair share
+
+
+def test_the_last_fluctuation_is_the_last_epoch_away_from_the_final_expert():
+    history = np.array([[0, 5, 1, 2],
+                        [0, 5, 2, 2],
+                        [0, 5, 1, 3],
+                        [0, 6, 1, 2]])
+    # never away; away through 3; away at 2 although 1 and 3 were right; away at 3
+    assert last_fluctuation(history).tolist() == [0, 3, 2, 3]
+
+
+def one_layer(rows):
+    """A history (epochs, 1, 1, N, 1) from rows of the experts of N tokens."""
+    return np.array(rows, dtype=np.uint8)[:, None, None, :, None]
+
+
+def test_a_token_counts_as_late_only_beyond_the_share_of_training_not_at_it():
+    # 5 epochs, 4 tokens whose last fluctuations are 0, 1, 2 and 4; 20 % of 5 epochs is 1, 80 % is 4
+    rows = [[0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    (last,) = consistency(one_layer(rows), 2)["last_fluctuation"]
+    assert last == {"mean": 7 / 4, "share_after_20_percent": 2 / 4,
+                    "share_after_50_percent": 1 / 4, "share_after_80_percent": 0}
+
+
+def test_the_curves_and_summaries_of_six_epochs_by_hand():
+    rows = [[0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1]]
+    c = consistency(one_layer(rows), 2)
+    assert c["agreement_adjacent"] == [[2 / 4, 2 / 4, 3 / 4, 4 / 4, 3 / 4]]
+    assert c["agreement_final"] == [[0, 2 / 4, 2 / 4, 3 / 4, 3 / 4, 1]]
+    assert c["mean_agreement_adjacent"] == pytest.approx((2 + 2 + 3 + 4 + 3) / 20)
+    assert c["sixth_agreement_final"] == 0  # after epoch 1 of 6
+    assert c["half_agreement_final"] == 2 / 4  # after epoch 3 of 6
+    # a quarter of 6 epochs is 1.5, so pairs up to epoch 2: only (1, 2)
+    assert c["first_quarter_agreement_adjacent"] == 2 / 4
+    assert c["load_entropy"][0][1] == pytest.approx(1) and c["final_load_entropy"] == 0
+    # share of expert 1: 0, 1/2, 1/2, 3/4, 3/4, 1, so neighbours agree by chance 1/2, 1/2,
+    # 1/2 * 1/4 + 1/2 * 3/4 = 1/2, 1/16 + 9/16 = 5/8, 3/4: kappa 0, 0, (3/4 - 1/2) / (1/2), 1, 0
+    assert c["kappa_adjacent"] == [[0, 0, 1 / 2, 1, 0]]
+    assert c["first_quarter_kappa_adjacent"] == 0
+    # the end has expert 1 everywhere: agreement with it is the share of expert 1, which is chance
+    assert c["kappa_final"] == [[0, 0, 0, 0, 0, None]]
+
+
+def test_the_first_quarter_is_rounded_up_and_a_sixth_down_but_neither_is_ever_empty():
+    rows = [[0, 0], [0, 1], *[[1, 0]] * 7]  # neighbours agree 1/2, 0, 1, 1, ...
+    nine = consistency(one_layer(rows), 2)  # 9/4 epochs: pairs up to epoch 3; 9/6: epoch 1
+    assert nine["first_quarter_agreement_adjacent"] == pytest.approx((1 / 2 + 0) / 2)
+    assert nine["sixth_agreement_final"] == 1 / 2
+    assert nine["final_load_entropy"] == pytest.approx(1)
+    four = consistency(one_layer(rows[:4]), 2)  # 4/4: epoch 1 has no pair, so the first pair
+    assert four["first_quarter_agreement_adjacent"] == 1 / 2
+    assert four["sixth_agreement_final"] == 1 / 2
+
+
+def test_the_summaries_average_over_layers_and_only_first_choices_agree():
+    still, moving = [[0, 1], [0, 1]], [[0, 1], [2, 1]]  # the K = 2 experts of a token, two epochs
+    experts = np.array([still, moving]).transpose(1, 0, 2)[:, :, None, None, :]  # (2, L=2, 1, 1, 2)
+    c = consistency(experts, 4)
+    assert c["agreement_adjacent"] == [[1], [0]] and c["mean_agreement_adjacent"] == 1 / 2
+    assert c["overlap_adjacent"] == [[1], [1 / 2]]
+    assert c["final_load_entropy"] == pytest.approx(1 / 2)  # both choices count: log 2 / log 4
+
+
+def test_one_epoch_can_be_compared_with_nothing_and_the_report_is_still_json():
+    c = consistency(np.zeros((1, 2, 3, 5, 1), dtype=np.uint8), 1)
+    assert json.loads(json.dumps(c)) == c
+    assert c["agreement_adjacent"] == [[], []] and c["agreement_final"] == [[1], [1]]
+    for name in ("mean_agreement_adjacent", "half_agreement_final", "sixth_agreement_final",
+                 "first_quarter_agreement_adjacent", "first_quarter_kappa_adjacent"):
+        assert c[name] is None
+
+
+# --- tables ---
+
+
+def a_row(**changes):
+    return {
+        "method": "tgr", "preset": "tiny", "data": "cifar100", "data_md5": "eb9058", "seed": 0,
+        "device": "cpu, 2 cores", "commit": "abc1234", "command": "python train.py",
+        "versions": {"torch": "2.14.0"}, "config": {"k": 2, "seed": 0, "guide_weight": 5.0},
+        "epochs": 10, "train_images": 5000, "test_images": 10000, "labels": "fine",
+        "test_accuracy": 0.40, "teacher_accuracy": 0.45, "agreement_adjacent": 0.83,
+        "agreement_final": 0.71, "load_entropy": 0.9, "images_per_second": 1234.5,
+        "consistency": {"first_quarter_agreement_adjacent": 0.6}, "flops_per_image": 38_200_000,
+        "params_total": 2_690_000, "params_active": 1_100_000, "seconds": 100, "out": "runs/tgr-0",
+    } | changes
+
+
+DENSE = {"method": "dense", "agreement_adjacent": None, "agreement_final": None,
+         "load_entropy": None, "consistency": None, "teacher_accuracy": None}
+
+
+def body(table):
+    return [line for line in table.splitlines() if line.startswith("| ") and "method" not in line]
+
+
+def test_the_closing_table_names_what_the_run_reached_what_it_cost_and_where_it_lies():
+    table = closing_table(a_row())
+    for said in ("40.0% of fine labels", "dense teacher 45.0%", "2.69 M total", "1.10 M active",
+                 "38.2 M", "0.83", "0.71", "0.90", "1,234 images/s", "runs/tgr-0"):
+        assert said in table
+
+
+def test_a_run_that_held_images_out_closes_with_their_accuracy_and_no_test_accuracy():
+    table = closing_table(a_row(test_accuracy=None, val_accuracy=0.25))
+    assert "val accuracy     25.0% of fine labels" in table and "test accuracy" not in table
+
+
+def test_a_run_without_router_or_teacher_closes_with_dashes():
+    table = closing_table(a_row(**DENSE))
+    assert "dense teacher –" in table and "– with the epoch before" in table
+    assert "None" not in table
+
+
+def test_the_seeds_of_one_experiment_are_pooled_to_mean_and_sample_deviation():
+    rows = [a_row(seed=s, config={"k": 2, "seed": s, "teacher": f"runs/dense-{s}/model.pt"},
+                  test_accuracy=accuracy, load_entropy=entropy, seconds=seconds)
+            for s, accuracy, entropy, seconds in [(0, 0.40, 0.9, 100), (1, 0.42, 0.8, 104),
+                                                  (2, 0.47, 0.7, 102)]]
+    # accuracy: mean 43, deviations -3, -1, 4: sqrt((9 + 1 + 16) / 2) = 3.606 points
+    # load entropy: mean 0.8, sqrt((0.01 + 0 + 0.01) / 2) = 0.1; seconds: mean 102
+    table = results_table(rows)
+    assert body(table) == ["| tgr | 2 | 2.69 M / 1.10 M | 38.2 | 43.0% ± 3.6% | 0.60 ± 0.00 "
+                           "| 0.80 ± 0.10 | 102 | 3 | cpu, 2 cores |"]
+    assert "seeds: 0, 1, 2; torch 2.14.0; commit abc1234" in table
+    assert "cifar100 (md5 eb9058), fine labels, 5,000 training" in table and "epochs: 10" in table
+
+
+def test_one_seed_has_no_deviation_and_a_dense_model_no_k():
+    assert body(results_table([a_row(**DENSE)])) == [
+        "| dense | – | 2.69 M / 1.10 M | 38.2 | 40.0% | – | – | 100 | 1 | cpu, 2 cores |"]
+
+
+def test_a_rerun_of_a_seed_replaces_the_first_run_instead_of_counting_twice():
+    (line,) = body(results_table([a_row(), a_row(test_accuracy=0.5)]))
+    assert "| 50.0% |" in line and "| 1 |" in line
+
+
+def test_runs_that_differ_in_a_setting_of_the_method_are_told_apart_not_averaged():
+    lines = body(results_table([a_row(), a_row(config={"k": 2, "seed": 0, "guide_weight": 0.0})]))
+    assert [line.split(" |")[0] for line in lines] == ["| tgr (guide_weight=5.0)",
+                                                       "| tgr (guide_weight=0.0)"]
+    assert len(body(results_table([a_row(), a_row(device="one H200")]))) == 2
+    lines = body(results_table([a_row(config={"k": k, "seed": 0}) for k in (1, 2)]))
+    assert ["| tgr | 1 |" in lines[0], "| tgr | 2 |" in lines[1]] == [True, True]
+
+
+def test_runs_on_other_data_stand_in_a_table_of_their_own():
+    table = results_table([a_row(), a_row(train_images=50_000), a_row(method="vmoe")])
+    assert table.count("| method |") == 2
+    assert "5,000 training" in table and "50,000 training" in table
+
+
+def test_a_null_result_is_printed_like_any_other():
+    lines = body(results_table([a_row(method="vmoe"), a_row(test_accuracy=0.1)]))
+    assert "40.0%" in lines[0] and "10.0%" in lines[1]
+    assert results_table([]) == "Nothing has been measured yet."
+
+
+@pytest.fixture
+def readme(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(a_row()) + "\n\n")
+    path = tmp_path / "README.md"
+    path.write_bytes(f"# é\r\nabove\n{report.BEGIN}\nold\n{report.END}\nbelow\n".encode())
+    return path
+
+
+def test_the_readme_is_rewritten_between_the_markers_and_nowhere_else(readme):
+    for _ in range(2):  # twice: the table is replaced, not added
+        write_readme(readme, readme.parent / "rows.jsonl")
+        before, rest = readme.read_bytes().decode().split(report.BEGIN)
+        table, after = rest.split(report.END)
+        assert (before, after) == ("# é\r\nabove\n", "\nbelow\n")
+        assert "old" not in table and table.count("| tgr |") == 1
+        assert f"{readme.parent / 'rows.jsonl'}`" in table
+
+
+@pytest.mark.parametrize("broken", [
+    "no markers at all", report.BEGIN, f"{report.END}\n{report.BEGIN}",
+    f"{report.BEGIN}{report.END}{report.END}", f"{report.BEGIN}{report.BEGIN}{report.END}",
+])
+def test_a_readme_without_its_two_markers_is_refused_and_left_alone(readme, broken):
+    readme.write_text(broken)
+    with pytest.raises(ValueError, match="needs one line <!-- results:begin --> and, below it"):
+        write_readme(readme, readme.parent / "rows.jsonl")
+    assert readme.read_text() == broken
+
+
+# --- figures and the command ---
+
+HERE = os.path.dirname(report.__file__)
+
+
+def a_run(folder, epochs=6, E=8, K=1, L=2, images=2, router=True):
+    """The files of an invented run; experts are those of random, slowly moving logits."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    guidance = {"guidance": 0.1} if router else {}
+    metrics = [{"epoch": t, "task": 4.0 - t / 4, "lr": 1e-3, "probe_accuracy": t / 20,
+                "seconds": 1.0, "images_per_second": 100.0} | guidance
+               for t in range(1, epochs + 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(m) for m in metrics))
+    if router:
+        logits = rng.normal(size=(epochs, L, 9, 17, E)).cumsum(axis=0)  # 17 = class + 4 * 4
+        probs = np.exp(logits[-1]) / np.exp(logits[-1]).sum(axis=-1, keepdims=True)
+        np.savez(folder / "routing.npz", n_experts=E, layers=np.arange(L) * 2 + 3,
+                 experts=(-logits).argsort(axis=-1)[..., :K].astype(np.uint8),
+                 probs=probs.astype(np.float16),
+                 images=rng.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8))
+    (folder / "result.json").write_text(json.dumps(a_row(**({} if router else DENSE))))
+    return folder
+
+
+def title(fig):
+    return " ".join(fig.get_suptitle().split())
+
+
+@pytest.mark.parametrize("shape", [{"epochs": 1, "images": 8}, {"E": 1}, {"E": 64, "K": 2}])
+def test_every_run_with_a_router_gets_four_small_pictures(tmp_path, shape):
+    paths = report.figures(a_run(tmp_path / "run", **shape))
+    assert [path.name for path in paths] == ["loss.png", "load.png", "agreement.png", "patches.png"]
+    for path in paths:
+        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
+
+
+def test_a_run_without_a_router_gets_its_losses_only(tmp_path):
+    assert [p.name for p in report.figures(a_run(tmp_path / "run", router=False))] == ["loss.png"]
+
+
+def test_a_stopped_run_without_a_result_still_has_its_pictures(tmp_path):
+    run = a_run(tmp_path / "run")
+    (run / "result.json").unlink()
+    assert len(report.figures(run)) == 4
+
+
+def test_titles_are_conclusions_computed_from_the_data():
+    metrics = [{"epoch": 1, "task": 4.5, "probe_accuracy": 0.1, "val_accuracy": 0.2,
+                "guidance": 0.5},  # guided in the first half only
+               {"epoch": 2, "task": 2.25, "probe_accuracy": 0.3, "val_accuracy": 0.3}]
+    fig = report.plot_loss(metrics, a_row())
+    assert len(fig.axes) == 3  # task loss, guidance, accuracy
+    assert title(fig) == (
+        "The task loss ended at 2.25 (first epoch: 4.50); 40.0% of the test images are right "
+        "(dense teacher: 45.0%)")
+
+    # last epoch: [0, 0, 0, 1], so experts 2 and 3 are idle and expert 0 has 3/4 = 3 times 1/4
+    experts = one_layer([[0, 0, 0, 0], [0, 0, 2, 1], [0, 0, 0, 1]])
+    assert title(report.plot_load(experts, 4, [5])) == (
+        "The last epoch leaves 2 of 4 experts idle; the busiest has 3.0 times its fair share")
+
+    # neighbours agree 2/4 and 3/4; half of 3 epochs is epoch 1: 3/4
+    assert title(report.plot_agreement(consistency(experts, 4), [5])) == (
+        "62% of tokens keep their expert from one epoch to the next; at half of training 75% have "
+        "their final one")
+
+
+def test_the_agreement_figure_says_when_a_router_has_collapsed():
+    still = np.stack([one_layer([[0, 1, 2]] * 3), one_layer([[4, 4, 4]] * 3)], axis=1)[:, :, 0]
+    fig = report.plot_agreement(consistency(still, 8), [5, 7])
+    assert "One expert takes every token in block 7: agreement there means nothing" in title(fig)
+
+
+def test_patches_are_coloured_by_their_expert_row_by_row_and_the_class_token_is_left_out():
+    images = np.zeros((1, 3, 8, 8), dtype=np.uint8)
+    experts = np.array([5, 0, 0, 1, 1])[None, :, None]  # class token: 5, then a square of 2 * 2
+    probs = np.full((1, 5, 6), 0.1)
+    probs[0, np.arange(5), experts[0, :, 0]] = [0.5, 0.6, 0.7, 0.8, 0.9]
+    fig = report.plot_patches(images, experts, probs, 3)
+    _, (_, drawn) = (axis.images for axis in fig.axes)  # the image; then grey with the colours on
+    blue, orange = (report.to_rgb(colour) for colour in report.COLOURS[:2])
+    rgba = np.asarray(drawn.get_array())
+    np.testing.assert_allclose(rgba[..., :3], [[blue, blue], [orange, orange]])
+    np.testing.assert_allclose(rgba[..., 3], [[0.6, 0.7], [0.8, 0.9]])
+    # 2 of the 4 pairs of neighbours are equal; by chance 1/4 + 1/4
+    assert title(fig) == (
+        "In block 3, 50% of neighbouring patches share an expert; by chance 50% would")
+
+
+def test_a_whole_history_of_patches_is_refused_in_a_sentence():
+    with pytest.raises(AssertionError, match="one epoch, please"):
+        report.plot_patches(np.zeros((1, 3, 8, 8)), np.zeros((3, 2, 1, 5, 1), dtype=int),
+                            np.ones((2, 1, 5, 4)), [3, 5])
+
+
+def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(tmp_path):
+    a_run(tmp_path / "run", epochs=2, L=1)
+    # pyplot is what would look for a display: exit code 1 if anything has imported it
+    program = ("import sys, report; sys.argv[1:] = ['run']; report.main(); "
+               "sys.exit('matplotlib.pyplot' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": HERE})
+    assert done.returncode == 0 and "test accuracy" in done.stdout
+    assert done.stdout.splitlines()[-1] == "run/patches.png"
+    assert (tmp_path / "run/patches.png").exists()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nowhere"], "report.py cannot read nowhere/result.json: No such file or directory\n"),
+    (["--readme", "nowhere.md", "rows.jsonl"],
+     "report.py cannot read nowhere.md: No such file or directory\n"),
+    (["--readme", "README.md", "rows.jsonl"],
+     f"report.py: README.md needs one line {report.BEGIN} and, below it, one line {report.END}\n"),
+])
+def test_a_missing_file_or_marker_is_one_sentence_and_exit_code_2(
+        tmp_path, monkeypatch, capsys, arguments, said):
+    (tmp_path / "README.md").write_text("no markers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    assert (stopped.value.code, capsys.readouterr().err) == (2, said)
