@@ -1,0 +1,566 @@
+"""Does `python train.py` do what its flags, its help and its files say?
+
+In process, on 64 drawn images and a ViT of 5 tokens: importing torch once costs more than a run.
+"""
+import json
+import re
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import report
+import train
+from data import synthetic
+from moe import Output
+from train import Config, main, resolve
+
+SMALL = synthetic(seed=5, n_train=64, n_test=40)
+BASE = ["--epochs", "1", "--batch_size", "16", "--dim", "16", "--depth", "2", "--heads", "2",
+        "--patch", "16", "--moe_blocks", "2", "--n_experts", "4", "--probe_images", "8",
+        "--train_images", "0"]
+RESULT = {"config", "command", "seed", "commit", "versions", "device", "data", "data_md5",
+          "test_accuracy", "agreement_adjacent", "agreement_final", "load_entropy",
+          "images_per_second", "flops_per_image", "params_total", "params_active", "seconds"}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", lambda *args: SMALL)
+    monkeypatch.setattr(train, "seconds_left", lambda *args: 0.0)
+    monkeypatch.setattr(report, "figures", lambda out: [])
+
+
+def run(*flags, out="run", method="moe"):
+    """Train with BASE and flags; returns (result, metrics lines, checkpoint)."""
+    main([*BASE, "--method", method, "--out", out, *flags])
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return (json.loads(Path(out, "result.json").read_text()), lines,
+            torch.load(Path(out, "checkpoint.pt"), weights_only=True))
+
+
+def config(*flags, method="moe"):
+    return resolve(train.parse([*BASE, "--method", method, *flags]))
+
+
+def vit(*flags, method="moe"):
+    return train.build(config(*flags, method=method), SMALL)
+
+
+def first_batch(*flags):
+    cfg = config(*flags)
+    return next(train.batches(cfg, SMALL, train.split(cfg, SMALL), epoch=1))
+
+
+def terms(*flags, method="moe"):
+    """The objective of one fixed batch."""
+    cfg = config("--augment", "none", *flags, method=method)
+    student = train.build(cfg, SMALL)
+    guide = None
+    if "tgr" in method:
+        torch.manual_seed(1)
+        teacher = train.build(config(method="dense"), SMALL)
+        guide = train.Guide(teacher, student, cfg.n_experts)
+        with torch.no_grad():
+            for router in guide.routers.values():
+                router.weight.normal_()
+    images, targets = next(train.batches(cfg, SMALL, train.split(cfg, SMALL), epoch=1))
+    return train.losses(cfg, student, guide, images, targets, guided=True)
+
+
+def refusal(capsys, *flags):
+    """The one sentence that train.py ends with, code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([*BASE, *flags])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.strip().splitlines()[-1]
+
+
+# --- the six methods and what a run leaves behind ---
+
+@pytest.mark.parametrize("method, expected", [
+    ("dense", {"task"}), ("soft", {"task"}), ("moe", {"task", "load", "entropy"}),
+    ("tgr", {"task", "teacher_load", "teacher_entropy", "guidance"}),
+    ("mode", {"task", "load", "entropy", "mutual"}),
+    ("tgr+mode", {"task", "teacher_load", "teacher_entropy", "guidance", "mutual"})])
+def test_every_method_trains_with_its_own_terms_and_no_other(method, expected):
+    result, lines, _ = run("--method", method, method=method)
+    known = {"task", "load", "entropy", "guidance", "mutual", "teacher_load", "teacher_entropy"}
+    assert known & lines[0].keys() == expected
+    assert result.keys() >= RESULT and result["method"] == method
+    routed = method not in ("dense", "soft")
+    assert (result["load_entropy"] is not None) == routed
+    assert Path("run/routing.npz").exists() == routed
+    assert (result["teacher_accuracy"] is not None) == ("tgr" in method)
+
+
+def test_two_epochs_have_an_agreement_and_one_has_none():
+    assert run("--epochs", "2")[0]["agreement_adjacent"] is not None
+    assert run(out="one")[0]["agreement_final"] is None
+
+
+def test_a_checkpoint_holds_tensors_and_primitives_only_and_the_whole_config():
+    result, _, state = run()                                # run() loads with weights_only=True
+    assert state["config"] == result["config"] == asdict(Config(**state["config"]))
+    assert state["epoch"] == 1 and state["data_md5"] == SMALL.md5
+
+
+def test_the_figures_are_drawn_into_the_run_folder(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "load", lambda *args: SMALL)
+    out = Path("figures")
+    try:
+        run("--epochs", "2", out=str(out))
+        assert {p.name for p in out.glob("*.png")} == {
+            "loss.png", "load.png", "agreement.png", "patches.png"}
+    finally:
+        for file in out.glob("*"):
+            file.unlink()
+        out.rmdir()
+
+
+def test_the_first_line_calls_tiny_a_demonstration_and_names_the_data(capsys):
+    run()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "a demonstration" in first and SMALL.note in first
+
+
+def test_training_fits_64_images_better_than_chance_could():
+    _, lines, _ = run("--epochs", "30", "--lr", "0.01", "--labels", "coarse", "--augment", "none",
+                      "--save_every", "30")
+    assert lines[-1]["task"] < 0.5 * lines[0]["task"]
+
+
+def test_the_test_images_are_looked_at_once_and_with_split_val_never(monkeypatch):
+    seen, original = [], train.accuracy
+
+    def watched(model, images, *rest):
+        seen.append(len(images))
+        return original(model, images, *rest)
+
+    monkeypatch.setattr(train, "accuracy", watched)
+    run("--epochs", "3")
+    assert seen == [40]
+    seen.clear()
+    result, lines, _ = run("--epochs", "3", "--split", "val", out="val")
+    assert 40 not in seen and len(seen) == 4                # 6 held-out images, and the last look
+    assert result["test_accuracy"] is None and result["train_images"] == 58
+    assert result["val_accuracy"] == lines[-1]["val_accuracy"]
+
+
+def test_held_out_images_are_never_trained_on():
+    cfg = config("--split", "val")
+    sets = train.split(cfg, SMALL)
+    train_rows = {t.numpy().tobytes() for t in sets.train[0]}
+    assert len(train_rows) == 58
+    assert not train_rows & {t.numpy().tobytes() for t in sets.val[0]}
+    assert {t.numpy().tobytes() for t in sets.probe[0]} <= {
+        t.numpy().tobytes() for t in sets.val[0]}
+
+
+# --- the same run twice, an interrupted run, a spoilt run ---
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_seed_fixes_every_bit_and_another_seed_does_not():
+    flags = ["--epochs", "2", "--augment", "heavy", "--drop_path", "0.2", "--noise", "1"]
+    states = [run(*flags, "--seed", seed, out=out)[2]["student"]
+              for seed, out in (("0", "a"), ("0", "b"), ("1", "c"))]
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+def test_an_interrupted_run_continues_bit_for_bit(monkeypatch):
+    flags = ["--epochs", "3", "--augment", "heavy", "--mixup", "0.8", "--drop_path", "0.2",
+             "--noise", "1", "--k", "1"]
+    whole_result, whole_lines, whole = run(*flags, method="tgr", out="whole")
+
+    def stop(cfg, line, original=train.say):
+        original(cfg, line)
+        if cfg.method == "tgr" and line["epoch"] == 2:      # after its line, before its checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "say", stop)
+        run(*flags, method="tgr", out="broken")
+    assert ended.value.code == 130
+    main(["--resume", "--out", "broken"])
+    again = torch.load("broken/checkpoint.pt", weights_only=True)
+    assert same(whole["student"], again["student"]) and same(whole["routers"], again["routers"])
+    lines = [json.loads(line) for line in Path("broken/metrics.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == [line["task"] for line in whole_lines]
+    result = json.loads(Path("broken/result.json").read_text())
+    assert result["consistency"] == whole_result["consistency"]
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint_whole(monkeypatch):
+    train.save("c.pt", {"value": torch.ones(3)})
+
+    def full_disk(content, file):
+        file.write(b"half a checkp")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train.save("c.pt", {"value": torch.zeros(3)})
+    assert torch.load("c.pt", weights_only=True)["value"].sum() == 3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_is_taken(
+        where, monkeypatch, capsys):
+    original, calls = train.losses, []
+
+    def spoilt(cfg, student, *rest):
+        calls.append(1)
+        found = original(cfg, student, *rest)
+        if len(calls) == 6:                                 # the second step of the second epoch
+            weight = student.blocks[1].mlp.router.weight
+            zero = (weight - weight).sum()
+            found["task"] = found["task"] + (torch.nan if where == "loss" else zero.sqrt())
+        return found
+
+    monkeypatch.setattr(train, "losses", spoilt)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", "3")
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "epoch 2, step 2" in said and "Traceback" not in said
+    assert where == "loss" or "blocks.1.mlp.router.weight" in said
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["student"].values())
+
+
+def test_a_router_that_is_not_finite_is_named(monkeypatch, capsys):
+    original = train.build
+
+    def broken(cfg, data):
+        student = original(cfg, data)
+        student.blocks[1].mlp.router.weight.data[0, 0] = torch.inf
+        return student
+
+    monkeypatch.setattr(train, "build", broken)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 1
+    assert "the router of block 2" in capsys.readouterr().err
+
+
+# --- the teacher ---
+
+def test_a_teacher_is_trained_first_kept_and_not_trained_again(capsys):
+    run("--teacher_epochs", "2", method="tgr", out="a")
+    kept = list(Path("runs/teachers").glob("*/checkpoint.pt"))
+    assert len(kept) == 1 and torch.load(kept[0], weights_only=True)["epoch"] == 2
+    stamp = kept[0].stat().st_mtime_ns
+    capsys.readouterr()
+    run("--teacher_epochs", "2", "--seed", "3", "--k", "1", method="tgr", out="b")
+    assert kept[0].stat().st_mtime_ns == stamp              # one teacher for all seeds and methods
+    run("--teacher_epochs", "2", "--lr", "0.01", method="tgr", out="c")
+    assert len(list(Path("runs/teachers").glob("*/checkpoint.pt"))) == 2
+
+
+def test_a_given_teacher_is_used_as_it_is_and_learns_nothing(monkeypatch):
+    _, _, dense = run(method="dense", out="dense")
+    guides, original = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda job, guide=None, command="": guides.append(guide)
+                        or original(job, guide, command))
+    run("--teacher", "dense/checkpoint.pt", method="tgr")
+    assert not Path("runs").exists()
+    assert same(dense["student"], guides[0].teacher.state_dict())
+
+
+def test_a_student_of_another_seed_starts_from_other_weights_and_methods_share_a_trunk():
+    a, b, c = vit(method="moe"), vit(method="tgr"), vit("--seed", "1")
+    assert same(a.state_dict(), b.state_dict()) and not same(a.state_dict(), c.state_dict())
+    dense = vit(method="dense")
+    assert torch.equal(a.blocks[0].mlp.fc_in.weight, dense.blocks[0].mlp.fc_in.weight)
+
+
+# --- every flag changes what it says ---
+
+def test_a_preset_fills_only_what_was_not_given():
+    cfg = resolve({"preset": "small", "depth": 5, "device": "cpu"})
+    assert (cfg.depth, cfg.dim, cfg.patch, cfg.epochs) == (5, 192, 4, 100)
+    assert resolve(train.parse(["--preset", "tiny", "--device", "cpu"])).dim == 96
+
+
+def test_data_flags_reach_the_loader(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "load", lambda *args: asked.append(args) or SMALL)
+    run("--data", "synthetic", "--data_dir", "elsewhere", "--device", "cpu")
+    assert asked == [("synthetic", "elsewhere", "cpu")]
+
+
+def test_labels_choose_100_or_20_classes():
+    assert vit().head.out_features == 100
+    assert vit("--labels", "coarse").head.out_features == 20
+    sets = train.split(config("--labels", "coarse"), SMALL)
+    assert sets.train[1].max() < 20 and len(sets.train[1]) == 64
+
+
+def test_train_images_is_how_many_are_trained_on():
+    assert run("--train_images", "32")[0]["train_images"] == 32
+
+
+def test_augment_says_how_far_an_image_is_from_the_original():
+    clean, light, heavy = (first_batch("--augment", s)[0] for s in ("none", "light", "heavy"))
+    originals = {i.numpy().tobytes() for i in train.normalise(SMALL.train.images, SMALL.mean,
+                                                              SMALL.std)}
+    assert {i.numpy().tobytes() for i in clean} <= originals
+    assert not {i.numpy().tobytes() for i in heavy} <= originals
+    assert not torch.equal(clean, light) and not torch.equal(light, heavy)
+
+
+@pytest.mark.parametrize("flag", ["--mixup", "--cutmix"])
+def test_mixing_shares_a_target_between_two_classes(flag):
+    assert first_batch()[1].max(dim=1).values.min() == 1
+    targets = first_batch(flag, "1.0")[1]
+    assert targets.max(dim=1).values.min() < 1
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(16))
+
+
+@pytest.mark.parametrize("flags, read, expected", [
+    (["--dim", "32"], lambda m: m.embed.out_features, 32),
+    (["--depth", "3"], lambda m: len(m.blocks), 3),
+    (["--heads", "4"], lambda m: m.blocks[0].attn.heads, 4),
+    (["--patch", "8"], lambda m: m.n_tokens, 17),
+    (["--mlp_ratio", "3"], lambda m: m.blocks[0].mlp.fc_in.out_features, 48),
+    (["--mlp_ratio", "3"], lambda m: m.blocks[1].mlp.experts.w_in.shape[2], 48),
+    (["--expert_ratio", "5"], lambda m: m.blocks[1].mlp.experts.w_in.shape[2], 80),
+    (["--drop_path", "0.3"], lambda m: m.blocks[1].drop_path, 0.3),
+    (["--moe_blocks", "1,2"], lambda m: m.moe_blocks, (1, 2)),
+    (["--n_experts", "6"], lambda m: len(m.blocks[1].mlp.experts.w_in), 6),
+    (["--k", "3"], lambda m: m.blocks[1].mlp.router.k, 3),
+    (["--gate", "sigmoid"], lambda m: m.blocks[1].mlp.router.gate, "sigmoid"),
+    (["--noise", "1.5"], lambda m: m.blocks[1].mlp.router.noise, 1.5),
+    (["--capacity_factor", "1.25"], lambda m: m.blocks[1].mlp.router.capacity_factor, 1.25)])
+def test_a_model_flag_shapes_the_model(flags, read, expected):
+    assert read(vit()) != expected and read(vit(*flags)) == expected
+
+
+def test_expert_ratio_widens_the_same_blocks_of_a_dense_model_and_leaves_the_others():
+    dense = vit("--expert_ratio", "5", method="dense")
+    assert [b.mlp.fc_in.out_features for b in dense.blocks] == [32, 80]
+
+
+@pytest.mark.parametrize("flag, name, method", [
+    ("--load_weight", "load", "moe"), ("--entropy_weight", "entropy", "moe"),
+    ("--load_weight", "teacher_load", "tgr"), ("--entropy_weight", "teacher_entropy", "tgr"),
+    ("--guide_weight", "guidance", "tgr"), ("--alpha", "mutual", "mode"),
+    ("--alpha", "mutual", "tgr+mode")])
+def test_a_weight_multiplies_its_own_term_and_no_other(flag, name, method):
+    one, three = terms(flag, "1", method=method), terms(flag, "3", method=method)
+    for term in one:
+        torch.testing.assert_close(three[term], one[term] * (3 if term == name else 1))
+    assert one[name] > 0
+
+
+def test_label_smoothing_is_in_the_task_loss():
+    cfg = config("--label_smoothing", "0.2", method="dense")
+    logits, targets = torch.randn(7, 100), torch.eye(100)[:7]
+    smooth = 0.8 * targets + 0.2 / 100                      # a fifth of every target is spread
+    task = train.objective(cfg, Output(logits, {}), targets)["task"]
+    torch.testing.assert_close(task, -(smooth * logits.log_softmax(dim=1)).sum(dim=1).mean())
+
+
+def test_guidance_is_the_mean_over_blocks_and_the_teachers_losses_the_sum():
+    one = terms("--moe_blocks", "2", "--depth", "3", method="tgr")
+    both = terms("--moe_blocks", "2,3", "--depth", "3", method="tgr")
+    assert 0.5 < both["guidance"] / one["guidance"] < 1.5
+    assert both["teacher_entropy"] / one["teacher_entropy"] > 1.5
+
+
+def test_guide_until_ends_the_guidance_there():
+    _, lines, _ = run("--epochs", "4", "--guide_until", "0.5", method="tgr")
+    assert ["guidance" in line for line in lines] == [True, True, False, False]
+    assert all("teacher_entropy" in line for line in lines)
+
+
+def test_guide_tokens_chooses_which_tokens_are_guided():
+    values = {terms("--guide_tokens", t, method="tgr")["guidance"].item()
+              for t in ("all", "class", "patches")}
+    assert len(values) == 3
+
+
+def test_epochs_and_batch_size_count_passes_and_steps(monkeypatch):
+    steps, original = [], train.losses
+    monkeypatch.setattr(train, "losses", lambda *a: steps.append(len(a[3])) or original(*a))
+    _, lines, _ = run("--epochs", "3", "--batch_size", "24")
+    assert len(lines) == 3 and steps == [24] * 6            # 64 = 24 + 24 + 16 left for next time
+
+
+def test_the_learning_rate_warms_up_to_lr_and_ends_at_zero():
+    cfg = config("--lr", "0.3", "--epochs", "10", "--warmup_epochs", "2")
+    rates = [train.learning_rate(cfg, progress) for progress in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 0.15, 0.3, 0.15, 0], abs=1e-12)
+
+
+def test_weight_decay_pulls_on_matrices_and_on_nothing_else():
+    model = vit("--weight_decay", "0.7")
+    decayed, free = train.parameter_groups(model, None, 0.7)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.7, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in (decayed, free))
+    assert {"blocks.1.mlp.experts.w_in", "blocks.1.mlp.router.weight", "head.weight"} <= decayed
+    assert {"blocks.1.mlp.experts.b_in", "pos", "cls", "blocks.0.norm1.weight", "head.bias"} <= free
+    assert len(decayed) + len(free) == len(names)
+
+
+def test_clip_is_the_largest_norm_of_a_step(monkeypatch):
+    asked, original = [], torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_",
+                        lambda p, most, norm: asked.append(most) or original(p, most, norm))
+    run("--clip", "0.25")
+    assert set(asked) == {0.25}
+
+
+def test_weight_decay_flag_reaches_the_optimiser():
+    state = run("--weight_decay", "0.7")[2]["optimizer"]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.7, 0.0]
+
+
+def test_precision_changes_the_arithmetic_and_not_the_router():
+    cfg = config("--precision", "bf16")
+    images, _ = first_batch()
+    plain, rough = (next(iter(train.outputs(vit(), SMALL.train.images[:16], c, SMALL)))
+                    for c in (config(), cfg))
+    assert plain.logits.dtype == torch.float32 and rough.logits.dtype == torch.bfloat16
+    assert rough.layers[2].routing.logits.dtype == torch.float32
+    torch.testing.assert_close(rough.logits.float(), plain.logits, atol=0.05, rtol=0.05)
+    assert run("--precision", "bf16", "--mixup", "0.5")[0]["config"]["precision"] == "bf16"
+    assert images.dtype == torch.float32
+
+
+def test_compile_compiles_the_losses_and_is_off_on_a_cpu(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or f)
+    run()
+    assert not compiled
+    run("--compile", out="compiled")
+    assert compiled == ["losses"]
+
+
+def test_save_every_counts_epochs_between_checkpoints(monkeypatch):
+    saved, original = [], train.save
+    monkeypatch.setattr(train, "save", lambda p, c: saved.append(c["epoch"]) or original(p, c))
+    run("--epochs", "5", "--save_every", "2")
+    assert saved == [2, 4, 5]
+
+
+def test_probe_images_are_fixed_and_clean():
+    cfg = config("--probe_images", "5")
+    images, labels = train.split(cfg, SMALL).probe
+    assert len(images) == 5 and images.dtype == torch.uint8
+    assert torch.equal(images, train.split(config("--probe_images", "5", "--seed", "9"),
+                                           SMALL).probe[0])
+    assert len(labels) == 5
+
+
+def test_without_out_a_run_never_overwrites_another():
+    main([*BASE, "--method", "dense"])
+    main([*BASE, "--method", "dense"])
+    assert {p.name for p in Path("runs").iterdir()} == {
+        "dense-tiny-synthetic-seed0", "dense-tiny-synthetic-seed0-2"}
+
+
+def test_eval_tests_a_checkpoint_class_by_class(capsys):
+    result, _, _ = run("--labels", "coarse")
+    capsys.readouterr()
+    main(["--eval", "run/checkpoint.pt"])
+    said = capsys.readouterr().out
+    assert f"accuracy {result['test_accuracy']:.2%}" in said
+    assert "calibration error" in said and "worst" in said and "block 2" in said
+
+
+def test_every_flag_is_named_in_these_tests():
+    source = Path(__file__).read_text()
+    assert [f.name for f in fields(Config) if f'"--{f.name}"' not in source] == []
+
+
+# --- bad input gets one sentence and code 2 ---
+
+@pytest.mark.parametrize("flags, words", [
+    (["--no_such_flag", "1"], "no_such_flag"),
+    (["--method", "magic"], "magic"),
+    (["--k", "9"], "9 of 4 experts"),
+    (["--k", "0"], "0 of 4 experts"),
+    (["--heads", "3"], "3 heads"),
+    (["--patch", "5"], "patches of 5"),
+    (["--moe_blocks", "7"], "from 1 to 2"),
+    (["--moe_blocks", "two"], "5,7,9"),
+    (["--epochs", "0"], "--epochs"),
+    (["--device", "cuda"], "no CUDA device"),
+    (["--resume"], "--out"),
+    (["--resume", "--out", "nowhere"], "no checkpoint at nowhere"),
+    (["--eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["--teacher", "nowhere.pt"], "no checkpoint at nowhere.pt")])
+def test_a_bad_flag_is_refused_in_one_sentence(flags, words, capsys):
+    if "--device" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert words in refusal(capsys, *flags)
+
+
+def test_an_unreadable_data_folder_is_refused_in_one_sentence(capsys, monkeypatch):
+    import data
+    monkeypatch.setattr(train, "load", data.load)
+    Path("file").write_text("not a folder")
+    assert "--data_dir" in refusal(capsys, "--data", "cifar100", "--data_dir", "file")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
+    run()
+    assert "--resume" in refusal(capsys, "--out", "run")
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(capsys):
+    run()
+    assert "--dim 16, not 32" in refusal(capsys, "--resume", "--out", "run", "--dim", "32",
+                                         "--method", "moe")
+    main([*BASE, "--patch", "8", "--method", "dense", "--out", "fine"])
+    assert "--patch" in refusal(capsys, "--teacher", "fine/checkpoint.pt")
+    assert "a teacher is dense" in refusal(capsys, "--teacher", "run/checkpoint.pt")
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    state["student"]["pos"] = torch.zeros(1, 9, 16)
+    train.save("run/checkpoint.pt", state)
+    assert "another shape" in refusal(capsys, "--eval", "run/checkpoint.pt")
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(capsys):
+    run()
+    whole = Path("run/checkpoint.pt").read_bytes()
+    Path("run/checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    assert "damaged" in refusal(capsys, "--eval", "run/checkpoint.pt")
+
+
+def test_a_run_is_not_continued_on_other_images(capsys, monkeypatch):
+    run()
+    monkeypatch.setattr(train, "load", lambda *args: SMALL._replace(md5="other"))
+    with pytest.raises(SystemExit):
+        main(["--resume", "--out", "run"])
+    assert "other images" in capsys.readouterr().err
+
+
+def test_the_help_names_every_flag_with_a_line_of_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert all(f"--{f.name}" in said and f.metadata["help"].split("%")[0] in said
+               for f in fields(Config))
+
+
+def test_one_expert_per_token_and_mutual_distillation_warns_once():
+    import distill
+    distill._warn_that_one_expert_is_alone.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, lines, _ = run("--k", "1", "--epochs", "2", method="mode")
+    assert sum("nobody to learn from" in str(w.message) for w in caught) == 1
+    assert all(line["mutual"] == 0 for line in lines)
