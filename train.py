@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +47,8 @@ METHODS = ("dense", "soft", "moe", "tgr", "mode", "tgr+mode")
 # --- the configuration: every field is a flag, a help line and a part of every result ------------
 
 
-def flag(default, help, choices=None, type=None):
-    return field(default=default, metadata={"help": help, "choices": choices, "type": type})
+def flag(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -140,10 +141,10 @@ def parse(argv):
     """The flags that were given, as a dict; an unknown flag ends with one sentence and code 2."""
     parser = argparse.ArgumentParser(description=Config.__doc__, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        kind = f.type
-        how = dict(action=argparse.BooleanOptionalAction if f.name == "compile" else "store_true") \
-            if kind is bool else dict(type=kind, choices=f.metadata["choices"])
-        shown = "from the preset" if f.default is None and f.name in PRESETS["tiny"] else f.default
+        how = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        shown = "from the preset" if f.name in PRESETS["tiny"] else f.default
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{shown}]", **how)
     return vars(parser.parse_args(argv))
 
@@ -184,12 +185,19 @@ class Sets(NamedTuple):
 
 
 def split(cfg, data):
+    """Share the images out; the order in which a subset or a held-out tenth is taken is fixed."""
     labels = getattr(data.train, cfg.labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order.to(labels.device)
     held_out = len(labels) // 10 if cfg.split == "val" else 0
     kept = order[:len(labels) - held_out]
+    if cfg.train_images > len(kept):
+        raise ValueError(f"--train_images {cfg.train_images}: {data.name} has {len(kept)} to train "
+                         f"on; 0 takes them all")
     kept = kept[:cfg.train_images or len(kept)]
+    if cfg.batch_size > len(kept):
+        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(kept)} training "
+                         f"images: choose a smaller one")
     val = order[len(labels) - held_out:]
     probe = (val if held_out else kept)[:cfg.probe_images]
 
@@ -209,6 +217,9 @@ def build(cfg, data):
     except ValueError:
         raise ValueError(f"--moe_blocks {cfg.moe_blocks} are no block numbers: "
                          f"write them as 5,7,9") from None
+
+    if not blocks and cfg.method != "dense":
+        raise ValueError(f"--method {cfg.method} needs at least one block in --moe_blocks")
 
     def make_sparse():
         if cfg.method == "dense":
@@ -245,10 +256,11 @@ def teacher_config(cfg, data):
 
 # --- the objective -------------------------------------------------------------------------------
 
-def objective(cfg, output, targets, teacher_logits=None, guided=True, n_tokens=None):
+def objective(cfg, output, targets, teacher_logits=None):
     """Every term of the loss, already weighted; their sum is what training minimises.
 
-    output of the student, targets (B, n_classes), teacher_logits {block: (T, E)} from a `Guide`.
+    output of the student, targets (B, n_classes), teacher_logits {block: (T, E)} from a `Guide`,
+    or None where nothing is guided: in the other methods, and after --guide_until.
     """
     terms = {"task": F.cross_entropy(output.logits.float(), targets,
                                      label_smoothing=cfg.label_smoothing)}
@@ -257,14 +269,14 @@ def objective(cfg, output, targets, teacher_logits=None, guided=True, n_tokens=N
         terms["load"] = cfg.load_weight * sum(load_loss(r.routing.probs) for r in routed.values())
         terms["entropy"] = cfg.entropy_weight * sum(
             entropy_loss(r.routing.logits) for r in routed.values())
-    if cfg.method in ("tgr", "tgr+mode"):
+    if teacher_logits is not None:
         load, entropy = teacher_router_losses(teacher_logits)
         terms["teacher_load"] = cfg.load_weight * load
         terms["teacher_entropy"] = cfg.entropy_weight * entropy
-        if guided:
-            terms["guidance"] = cfg.guide_weight / len(routed) * sum(
-                guidance_loss(teacher_logits[b], r.routing.logits, cfg.guide_tokens, n_tokens)
-                for b, r in routed.items())
+        n_tokens = len(teacher_logits[min(routed)]) // len(targets)
+        terms["guidance"] = cfg.guide_weight / len(routed) * sum(
+            guidance_loss(teacher_logits[b], r.routing.logits, cfg.guide_tokens, n_tokens)
+            for b, r in routed.items())
     if cfg.method in ("mode", "tgr+mode"):
         terms["mutual"] = cfg.alpha / len(routed) * sum(
             mutual_distillation_loss(r.raw) for r in routed.values())
@@ -378,21 +390,22 @@ def batches(cfg, data, sets, epoch):
     """
     images, labels = sets.train
     generator = torch.Generator(images.device).manual_seed(cfg.seed * 100_003 + epoch)
-    size = min(cfg.batch_size, len(images))
     order = torch.randperm(len(images), generator=generator, device=images.device)
-    for some in order[:len(order) // size * size].split(size):
+    for some in order.split(cfg.batch_size)[:steps_per_epoch(cfg, sets)]:
         x = augment(images[some], cfg.augment, generator)
         targets = F.one_hot(labels[some], n_classes(cfg, data)).float()
         x, targets = mix(x, targets, cfg.mixup, cfg.cutmix, generator)
         yield normalise(x, data.mean, data.std), targets
 
 
-def losses(cfg, student, guide, images, targets, guided):
-    """One forward pass of student and teacher: the terms of `objective`."""
+def steps_per_epoch(cfg, sets):
+    return len(sets.train[0]) // cfg.batch_size
+
+
+def losses(cfg, student, guide, images, targets):
+    """One forward pass of student and, unless guide is None, teacher: the terms of `objective`."""
     with torch.autocast(images.device.type, AUTOCAST[cfg.precision], cfg.precision != "fp32"):
-        output = student(images)
-        teacher_logits = guide(images) if guide else None
-        return objective(cfg, output, targets, teacher_logits, guided, student.n_tokens)
+        return objective(cfg, student(images), targets, guide(images) if guide else None)
 
 
 def parameter_groups(student, guide, weight_decay):
@@ -438,7 +451,7 @@ def fit(job, guide=None, command=""):
     lines = metrics.read_text().splitlines()[:done] if done else []
     metrics.write_text("".join(line + "\n" for line in lines))
 
-    steps = max(1, len(sets.train[0]) // cfg.batch_size)
+    steps = steps_per_epoch(cfg, sets)
     check_every = 50 if on_gpu else 1           # a check makes the host wait for the GPU
     for epoch in range(done + 1, cfg.epochs + 1):
         started, sums = time.perf_counter(), {}
@@ -452,8 +465,8 @@ def fit(job, guide=None, command=""):
                 group["lr"] = learning_rate(cfg, progress)
 
             # forward
-            guided = progress < cfg.guide_until * cfg.epochs
-            terms = compute(cfg, student, guide, images, targets, guided)
+            guided = guide if progress < cfg.guide_until * cfg.epochs else None
+            terms = compute(cfg, student, guided, images, targets)
             loss = sum(terms.values())
 
             # backward
@@ -512,9 +525,8 @@ def stop_unless_finite(loss, norm, scaler, student, where):
 
 
 def say(cfg, line):
-    terms = "  ".join(f"{name} {line[name]:.4f}" for name in
-                      ("task", "load", "entropy", "guidance", "teacher_load", "teacher_entropy",
-                       "mutual") if name in line)
+    terms = "  ".join(f"{name} {line[name]:.4f}" for name in ("task", *report.TERMS)
+                      if name in line)
     seen = f"probe {line['probe_accuracy']:.1%}"
     if "val_accuracy" in line:
         seen += f"  validation {line['val_accuracy']:.1%}"
@@ -577,7 +589,7 @@ def plan(given):
     else:
         cfg = resolve(given)
     if cfg.compile is None:
-        cfg.compile = cfg.device.startswith("cuda") and torch.utils._triton.has_triton()
+        cfg.compile = cfg.device.startswith("cuda") and find_spec("triton") is not None
 
     data = load(cfg.data, cfg.data_dir, cfg.device)
     cfg.data = data.name
@@ -632,14 +644,13 @@ def seconds_left(job, teacher=None):
     for _ in range(4):
         started = time.perf_counter()
         images, targets = next(batches(cfg, data, sets, epoch=0))
-        sum(losses(cfg, student.train(), guide, images, targets, True).values()).backward()
+        sum(losses(cfg, student.train(), guide, images, targets).values()).backward()
         if cfg.device.startswith("cuda"):
             torch.cuda.synchronize()
         took.append(time.perf_counter() - started)
     student.zero_grad(set_to_none=True)
     epochs = cfg.epochs - (state["epoch"] if state else 0)
-    steps = max(1, len(sets.train[0]) // cfg.batch_size)
-    return statistics.median(took[1:]) * steps * epochs    # the first one warmed up
+    return statistics.median(took[1:]) * steps_per_epoch(cfg, sets) * epochs   # took[0] warmed up
 
 
 def announce(teacher, job):
@@ -654,8 +665,8 @@ def announce(teacher, job):
         begun = teacher.state["epoch"] if teacher.state else 0
         steps.append(f"a dense teacher for {teacher.cfg.epochs} epochs on the same images, kept in "
                      f"{teacher.cfg.out}" + (f" ({begun} epochs are there)" if begun else ""))
-    dense = build(teacher_config(cfg, job.data), job.data) if teacher else None
-    left += seconds_left(job, dense)
+        teacher = build(teacher.cfg, job.data)             # as good for a timing
+    left += seconds_left(job, teacher)
     sparse = "" if cfg.method == "dense" else f", E={cfg.n_experts} in blocks {cfg.moe_blocks}"
     sparse += f", K={cfg.k}" if cfg.method not in ("dense", "soft") else ""
     steps.append(f"the {cfg.method} model for {cfg.epochs} epochs of {len(job.sets.train[0]):,} "
@@ -705,7 +716,8 @@ def main(argv=None):
             return evaluate(given)
         teacher, job = plan(given)
     except (ValueError, OSError) as error:
-        sys.exit(_one_sentence(error))
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         announce(teacher, job)
         if isinstance(teacher, Job):
@@ -725,11 +737,6 @@ def main(argv=None):
         print(f"\nstopped; to go on: python train.py --resume --out {job.cfg.out}", file=sys.stderr)
         sys.exit(130)
     print(report.closing_table(result))
-
-
-def _one_sentence(error):
-    print(f"train.py: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def terms(*flags, method="moe"):
             for router in guide.routers.values():
                 router.weight.normal_()
     images, targets = next(train.batches(cfg, SMALL, train.split(cfg, SMALL), epoch=1))
-    return train.losses(cfg, student, guide, images, targets, guided=True)
+    return train.losses(cfg, student, guide, images, targets)
 
 
 def refusal(capsys, *flags):
@@ -380,7 +380,6 @@ def test_guidance_is_the_mean_over_blocks_and_the_teachers_losses_the_sum():
 def test_guide_until_ends_the_guidance_there():
     _, lines, _ = run("--epochs", "4", "--guide_until", "0.5", method="tgr")
     assert ["guidance" in line for line in lines] == [True, True, False, False]
-    assert all("teacher_entropy" in line for line in lines)
 
 
 def test_guide_tokens_chooses_which_tokens_are_guided():
@@ -495,6 +494,9 @@ def test_every_flag_is_named_in_these_tests():
     (["--patch", "5"], "patches of 5"),
     (["--moe_blocks", "7"], "from 1 to 2"),
     (["--moe_blocks", "two"], "5,7,9"),
+    (["--moe_blocks", ""], "at least one block"),
+    (["--train_images", "65"], "has 64 to train on"),
+    (["--batch_size", "65"], "more than the 64"),
     (["--epochs", "0"], "--epochs"),
     (["--device", "cuda"], "no CUDA device"),
     (["--resume"], "--out"),

@@ -1,0 +1,553 @@
+"""The pictures and what happens to them, on the CPU; the downloads come from a server in this file.
+
+The two tests of the real CIFAR-100 skip, and say so, where data/ does not hold it.
+"""
+import contextlib
+import hashlib
+import http.server
+import io
+import pickle
+import socket
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data as D
+
+REAL = Path(__file__).parent.parent / "data"
+needs_cifar100 = pytest.mark.skipif(not (REAL / D.CIFAR100.base_folder).exists(),
+                                    reason="CIFAR-100 is not in data/")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The pictures are few: beside other work, two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n, seed=0):
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=rng(seed))
+
+
+# --- the built-in set ---
+
+@pytest.fixture(scope="module")
+def drawn():
+    return D.synthetic(n_train=2000, n_test=500)
+
+
+def test_the_synthetic_set_is_the_same_bytes_every_time():
+    one, two, other = (D.synthetic(seed, n_train=300, n_test=100) for seed in (0, 0, 1))
+    assert torch.equal(one.train.images, two.train.images) and one.md5 == two.md5
+    assert one.md5 != other.md5
+    assert not torch.equal(one.test.images, one.train.images[:100])
+    # A change of the drawing makes every older number incomparable: then write the new one here.
+    md5 = hashlib.md5(one.test.images.numpy().tobytes()).hexdigest()
+    assert md5 == "94d3ffca0ff69aa5e2d72f31cf901fc4"
+
+
+def test_every_fine_class_is_there_equally_often_and_knows_its_coarse_class(drawn):
+    assert drawn.train.fine.bincount().tolist() == [20] * 100
+    assert torch.equal(drawn.train.coarse, drawn.train.fine // 5)
+    for fine, name in enumerate(drawn.fine_names):
+        assert name.startswith(drawn.coarse_names[fine // 5] + " ")
+    assert len(set(drawn.fine_names)) == 100 and len(set(drawn.coarse_names)) == 20
+
+
+def test_a_name_says_what_is_drawn():
+    # Classes 0..4 are one material; a ring shows the background in its middle, a disc does not.
+    disc, ring = (D.draw(torch.full((100,), k), rng()) for k in (0, 1))
+    assert D.SHAPES[:2] == ["disc", "ring"]
+    middle = (slice(None), slice(None), slice(14, 18), slice(14, 18))
+    assert ring[middle].float().std() < 0.6 * disc[middle].float().std()
+    # Vertical stripes change from left to right, horizontal bars from top to bottom.
+    for name, steeper, flatter in (("striped", 3, 2), ("barred", 2, 3)):
+        k = D.TEXTURES.index(name)
+        square = D.draw(torch.full((50,), 5 * k + D.SHAPES.index("square")), rng()).float()
+        centre = square[:, :, 10:22, 10:22]
+        assert centre.diff(dim=steeper).abs().mean() > 2 * centre.diff(dim=flatter).abs().mean()
+    # The two colours of a material are opposite hues: red against cyan is red against the rest.
+    red_cyan, green_magenta = (D.draw(torch.full((100,), 20 * k), rng()).float() for k in (0, 3))
+    for images, loud in ((red_cyan, 0), (green_magenta, 1)):
+        others = [c for c in range(3) if c != loud]
+        contrast = (images[:, loud] - images[:, others].mean(1))[:, 8:24, 8:24].std()
+        assert contrast > 1.5 * (images[:, others[0]] - images[:, others[1]])[:, 8:24, 8:24].std()
+
+
+def test_the_two_colours_of_a_material_swap_roles():
+    # Otherwise the mean colour would name the palette, as dots cover less than their ground does.
+    dotted_square = 5 * D.TEXTURES.index("dotted") + D.SHAPES.index("square")
+    images = [D.draw(torch.full((100,), 20 * k + dotted_square), rng()) for k in range(5)]
+    colour = torch.stack([(i / 255)[:, :, 8:24, 8:24].mean((0, 2, 3)) for i in images])    # (5, 3)
+    assert colour.std(dim=0).max() < 0.02
+
+
+def test_a_linear_classifier_on_pixels_stays_under_40_percent(drawn):
+    # Ridge regression on one-hot labels, on pixels averaged 2 x 2 so that it takes a second.
+    x, y = (F.pad(F.avg_pool2d(s.images / 255, 2).flatten(1), (0, 1), value=1.0)
+            for s in (drawn.train, drawn.test))
+    target = F.one_hot(drawn.train.fine).float() - 0.01
+    best = 0
+    for ridge in (1, 100):
+        w = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ target)
+        best = max(best, ((y @ w).argmax(1) == drawn.test.fine).float().mean().item())
+    assert 0.01 < best < 0.4
+
+
+def test_mean_and_std_are_those_of_the_training_pixels(drawn):
+    pixels = drawn.train.images.double() / 255
+    assert drawn.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
+    assert drawn.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist())
+    x = D.normalise(drawn.train.images, drawn.mean, drawn.std)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_bytes_and_floats_of_the_same_picture_are_normalised_alike():
+    x = pictures(3)
+    mean, std = (0.3, 0.5, 0.7), (0.1, 0.2, 0.4)
+    torch.testing.assert_close(D.normalise(x, mean, std), D.normalise(x.float() / 255, mean, std))
+    assert D.normalise(x, mean, std)[1, 2, 3, 4] == pytest.approx(
+        (x[1, 2, 3, 4].item() / 255 - 0.7) / 0.4, rel=1e-5)
+
+
+# --- augmentation ---
+
+def test_no_augmentation_changes_nothing():
+    x = pictures(5)
+    torch.testing.assert_close(D.augment(x, "none", rng()), x.float() / 255)
+    with pytest.raises(AssertionError, match="no augmentation 'ligth'"):
+        D.augment(x, "ligth", rng())
+
+
+def test_a_cropped_and_flipped_image_is_made_of_its_own_pixels():
+    # Every pixel carries its own address in its three bytes: image, row, column.
+    n = 200
+    address = torch.stack(torch.meshgrid(*map(torch.arange, (n, 32, 32)), indexing="ij"), dim=1)
+    out = D.crop_and_flip(address.to(torch.uint8), rng()).long()
+    image, row, column = out.unbind(1)
+    assert torch.equal(image, torch.arange(n)[:, None, None].expand(-1, 32, 32))
+    # Rows move together, by at most 4, and come back at the border: reflect(i + shift).
+    shifts = set()
+    for b in range(n):
+        assert (row[b] == row[b, :, :1]).all() and (column[b] == column[b, :1]).all()
+        r, c = row[b, :, 0].numpy(), column[b, 0].numpy()
+        padded = np.pad(np.arange(32), 4, mode="reflect")
+        down = [s for s in range(-4, 5) if (padded[4 + s:36 + s] == r).all()]
+        right = [(s, f) for s in range(-4, 5) for f in (1, -1)
+                 if (padded[4 + s:36 + s][::f] == c).all()]
+        assert len(down) == 1 and len(right) == 1
+        shifts.add((down[0], *right[0]))
+    assert {s[0] for s in shifts} == {s[1] for s in shifts} == set(range(-4, 5))
+    assert {s[2] for s in shifts} == {1, -1}
+
+
+@pytest.mark.parametrize("strength", ["light", "heavy"])
+def test_every_sample_draws_its_own(strength):
+    same = pictures(1).expand(64, -1, -1, -1)
+    out = D.augment(same, strength, rng())
+    assert len(out.flatten(1).unique(dim=0)) > 50
+    assert out.dtype == torch.float32 and out.min() >= 0 and out.max() <= 1
+
+
+@pytest.mark.parametrize("strength", ["light", "heavy"])
+def test_the_same_seed_draws_the_same_batch(strength):
+    x, y = pictures(16), torch.eye(16)
+    torch.manual_seed(1)
+    first = D.mix(D.augment(x, strength, g := rng(3)), y, 0.8, 1.0, g)
+    torch.manual_seed(2)                       # nothing is drawn from the global generator
+    again = D.mix(D.augment(x, strength, g := rng(3)), y, 0.8, 1.0, g)
+    other = D.mix(D.augment(x, strength, g := rng(4)), y, 0.8, 1.0, g)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+def test_half_of_the_images_are_warped_and_the_others_are_left_sharp():
+    x = D.unit(pictures(400))
+    moved = (D.warp(x, rng()) - x).abs().amax((1, 2, 3)) > 1e-3
+    assert 160 < moved.sum() < 240
+
+
+def test_a_warp_keeps_the_centre_near_the_centre():
+    # One bright spot in the middle stays within the shift of 0.15 * 16 = 2.4 pixels (+ its blur).
+    x = torch.zeros(300, 3, 32, 32)
+    x[:, :, 15:17, 15:17] = 1
+    at = torch.arange(32) - 15.5
+    out = D.warp(x, rng())[:, 0]
+    mass = out.sum((1, 2))
+    cy, cx = (out.sum(2) @ at) / mass, (out.sum(1) @ at) / mass
+    assert max(cy.abs().max(), cx.abs().max()) < 1.5 * 2.4 + 0.5
+    assert cy.std() > 0.5 and cx.std() > 0.5
+
+
+def test_a_colour_operation_leaves_every_edge_where_it_is():
+    # A picture of two flat halves is two flat halves after any of them, in colours of its own.
+    x = torch.empty(600, 3, 32, 32)
+    x[..., :16] = torch.tensor([0.95, 0.5, 0.1])[:, None, None]
+    x[..., 16:] = torch.tensor([0.2, 0.3, 0.8])[:, None, None]
+    out = D.recolour(x, rng())
+    torch.testing.assert_close(out, torch.cat([out[..., :1].expand(-1, -1, 32, 16),
+                                               out[..., 31:].expand(-1, -1, 32, 16)], dim=3))
+    unchanged = ((out - x).abs().amax((1, 2, 3)) < 1e-6).float().mean()
+    assert 0.12 < unchanged < 0.22             # 1 in 6
+    left = out[:, :, 0, 0]
+    assert (left[:, 2] > left[:, 0]).any()     # solarised: the brightest channel is now the darkest
+    assert (left.std(1) < 0.15).any()          # nearly grey
+    assert (left.amax(1) > 0.99).any()         # bright
+    assert (left.amax(1) < 0.5).any()          # dark
+
+
+def test_one_sample_in_six_is_left_with_few_tones():
+    # A ramp of 32 tones keeps 18 or more of them when stretched; posterised it has 5 to 13.
+    ramp = torch.linspace(0, 1, 32).expand(600, 3, 32, 32)
+    tones = torch.tensor([len(row.unique()) for row in D.recolour(ramp, rng())[:, 0, 0]])
+    few = tones[(tones > 1) & (tones <= 13)]
+    assert 70 < len(few) < 130
+    assert few.min() == 5 and few.max() > 10
+
+
+def test_a_quarter_of_the_images_lose_one_flat_box():
+    x = D.unit(pictures(800))
+    out = D.erase(x, rng())
+    gone = (out != x).any(dim=1)               # (B, 32, 32)
+    hit = gone.any((1, 2))
+    assert 150 < hit.sum() < 250
+    assert 0.01 < gone[hit].float().mean() < 0.33
+    height, width = gone[hit].any(2).sum(1), gone[hit].any(1).sum(1)
+    assert (height > 2 * width).sum() > 10 and (width > 2 * height).sum() > 10
+    for image, hole in zip(out[hit][:50], gone[hit][:50], strict=True):
+        assert (image[:, hole] == image[:, hole][:, :1]).all()             # one colour
+        rows, columns = hole.any(1), hole.any(0)
+        assert torch.equal(hole, rows[:, None] & columns)                  # and a rectangle
+        assert (rows.nonzero().diff(dim=0) == 1).all()                     # without a gap
+        assert (columns.nonzero().diff(dim=0) == 1).all()
+
+
+# --- mixing ---
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0), (0, 1.0), (0.8, 1.0), (0.01, 0.01)])
+def test_mixed_targets_still_sum_to_one(mixup, cutmix):
+    x, y = D.mix(torch.rand(64, 3, 32, 32), torch.eye(64), mixup, cutmix, rng())
+    torch.testing.assert_close(y.sum(1), torch.ones(64))
+    assert x.isfinite().all() and y.min() >= 0 and x.min() >= 0 and x.max() <= 1 + 1e-6
+
+
+def test_without_mixing_nothing_changes():
+    x, y = torch.rand(4, 3, 32, 32), torch.eye(4)
+    assert D.mix(x, y, 0, 0, rng())[0] is x and D.mix(x, y, 0, 0, rng())[1] is y
+
+
+def constant_images(n):
+    """Image i is everywhere i: then a mixed image says by its mean what its target must say."""
+    return torch.arange(float(n)).view(n, 1, 1, 1).expand(-1, 3, 32, 32), torch.eye(n)
+
+
+def test_cutmix_labels_follow_the_pasted_area():
+    x, y = D.mix(*constant_images(40), 0, 1.0, rng())
+    # e.g. 3 with a quarter of 7 pasted in: mean pixel 0.75 * 3 + 0.25 * 7 = target . (0..39)
+    torch.testing.assert_close(x.mean((1, 2, 3)), y @ torch.arange(40.0))
+    for i in range(40):                        # two kinds of pixels, and the label counts them
+        own = (x[i, 0] == i).float().mean()
+        assert y[i, i] == pytest.approx(own.item(), abs=1e-6)
+        assert len(x[i].unique()) <= 2
+    assert 0.5 < y.diagonal().mean() < 0.85    # Beta(1, 1), and boxes that the border cuts off
+
+
+def test_an_uncut_box_has_the_area_that_lambda_asks_for():
+    # Beta(1000, 1000) is always about 1/2; a box near the middle is not cut off by the border.
+    _, y = D.mix(*constant_images(200), 0, 1000, rng())
+    assert 1 - y.diagonal().min() == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_pasted_box_is_a_box_from_the_partner_at_the_same_place():
+    place = torch.arange(1024.0).view(1, 1, 32, 32)
+    x = (place + 10_000 * torch.arange(40.0).view(40, 1, 1, 1)).expand(-1, 3, -1, -1)
+    out, y = D.mix(x, torch.eye(40), 0, 1.0, rng())
+    torch.testing.assert_close(out % 10_000, place.expand_as(out))
+    for i in range(40):
+        hole = out[i, 0] != x[i, 0]
+        assert torch.equal(hole, hole.any(1)[:, None] & hole.any(0))
+        if hole.any():
+            assert (out[i, 0][hole] // 10_000).unique().tolist() == [y[i].clone().index_fill(
+                0, torch.tensor(i), -1).argmax()]
+
+
+def test_mixup_labels_follow_the_blend():
+    x, y = D.mix(*constant_images(40), 0.8, 0, rng())
+    assert (x.flatten(1).std(1) < 1e-5).all()  # flat everywhere: no box
+    torch.testing.assert_close(x.mean((1, 2, 3)), y @ torch.arange(40.0))
+
+
+def test_every_sample_draws_its_own_lambda():
+    for alphas in ((0.8, 0), (0, 1.0)):
+        _, y = D.mix(*constant_images(64), *alphas, rng())
+        assert len(y.diagonal().round(decimals=4).unique()) > 40
+
+
+def test_alpha_is_the_alpha_of_the_beta():
+    # Beta(a, a) has mean 1/2 and variance 1 / (8a + 4).
+    for alpha in (0.3, 4.0):
+        _, y = D.mix(torch.zeros(1000, 3, 32, 32), torch.eye(1000), alpha, 0, rng())
+        assert y.diagonal().mean() == pytest.approx(0.5, abs=0.04)
+        assert y.diagonal().var() == pytest.approx(1 / (8 * alpha + 4), rel=0.15)
+
+
+def test_with_both_on_half_of_the_samples_get_each():
+    x, _ = D.mix(*constant_images(600), 0.8, 1.0, rng())
+    boxed = x.flatten(1).std(1) > 1e-3
+    assert 220 < boxed.sum() < 330             # a few boxes are too small, or cover everything
+
+
+# --- where the data comes from ---
+
+def write_tar(path, folder, files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture()
+def tiny(tmp_path, monkeypatch):
+    """A CIFAR-100 of 7 + 5 random images in the official layout; torchvision checks its md5s."""
+    def part(n, seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (n, 3072), dtype=np.uint8)
+        return {"data": pixels, "fine_labels": [10 + i for i in range(n)],
+                "coarse_labels": [(3 * i) % 20 for i in range(n)]}
+
+    meta = {"fine_label_names": [f"fine{i}" for i in range(100)],
+            "coarse_label_names": [f"coarse{i}" for i in range(20)]}
+    parts = {"train": part(7, 0), "test": part(5, 1), "meta": meta}
+    files = {name: pickle.dumps(content) for name, content in parts.items()}
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    archive = tmp_path / "tiny.tar.gz"
+    write_tar(archive, D.CIFAR100.base_folder, files)
+    monkeypatch.setattr(D.CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(D.CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(D.CIFAR100, "meta", D.CIFAR100.meta | {"md5": md5["meta"]})
+    monkeypatch.setattr(D.CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(D.CIFAR100, "url", "http://127.0.0.1:9/nobody-listens-here")
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Tiny:
+        content, bytes = parts, archive.read_bytes()
+        data_dir = tmp_path / "data"
+
+        def unpack(self):
+            folder = self.data_dir / D.CIFAR100.base_folder
+            folder.mkdir(parents=True)
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+            return folder
+    return Tiny()
+
+
+@contextlib.contextmanager
+def server(monkeypatch, body, chunk=1 << 20, pause=0.0, announce=None):
+    """An archive on the loopback, sent in chunks with a pause after each."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(announce or len(body)))
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for at in range(0, len(body), chunk):
+                    self.wfile.write(body[at:at + chunk])
+                    time.sleep(pause)
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(D.CIFAR100, "url", f"http://127.0.0.1:{httpd.server_port}/cifar.tar.gz")
+    try:
+        yield
+    finally:
+        httpd.shutdown()
+
+
+def nothing_left_in(folder):
+    return not folder.exists() or not list(folder.iterdir())
+
+
+def test_the_layout_of_cifar100_is_read_as_it_is(tiny):
+    tiny.unpack()
+    data = D.load("auto", tiny.data_dir)
+    assert data.name == "cifar100" and str(tiny.data_dir) in data.note
+    for name, split in (("train", data.train), ("test", data.test)):
+        content = tiny.content[name]
+        n = len(content["data"])
+        assert split.images.dtype == torch.uint8 and split.images.is_contiguous()
+        assert (split.images.numpy() == content["data"].reshape(n, 3, 32, 32)).all()
+        assert split.fine.tolist() == content["fine_labels"] and split.fine.dtype == torch.int64
+        assert split.coarse.tolist() == content["coarse_labels"]
+    assert data.fine_names[7] == "fine7" and data.coarse_names[7] == "coarse7"
+    assert data.md5 == D.CIFAR100.tgz_md5
+    assert data.mean == pytest.approx((data.train.images.double() / 255).mean((0, 2, 3)).tolist())
+
+
+@pytest.fixture()
+def small(monkeypatch):
+    real = D.synthetic
+    monkeypatch.setattr(D, "synthetic", lambda: real(n_train=20, n_test=10))
+
+
+def test_auto_on_a_cpu_takes_the_built_in_set_and_says_how_to_get_the_other(tiny, small):
+    data = D.load("auto", tiny.data_dir)
+    assert data.name == "synthetic" and nothing_left_in(tiny.data_dir)
+    assert "CIFAR-100 is not in" in data.note and "`python train.py --data cifar100" in data.note
+    assert f"--data_dir {tiny.data_dir}`" in data.note
+    assert "as asked" in D.load("synthetic", tiny.data_dir).note
+
+
+def test_the_built_in_set_is_taken_when_asked_for_even_beside_cifar100(tiny, small):
+    tiny.unpack()
+    assert D.load("synthetic", tiny.data_dir).name == "synthetic"
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="choose auto, cifar100 or synthetic"):
+        D.load("cifar10")
+
+
+def test_a_download_arrives_whole_and_is_unpacked(tiny, monkeypatch):
+    tiny.data_dir.mkdir()
+    left_over = tiny.data_dir / f"{D.CIFAR100.filename}.part"
+    left_over.write_bytes(b"half of an earlier try")
+    with server(monkeypatch, tiny.bytes):
+        data = D.load("cifar100", tiny.data_dir)
+    assert "downloaded" in data.note and data.train.fine.tolist() == list(range(10, 17))
+    assert not left_over.exists()
+    assert (tiny.data_dir / D.CIFAR100.filename).read_bytes() == tiny.bytes
+    assert "downloaded" not in D.load("cifar100", tiny.data_dir).note      # no second time
+
+
+def test_an_archive_put_there_by_hand_is_unpacked_without_a_network(tiny):
+    tiny.data_dir.mkdir()
+    (tiny.data_dir / D.CIFAR100.filename).write_bytes(tiny.bytes)
+    assert D.load("auto", tiny.data_dir).name == "cifar100"
+
+
+def test_a_slow_download_is_stopped_with_its_speed_and_the_way_out(tiny, monkeypatch):
+    monkeypatch.setattr(D, "PATIENCE_S", 0.3)
+    # 100 kB every 0.1 s: it would be whole after 10 s, and a MB/s is asked for.
+    with server(monkeypatch, b"x" * 10_000_000, chunk=50_000, pause=0.1):
+        start = time.monotonic()
+        with pytest.raises(OSError, match=r"only 0\.[3-6]\d MB/s") as stop:
+            D.load("cifar100", tiny.data_dir)
+        assert time.monotonic() - start < 3
+    assert "by hand" in str(stop.value) and "--data synthetic" in str(stop.value)
+    assert D.CIFAR100.url in str(stop.value) and str(tiny.data_dir) in str(stop.value)
+    assert nothing_left_in(tiny.data_dir)
+
+
+def test_a_fast_download_may_outlast_the_patience(tiny, monkeypatch):
+    monkeypatch.setattr(D, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(D, "SLOWEST", 100)
+    with server(monkeypatch, tiny.bytes, chunk=len(tiny.bytes) // 5, pause=0.02):
+        assert D.load("cifar100", tiny.data_dir).name == "cifar100"
+
+
+def test_a_server_that_falls_silent_is_given_up(tiny, monkeypatch):
+    monkeypatch.setattr(D, "CONNECT_S", 0.3)
+    with (server(monkeypatch, b"x" * 100, chunk=50, pause=3),
+          pytest.raises(OSError, match=r"stopped.*timed out")):
+        D.load("cifar100", tiny.data_dir)
+    assert nothing_left_in(tiny.data_dir)
+
+
+def test_a_server_that_does_not_answer_is_given_up(tiny, monkeypatch):
+    monkeypatch.setattr(D, "CONNECT_S", 0.3)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        monkeypatch.setattr(D.CIFAR100, "url", f"http://127.0.0.1:{deaf.getsockname()[1]}/x")
+        with pytest.raises(OSError, match=r"stopped.*timed out.*--data synthetic"):
+            D.load("cifar100", tiny.data_dir)
+
+
+def test_no_server_is_a_sentence_with_the_way_out(tiny):
+    with pytest.raises(OSError, match=r"stopped \(.*refused\).*by hand.*--data synthetic"):
+        D.load("cifar100", tiny.data_dir)
+    assert nothing_left_in(tiny.data_dir)
+
+
+@pytest.mark.parametrize("announce", [None, 10_000_000])
+def test_a_download_that_arrives_damaged_is_not_kept(tiny, monkeypatch, announce):
+    body = tiny.bytes[:-100]
+    with (server(monkeypatch, body, announce=announce),
+          pytest.raises(OSError, match="md5 of what came is wrong")):
+        D.load("cifar100", tiny.data_dir)
+    assert nothing_left_in(tiny.data_dir)
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar100"])
+@pytest.mark.parametrize("file", ["train", "test", "meta"])
+def test_a_damaged_file_is_named_as_damage_and_never_replaced_in_silence(tiny, name, file):
+    path = tiny.unpack() / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1            # one bit
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: delete it and run again") as damage:
+        D.load(name, tiny.data_dir)
+    assert str(path.parent) in str(damage.value) and "\n" not in str(damage.value)
+
+
+def test_a_missing_file_is_damage_too(tiny):
+    (tiny.unpack() / "test").unlink()
+    with pytest.raises(ValueError, match="is damaged: delete it and run again"):
+        D.load("auto", tiny.data_dir)
+
+
+def test_a_damaged_archive_is_not_fetched_again_unasked(tiny):
+    tiny.data_dir.mkdir()
+    (tiny.data_dir / D.CIFAR100.filename).write_bytes(tiny.bytes[:-1])
+    with pytest.raises(ValueError, match=r"\.tar\.gz is damaged.*delete it"):
+        D.load("auto", tiny.data_dir)
+
+
+def test_an_unreadable_folder_is_a_sentence(tiny, monkeypatch):
+    folder = tiny.unpack()
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+    monkeypatch.setattr(Path, "read_bytes", refuse)     # root may read all, so chmod proves nothing
+    with pytest.raises(OSError, match=r"Permission denied.*another --data_dir") as no:
+        D.load("auto", tiny.data_dir)
+    assert str(folder.parent) in str(no.value) and "Errno" not in str(no.value)
+
+
+def test_a_data_dir_that_is_a_file_is_a_sentence(tiny, monkeypatch):
+    tiny.data_dir.write_bytes(b"")
+    with (server(monkeypatch, tiny.bytes),
+          pytest.raises(OSError, match=r"cannot be used \(.*\): choose another --data_dir")):
+        D.load("cifar100", tiny.data_dir)
+
+
+@needs_cifar100
+def test_the_real_cifar100_has_the_known_mean_and_classes():
+    data = D.load("cifar100", REAL)
+    assert data.train.images.shape == (50_000, 3, 32, 32) and len(data.test.fine) == 10_000
+    assert data.mean == pytest.approx((0.5071, 0.4865, 0.4409), abs=1e-4)
+    assert data.std == pytest.approx((0.2673, 0.2564, 0.2762), abs=1e-4)
+    assert data.train.fine.bincount().tolist() == [500] * 100
+    # Five fine classes in each coarse one: maple, oak, palm, pine and willow are trees.
+    trees = data.train.fine[data.train.coarse == data.coarse_names.index("trees")].unique()
+    assert [data.fine_names[i] for i in trees] == [
+        "maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"]
