@@ -54,8 +54,10 @@ def grouped_mm_mlp(rows, expert, w_in, b_in, w_out, b_out):
 def _grouped_mm_takes(x, w_in):
     """Whether grouped_mm is the better product here and accepts these tensors."""
     aligned = all(n * x.element_size() % 16 == 0 for n in w_in.shape[1:])   # rows of 16 bytes
-    fast = x.is_cuda or torch.compiler.is_compiling()      # on a CPU the slices are no slower
-    return fast and aligned and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    compiling = torch.compiler.is_compiling()
+    fast = x.is_cuda or compiling                          # on a CPU the slices are no slower
+    half = x.dtype in (torch.bfloat16, torch.float16)      # all that it takes while compiling
+    return fast and aligned and (half or (x.dtype == torch.float32 and not compiling))
 
 
 # --- the one name that the rest of the code imports ----------------------------------------------
@@ -70,6 +72,7 @@ def expert_mlp(x, experts, gates, w_in, b_in, w_out, b_out, backend="auto", retu
     b_out (E, D). Returns y (T, D), y_t = sum_k gates_tk MLP_{experts_tk}(x_t); with
     return_choices=True also raw (T, K, D), the outputs before their gates. A backend of "auto"
     is "grouped". The gates multiply and add in their own float32; y has the dtype of x.
+    torch.export takes "reference" alone in float32, for group sizes are data.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(BACKENDS)}")

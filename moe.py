@@ -218,6 +218,8 @@ class ViT(nn.Module):
         if image_size % patch:
             raise ValueError(f"{image_size}x{image_size} pixels do not divide into patches of "
                              f"{patch}: choose --patch as a divisor of {image_size}")
+        if moe_blocks and make_sparse is None:
+            raise ValueError("moe_blocks needs make_sparse, a function that builds what goes there")
         if not set(moe_blocks) <= set(range(1, depth + 1)):
             raise ValueError(f"blocks are numbered from 1 to {depth}: "
                              f"{tuple(moe_blocks)} names one that is not there")
@@ -279,8 +281,8 @@ def upcycle(sparse, dense):
     Raises RuntimeError where the two trunks have different shapes (Sparse Upcycling, 2212.05055).
     """
     replaced = tuple(f"blocks.{number - 1}.mlp." for number in sparse.moe_blocks)
-    trunk = {k: v for k, v in dense.state_dict().items() if not k.startswith(replaced or ("\0",))}
-    own = {k: v for k, v in sparse.state_dict().items() if k.startswith(replaced or ("\0",))}
+    trunk = {k: v for k, v in dense.state_dict().items() if not k.startswith(replaced)}
+    own = {k: v for k, v in sparse.state_dict().items() if k.startswith(replaced)}
     sparse.load_state_dict(trunk | own)
     for number in sparse.moe_blocks:
         sparse.blocks[number - 1].mlp.experts.copy_mlp(dense.blocks[number - 1].mlp)

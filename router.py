@@ -49,6 +49,9 @@ class TopKRouter(nn.Module):
                              f"choose k from 1 to {n_experts}")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
+        if capacity_factor is not None and not capacity_factor >= 0:
+            raise ValueError(f"an expert cannot have room for {capacity_factor} times an even "
+                             f"share: choose a capacity_factor of 0 or more, or None")
         if gate == "topk_softmax" and k == 1:
             warnings.warn("topk_softmax with k=1: the only gate is the constant 1, so the task "
                           "loss never reaches the router; use softmax_topk", stacklevel=2)
@@ -108,7 +111,8 @@ def within_capacity(experts, n_experts, capacity_factor):
     choices in the same order (arXiv:2106.05974) but rounds C to the nearest where we round up.
     """
     T, K = experts.shape
-    C = math.ceil(min(T, capacity_factor * K * T / n_experts))
+    # rounded first, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more
+    C = math.ceil(min(T, round(capacity_factor * K * T / n_experts, 9)))
     queue = F.one_hot(experts.T.reshape(-1), n_experts)                 # (K*T, E) in service order
     place = (queue.cumsum(dim=0) * queue).sum(dim=1)                    # (K*T,) 1 = served first
     return (place <= C).view(K, T).T                                    # (T, K)

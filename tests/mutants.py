@@ -1,0 +1,476 @@
+"""mutants.py -- would any test notice if a line of the code were wrong?
+
+    python tests/mutants.py                  # every mutant, two at a time
+    python tests/mutants.py router.py        # only those of router.py
+    python tests/mutants.py --list
+
+A mutant replaces `old` by `new` in one file of a temporary copy of the repository and runs
+tests/test_<file> there. It is killed if a test fails and has SURVIVED if all pass; the command
+fails if one survives. `old` must occur exactly once in its file: else the mutant is stale.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 300       # seconds; a mutant that hangs is a mutant noticed
+
+MUTANTS = [
+    # router.py: who is chosen
+    ("router.py", "if not 1 <= k <= n_experts", "if not 0 <= k <= n_experts"),
+    ("router.py", "if gate not in GATES", "if gate is None"),
+    ("router.py", 'gate == "topk_softmax" and k == 1', 'gate == "softmax_topk" and k == 1'),
+    ("router.py", 'gate == "topk_softmax" and k == 1', 'gate == "topk_softmax" and k <= 2'),
+    ("router.py", "trunc_normal_(self.weight, std=0.02)", "zeros_(self.weight)"),
+    ("router.py", "torch.autocast(x.device.type, enabled=False)",
+                  "torch.autocast(x.device.type, torch.bfloat16)"),
+    ("router.py", "F.linear(x.float(), self.weight.float())",
+                  "F.linear(x.bfloat16(), self.weight.bfloat16()).float()"),
+    ("router.py", "not torch.isfinite(logits).all()", "torch.isnan(logits).any()"),
+    ("router.py", "(~torch.isfinite(logits)).any(dim=1).sum()", "(~torch.isfinite(logits)).sum()"),
+    ("router.py", 'f"{self.name}: the logits', 'f"router: the logits'),
+    ("router.py", "if self.training and self.noise > 0", "if self.noise > 0"),
+    ("router.py", "(self.noise / self.n_experts)", "self.noise"),
+    ("router.py", "(self.noise / self.n_experts)", "(self.noise / self.n_experts ** 0.5)"),
+    ("router.py", "logits + torch.randn_like(logits)", "logits + torch.rand_like(logits)"),
+    ("router.py", "probs = logits.softmax(dim=-1)", "probs = logits.softmax(dim=0)"),
+    ("router.py", "return Routing(experts, gates, probs, logits, dropped)",
+                  "return Routing(experts, gates, noisy.softmax(dim=-1), logits, dropped)"),
+    ("router.py", "return Routing(experts, gates, probs, logits, dropped)",
+                  "return Routing(experts, gates, probs, noisy, dropped)"),
+    ("router.py", "noisy.sort(dim=-1, descending=True, stable=True).indices",
+                  "noisy.topk(self.n_experts).indices"),
+    ("router.py", "noisy.sort(dim=-1, descending=True, stable=True).indices",
+                  "noisy.sort(dim=-1, stable=True).indices.flip(-1)"),
+    ("router.py", "noisy.sort(dim=-1, descending=True, stable=True).indices",
+                  "noisy.abs().sort(dim=-1, descending=True, stable=True).indices"),
+    ("router.py", "noisy.sort(dim=-1, descending=True, stable=True)",
+                  "logits.sort(dim=-1, descending=True, stable=True)"),
+    ("router.py", "order[:, :self.k]", "order[:, :self.k].sort(dim=1).values"),
+    # router.py: how much it counts
+    ("router.py", "gates = noisy.softmax(dim=-1).gather(1, experts)",
+                  "gates = F.normalize(noisy.softmax(dim=-1).gather(1, experts), p=1)"),
+    ("router.py", "gates = noisy.softmax(dim=-1).gather(1, experts)",
+                  "gates = noisy.softmax(dim=-1).softmax(dim=-1).gather(1, experts)"),
+    ("router.py", "gates = noisy.softmax(dim=-1).gather(1, experts)",
+                  "gates = probs.gather(1, experts)"),
+    ("router.py", "gates = noisy.softmax(dim=-1).gather(1, experts)",
+                  "gates = noisy.softmax(dim=-1).gather(1, experts).detach()"),
+    ("router.py", "gates = chosen.softmax(dim=-1)", "gates = chosen.softmax(dim=0)"),
+    ("router.py", "gates = chosen.softmax(dim=-1)",
+                  "gates = noisy.softmax(dim=-1).gather(1, experts)  # again"),
+    ("router.py", "gates = chosen.sigmoid()", "gates = F.normalize(chosen.sigmoid(), p=1)"),
+    ("router.py", "gates = chosen.sigmoid()", "gates = chosen.softmax(dim=-1)  # too"),
+    # router.py: capacity
+    ("router.py", "if self.capacity_factor is not None", "if self.capacity_factor"),
+    ("router.py", "gates = gates * kept", "gates = gates"),
+    ("router.py", "gates = gates * kept", "experts, gates = experts * kept, gates * kept"),
+    ("router.py", "(~kept).sum()", "kept.sum()"),
+    ("router.py", "(~kept).sum()", "(~kept).any(dim=1).sum()"),
+    ("router.py", "C = math.ceil(", "C = math.floor("),
+    ("router.py", "C = math.ceil(", "C = round("),
+    ("router.py", "capacity_factor * K * T / n_experts", "capacity_factor * T / n_experts"),
+    ("router.py", "min(T, round(", "min(T - 1, round("),
+    ("router.py", "(place <= C)", "(place < C)"),
+    ("router.py", "experts.T.reshape(-1), n_experts)", "experts.reshape(-1), n_experts)"),
+    ("router.py", "(place <= C).view(K, T).T", "(place <= C).view(T, K)"),
+    ("router.py", "(queue.cumsum(dim=0) * queue)", "(queue.flip(0).cumsum(dim=0).flip(0) * queue)"),
+    # router.py: the losses
+    ("router.py", "importance = probs.mean(dim=0)", "importance = probs.mean(dim=1)"),
+    ("router.py", "importance.var(correction=0)", "importance.var()"),
+    ("router.py", "importance.var(correction=0) / importance.mean().square()",
+                  "(importance.var(correction=0).sqrt() / importance.mean()).square()"),
+    ("router.py", "importance.mean().square()", "importance.mean()"),
+    ("router.py", "return -(log_p.exp()", "return (log_p.exp()"),
+    ("router.py", "(log_p.exp() * log_p).sum(dim=-1).mean()", "(log_p.exp() * log_p).mean()"),
+    ("router.py", "(log_p.exp() * log_p).sum(dim=-1)",
+                  "(log_p.exp() * log_p.exp().log()).sum(dim=-1)"),
+    ("router.py", "/ experts.numel()", "/ len(experts)"),
+    ("router.py", "F.one_hot(experts, E).sum(dim=(0, 1)) / experts.numel()",
+                  "F.one_hot(experts[:, 0], E).sum(dim=0) / len(experts)"),
+    ("router.py", "E * (f * probs", "(f * probs"),
+    ("router.py", "(f * probs.mean(dim=0)).sum()", "(f * f).sum()"),
+    ("router.py", "(f * probs.mean(dim=0)).sum()", "probs.mean(dim=0).square().sum()"),
+    ("router.py", "(f * probs.mean(dim=0)).sum()", "(f * probs.softmax(dim=1).mean(dim=0)).sum()"),
+    ("router.py", "(f * probs.mean(dim=0)).sum()",
+                  "(f * torch.zeros_like(probs).scatter(1, experts, probs.gather(1, experts))"
+                  ".mean(dim=0)).sum()"),
+    ("router.py", "logits.logsumexp(dim=-1).square().mean()",
+                  "logits.logsumexp(dim=-1).mean().square()"),
+    ("router.py", "logits.logsumexp(dim=-1).square()", "logits.logsumexp(dim=-1)"),
+    ("router.py", "logits.logsumexp(dim=-1).square()", "logits.square().sum(dim=-1)"),
+
+    # moe.py: what can stand in a block
+    ("moe.py", "self.fc_out(F.gelu(self.fc_in(x)))", "self.fc_out(F.relu(self.fc_in(x)))"),
+    ("moe.py", "return 2 * N * (self.fc_in", "return N * (self.fc_in"),
+    ("moe.py", "(6 / (dim + hidden)) ** 0.5", "(6 / dim) ** 0.5"),
+    ("moe.py", "nn.init.uniform_(self.w_out, -bound, bound)", "nn.init.uniform_(self.w_out)"),
+    ("moe.py", "x, *weights = self.autocast(x)",
+               "weights = self.w_in, self.b_in, self.w_out, self.b_out"),
+    ("moe.py", "torch.get_autocast_dtype(device) if on else", "torch.bfloat16 if x.is_cuda else"),
+    ("moe.py", "torch.baddbmm(b_out[:, None], F.gelu(",
+               "torch.baddbmm(0 * b_out[:, None], F.gelu("),
+    ("moe.py", "F.gelu(torch.baddbmm(b_in[:, None], x, w_in))",
+               "torch.baddbmm(b_in[:, None], x, w_in)"),
+    ("moe.py", "self.w_in.copy_(mlp.fc_in.weight.T)", "self.w_in[0].copy_(mlp.fc_in.weight.T)"),
+    ("moe.py", "self.w_out.copy_(mlp.fc_out.weight.T)",
+               "self.w_out.copy_(mlp.fc_out.weight.reshape(self.w_out.shape[1:]))"),
+    ("moe.py", "self.b_in.copy_(mlp.fc_in.bias)", "pass"),
+    ("moe.py", "self.w_in.copy_(mlp.fc_in.weight.T)",
+               "self.w_in.data = mlp.fc_in.weight.T.expand_as(self.w_in)"),
+    ("moe.py", "if routing is None:\n            routing = self.router(tokens)",
+               "routing = self.router(tokens)"),
+    ("moe.py", "routing.experts, routing.gates, self.backend, self.keep_raw",
+               "routing.experts, routing.gates.flip(1), self.backend, self.keep_raw"),
+    ("moe.py", "routing.experts, routing.gates, self.backend, self.keep_raw",
+               "routing.experts, routing.gates ** 2, self.backend, self.keep_raw"),
+    ("moe.py", "routing.experts, routing.gates, self.backend, self.keep_raw",
+               "routing.experts, routing.gates.detach(), self.backend, self.keep_raw"),
+    ("moe.py", "return y.view_as(x), routing, raw",
+               "return y.view_as(x) + x * (routing.gates == 0).all(1).view(*x.shape[:-1], 1),"
+               " routing, raw"),
+    ("moe.py", "out if self.keep_raw else (out, None)",
+               "(out[0], out[1] * routing.gates[..., None]) if self.keep_raw else (out, None)"),
+    ("moe.py", "x.reshape(-1, x.shape[-1])", "x.transpose(0, -2).reshape(-1, x.shape[-1])"),
+    ("moe.py", "2 * N * D * E + self.router.k * 4", "2 * N * D * E + 4"),
+    ("moe.py", "2 * N * D * E + self.router.k * 4", "self.router.k * 4"),
+    # moe.py: soft slots
+    ("moe.py", "-(-n_tokens // n_experts)", "n_tokens // n_experts"),
+    ("moe.py", "self.scale * F.normalize(self.phi, dim=0)", "F.normalize(self.phi, dim=0)"),
+    ("moe.py", "F.normalize(self.phi, dim=0)", "F.normalize(self.phi, dim=1)"),
+    ("moe.py", "F.normalize(x, dim=-1) @ keys", "x @ keys"),
+    ("moe.py", "logits.softmax(dim=1).transpose(1, 2)", "logits.softmax(dim=2).transpose(1, 2)"),
+    ("moe.py", "logits.softmax(dim=2).to(out.dtype)", "logits.softmax(dim=1).to(out.dtype)"),
+    ("moe.py", '"b (e s) d -> e (b s) d"', '"b (s e) d -> e (b s) d"'),
+    ("moe.py", '"e (b s) d -> b (e s) d"', '"e (s b) d -> b (e s) d"'),
+    ("moe.py", "(6 * N * D + 4 * D * H)", "(4 * N * D + 4 * D * H)"),
+    # moe.py: the Transformer
+    ("moe.py", "if dim % heads:", "if False:"),
+    ("moe.py", '"b n (three h d) -> three b h n d"', '"b n (h d three) -> three b h n d"'),
+    ("moe.py", "scaled_dot_product_attention(q, k, v)",
+               "scaled_dot_product_attention(q, k, v, scale=1)"),
+    ("moe.py", '"b h n d -> b n (h d)"', '"b h n d -> b n (d h)"'),
+    ("moe.py", "8 * N * D * D + 4 * N * N * D", "8 * N * D * D + 2 * N * N * D"),
+    ("moe.py", "x = x + self.sometimes(self.attn(self.norm1(x)))",
+               "x = self.sometimes(self.attn(self.norm1(x)))"),
+    ("moe.py", "h = self.norm2(x) ", "h = self.norm1(x) "),
+    ("moe.py", "h = self.norm2(x) ", "h = x "),
+    ("moe.py", "self.mlp(h, routing)", "self.mlp(h)"),
+    ("moe.py", "Layer(h.flatten(0, 1), routing, raw)", "Layer(x.flatten(0, 1), routing, raw)"),
+    ("moe.py", "if not self.training or self.drop_path == 0", "if self.drop_path == 0"),
+    ("moe.py", "torch.rand(len(y), 1, 1,", "torch.rand(len(y), y.shape[1], 1,"),
+    ("moe.py", ">= self.drop_path", "< self.drop_path"),
+    ("moe.py", "y * keep / (1 - self.drop_path)", "y * keep"),
+    ("moe.py", "drop_path * i / max(1, depth - 1)", "drop_path * i / depth"),
+    ("moe.py", "drop_path * i / max(1, depth - 1)", "drop_path"),
+    ("moe.py", "if image_size % patch:", "if False:"),
+    ("moe.py", "set(range(1, depth + 1))", "set(range(depth + 1))"),
+    ("moe.py", "self.blocks[number - 1].mlp = mlp", "self.blocks[number % depth].mlp = mlp"),
+    ("moe.py", 'f"the router of block {number}"', 'f"the router of block {number - 1}"'),
+    ("moe.py", "nn.init.trunc_normal_(self.head.weight, std=0.02)",
+               "nn.init.xavier_uniform_(self.head.weight)"),
+    ("moe.py", "nn.init.trunc_normal_(self.pos, std=0.02)", "nn.init.zeros_(self.pos)"),
+    ("moe.py", '"b c (h p) (w q) -> b (h w) (c p q)"', '"b c (h p) (w q) -> b (w h) (c p q)"'),
+    ("moe.py", '"b c (h p) (w q) -> b (h w) (c p q)"', '"b c (h p) (w q) -> b (h w) (p q c)"'),
+    ("moe.py", "dim=1) + self.pos", "dim=1)"),
+    ("moe.py", "self.norm(x[:, 0])", "self.norm(x.mean(dim=1))"),
+    ("moe.py", "self.norm(x[:, 0])", "self.norm(x[:, -1])"),
+    ("moe.py", "(routings or {}).get(number)", "(routings or {}).get(number - 1)"),
+    ("moe.py", "2 * (N - 1) * self.embed", "2 * N * self.embed"),
+    ("moe.py", "blocks + 2 * self.head.weight.numel()", "blocks"),
+    ("moe.py", "size - size * moe.router.k // moe.router.n_experts",
+               "size - size // moe.router.n_experts"),
+    ("moe.py", "idle += size", "idle = size"),
+    ("moe.py", "sparse.load_state_dict(trunk | own)", "sparse.load_state_dict(own, strict=False)"),
+    ("moe.py", "experts.copy_mlp(dense.blocks[number - 1].mlp)",
+               "experts.copy_mlp(dense.blocks[number - 2].mlp)"),
+
+    # kernels.py
+    ("kernels.py", "F.gelu(x @ w_in[e] + b_in[e])", "(x @ w_in[e] + b_in[e])"),
+    ("kernels.py", "@ w_out[e] + b_out[e] for", "@ w_out[e] + b_out[0] for"),
+    ("kernels.py", "x @ w_in[e] + b_in[e]", "x @ w_in[e] + b_in[0]"),
+    ("kernels.py", "order // K)", "order % K)"),
+    ("kernels.py", "order // K)", "order % T)"),
+    ("kernels.py", "out.index_select(0, undo)", "out"),
+    ("kernels.py", "out.index_select(0, undo)", "out.index_select(0, order)"),
+    ("kernels.py", "out.index_select(0, undo).view(T, K, D)",
+                   "out.index_select(0, undo).view(K, T, D).transpose(0, 1)"),
+    ("kernels.py", "expert.bincount(minlength=len(w_in))", "expert.bincount()"),
+    ("kernels.py", "w_in.unbind(), b_in.unbind()",
+                   "[w_in[e] for e in range(len(w_in))], b_in.unbind()"),
+    ("kernels.py", "F.gelu(torch.addmm(bi, group, wi))", "torch.addmm(bi, group, wi)"),
+    ("kernels.py", "torch.addmm(bi, group, wi)", "torch.addmm(b_in[0], group, wi)"),
+    ("kernels.py", "out.append(torch.addmm(bo, ", "out.append(torch.addmm(b_out[0], "),
+    ("kernels.py", "out.append(torch.addmm(bo, ", "out.append(torch.addmm(bo.detach(), "),
+    ("kernels.py", "cumsum(0, dtype=torch.int32)", "cumsum(0, dtype=torch.int32) - 1"),
+    ("kernels.py", "F.grouped_mm(F.gelu(z), w_out", "F.grouped_mm(z, w_out"),
+    ("kernels.py", "one_hot, b_in)", "one_hot.roll(1, 1), b_in)"),
+    ("kernels.py", "one_hot, b_out)", "one_hot.detach(), b_out[:1].expand_as(b_out))"),
+    ("kernels.py", "F.gelu(z)", "F.gelu(z, approximate='tanh')"),
+    ("kernels.py", "% 16 == 0", "% 8 == 0"),
+    ("kernels.py", "fast and aligned", "aligned"),
+    ("kernels.py", "fast and aligned", "fast"),
+    ("kernels.py", 'if backend not in ("auto", *BACKENDS)', "if backend is None"),
+    ("kernels.py", '"grouped" if backend == "auto"', '"reference" if backend == "auto"'),
+    ("kernels.py", "(raw * gates[..., None])", "(raw * gates[..., None].to(raw.dtype))"),
+    ("kernels.py", "(raw * gates[..., None])", "raw"),
+    ("kernels.py", "(raw * gates[..., None])", "(raw * gates.flip(1)[..., None])"),
+    ("kernels.py", ".sum(dim=1).to(x.dtype)", ".sum(dim=1)"),
+    ("kernels.py", ".sum(dim=1).to(x.dtype)", ".mean(dim=1).to(x.dtype)"),
+    ("kernels.py", "return (y, raw)", "return (y, raw * gates[..., None])"),
+    ("kernels.py", "return (y, raw)", "return (y, raw.detach())"),
+
+    # teacher.py
+    ("teacher.py", "std=0.02)", "std=0.0)"),
+    ("teacher.py", "return F.linear(h.float(), self.weight.float())",
+                   "return F.linear(h, self.weight.to(h.dtype))"),
+    ("teacher.py", "with torch.autocast(h.device.type, enabled=False):",
+                   "with torch.autocast(h.device.type, enabled=True):"),
+    ("teacher.py", "if teacher.n_tokens != student.n_tokens:", "if False:"),
+    ("teacher.py", "teacher.requires_grad_(False).eval()", "teacher.eval()"),
+    ("teacher.py", "teacher.requires_grad_(False).eval()", "teacher.requires_grad_(False)"),
+    ("teacher.py", "max(1, round(b * depth))", "round(b * depth)"),
+    ("teacher.py", "max(1, round(b * depth))", "b"),
+    ("teacher.py", "max(1, round(b * depth))", "len(teacher.blocks)"),
+    ("teacher.py", "aligned if blocks is None else blocks", "aligned"),
+    ("teacher.py", "        self.teacher.eval()      #", "        pass      #"),
+    ("teacher.py", "        super().train(mode)\n", "        super().train(False)\n"),
+    ("teacher.py", "        return self\n", "        return None\n"),
+    ("teacher.py", "with torch.no_grad():", "with torch.enable_grad():"),
+    ("teacher.py", "layers[teacher].h for", "layers[max(layers)].h for"),
+    ("teacher.py", "layers[teacher].h for", "layers[student].h for"),
+    ("teacher.py", "layers[teacher].h for", "layers[teacher].h.flip(0) for"),
+    ("teacher.py", 'if tokens not in ("all", "class", "patches"):', "if False:"),
+    ("teacher.py", "if target_logits.shape != logits.shape:", "if False:"),
+    ("teacher.py", "target_logits.detach().softmax(dim=-1)", "target_logits.softmax(dim=-1)"),
+    ("teacher.py", "target_logits.detach().softmax(dim=-1)",
+                   "target_logits.detach().softmax(dim=0)"),
+    ("teacher.py", 'F.kl_div(logits.log_softmax(dim=-1), target, reduction="none")',
+                   'F.kl_div(target.log(), logits.softmax(dim=-1), reduction="none")'),
+    ("teacher.py", 'F.kl_div(logits.log_softmax(dim=-1), target, reduction="none")',
+                   "(target * (target.log() - logits.log_softmax(dim=-1)))"),
+    ("teacher.py", 'F.kl_div(logits.log_softmax(dim=-1), target, reduction="none")',
+                   "(-target * logits.log_softmax(dim=-1))"),
+    ("teacher.py", 'F.kl_div(logits.log_softmax(dim=-1), target, reduction="none")',
+                   'F.kl_div(logits.softmax(dim=-1).log(), target, reduction="none")'),
+    ("teacher.py", 'reduction="none").sum(dim=-1)', 'reduction="none").mean(dim=-1)'),
+    ("teacher.py", 'tokens="all", n_tokens=None)', 'tokens="class", n_tokens=3)'),
+    ("teacher.py", 'if tokens == "class":', 'if tokens == "patches":'),
+    ("teacher.py", "kl = kl.view(-1, n_tokens)[:, 0]", "kl = kl.view(n_tokens, -1)[0]"),
+    ("teacher.py", "kl = kl.view(-1, n_tokens)[:, 1:]", "kl = kl.view(-1, n_tokens)[:, :-1]"),
+    ("teacher.py", "return kl.mean()", "return kl.sum()"),
+    ("teacher.py", "return kl.mean()", "return kl.mean() * (n_tokens or 1)"),
+    ("teacher.py", "load = sum(load_loss(", "load = max(load_loss("),
+    ("teacher.py", "load_loss(z.softmax(dim=-1)) for", "load_loss(z) for"),
+    ("teacher.py", "return load, sum(entropy_loss(z) for", "return load, sum(-entropy_loss(z) for"),
+    ("teacher.py", "sum(entropy_loss(z) for z in targets.values())",
+                   "sum(entropy_loss(z) for z in targets.values()) / len(targets)"),
+
+    # distill.py
+    ("distill.py", "_warn_that_one_expert_is_alone()\n        return", "return"),
+    ("distill.py", "@cache\n", ""),
+    ("distill.py", "stacklevel=3", "stacklevel=2"),
+    ("distill.py", "raw.new_zeros((), dtype=torch.float32)", "raw.new_zeros(())"),
+    ("distill.py", "    raw = raw.float()\n", ""),
+    ("distill.py", "if K == 2:", "if False:"),
+    ("distill.py", "if K == 2:", "if K <= 4:"),
+    ("distill.py", "F.mse_loss(raw[:, 0], raw[:, 1])",
+                   "F.mse_loss(raw[:, 0], raw[:, 1].detach())"),
+    ("distill.py", "F.mse_loss(raw[:, 0], raw[:, 1])",
+                   "F.mse_loss(raw[:, 0], raw[:, 1], reduction='sum') / len(raw)"),
+    ("distill.py", "raw.var(dim=1, correction=0)", "raw.var(dim=1, correction=1)"),
+    ("distill.py", "raw.var(dim=1, correction=0)", "raw.var(dim=0, correction=0)"),
+    ("distill.py", "raw.var(dim=1, correction=0)", "raw.std(dim=1, correction=0)"),
+    ("distill.py", "raw.var(dim=1, correction=0)",
+                   "(raw - raw[:, :1]).square().mean(dim=1)"),
+    ("distill.py", "raw.var(dim=1, correction=0).mean()",
+                   "raw.var(dim=1, correction=0).sum(dim=1).mean()"),
+    ("distill.py", ".mean(dim=1).argmax(dim=1)", ".mean(dim=1).argmin(dim=1)"),
+    ("distill.py", ".mean(dim=1).argmax(dim=1)", ".amax(dim=1).argmax(dim=1)"),
+    ("distill.py", ".mean(dim=1).argmax(dim=1)", "[:, 0].argmax(dim=1)"),
+    ("distill.py", "probs.view(-1, n_tokens, probs.shape[1]).mean(dim=1)",
+                   "probs.view(n_tokens, -1, probs.shape[1]).mean(dim=0)"),
+    ("distill.py", "return count / count.sum(dim=0)",
+                   "return count / count.sum(dim=1, keepdim=True)"),
+    ("distill.py", "return count / count.sum(dim=0)",
+                   "return count / count.sum(dim=0).clamp(min=1)"),
+    ("distill.py", "accumulate=True", "accumulate=False"),
+    ("distill.py", "torch.ones_like(experts, dtype=torch.float32)",
+                   "torch.ones_like(experts, dtype=torch.float32) / n_experts"),
+    ("distill.py", "torch.full((n_tokens, 1), expert,", "torch.full((n_tokens, 1), 0,"),
+    ("distill.py", "    vit.eval()\n    correct", "    correct"),
+    ("distill.py", "    vit.train(was_training)\n    return torch.stack(correct)",
+                   "    return torch.stack(correct)"),
+    ("distill.py", "{block: forced(i, T, E, images.device)}",
+                   "{block - 1: forced(i, T, E, images.device)}"),
+    ("distill.py", "inside / inside.sum(dim=0)", "inside / len(inside)"),
+    ("distill.py", "return correct.float() @ inside / ", "return (correct.float() @ inside).T / "),
+    ("distill.py", "return A.diagonal(), off.nanmean(dim=1)",
+                   "return off.nanmean(dim=1), A.diagonal()"),
+    ("distill.py", "off.nanmean(dim=1)", "off.nanmean(dim=0)"),
+    ("distill.py", "off.nanmean(dim=1)", "A.nanmean(dim=1)"),
+    ("distill.py", "hit.float().sum() / solvable.float().sum()", "hit.float().mean()"),
+    ("distill.py", "correct.any(dim=0)", "correct.all(dim=0)"),
+    ("distill.py", "    vit.eval()\n    norms", "    norms"),
+    ("distill.py", ".sum(dim=1) for g in grads).sqrt())", ".sum(dim=1) for g in grads))"),
+    ("distill.py", "for g in grads).sqrt())", "for g in grads[:1]).sqrt())"),
+    ("distill.py", ".sum(dim=1) for g in grads).sqrt())", ".sum(dim=1).sqrt() for g in grads))"),
+    ("distill.py", "vit.blocks[block - 1].mlp.experts.parameters()",
+                   "vit.blocks[0].mlp.experts.parameters()"),
+    ("distill.py", "return norms.sum(dim=0) / norms.sum()", "return norms.mean(dim=0)"),
+    ("distill.py", "return norms.sum(dim=0) / norms.sum()",
+                   "return (norms / norms.sum(dim=1, keepdim=True)).mean(dim=0)"),
+
+    # data.py
+    ("data.py", "(SIZE - 1) - (SIZE - 1 - i.abs()).abs() for i in",
+                "i.clamp(0, SIZE - 1) for i in"),
+    ("data.py", "torch.randint(-reach, reach + 1, (len(images), 1)",
+                "torch.randint(-reach, reach + 1, (1, 1)"),
+    ("data.py", "torch._sample_dirichlet(alphas, generator=generator)",
+                "torch._sample_dirichlet(alphas)"),
+    ("data.py", "share = weight.mean(dim=(2, 3))", "share = beta(cutmix or mixup)[:, :, 0, 0]"),
+    ("data.py", "side = SIZE * (1 - beta(cutmix)).sqrt()", "side = SIZE * (1 - beta(cutmix))"),
+    ("data.py", "[:, :1, None, None]", "[:1, :1, None, None]"),
+    ("data.py", "< (0.5 if mixup else 1)", "< 1"),
+    ("data.py", "sign = (rand(-1, 1) > 0) * 2 - 1", "sign = 1 + 0 * rand(-1, 1)"),
+    ("data.py", "manual_seed(2 * seed + part)", "manual_seed(seed)"),
+    ("data.py", "reply.read1(1 << 16)", "reply.read(1 << 26)"),
+    ("data.py", "if not check_integrity(part, CIFAR100.tgz_md5):", "if False:"),
+    ("data.py", 'fetch=name == "cifar100" or not on_cpu)', "fetch=True)"),
+    ("data.py", 'torch.tensor(pickled["coarse_labels"])',
+                'torch.tensor(pickled["fine_labels"]) // 5'),
+    ("data.py", "((at - cx).abs() < width / 2)", "((at - cx).abs() < height / 2)"),
+
+    # report.py
+    ("report.py", "load_share(a, n_experts) @ load_share(b, n_experts)",
+                  "load_share(a, n_experts) @ load_share(a, n_experts)"),
+    ("report.py", "None if chance == 1 else", "0.0 if chance == 1 else"),
+    ("report.py", "kept.any(axis=-1).mean()", "(a == b).mean()"),
+    ("report.py", "away = experts != experts[-1]", "away = experts != experts[0]"),
+    ("report.py", "(100 * last > percent", "(100 * last >= percent"),
+    ("report.py", "math.ceil(epochs / 4)", "epochs // 4"),
+    ("report.py", "first = experts[..., 0] ", "first = experts[..., -1] "),
+    ("report.py", "[max(1, epochs // n) - 1]", "[max(1, epochs // n)]"),
+    ("report.py", "ddof=1", "ddof=0"),
+    ("report.py", "json.dumps(experiment(row), sort_keys=True)", "0"),
+    ("report.py", "{END}{after}", "{END}"),
+    ("report.py", "experts[:, :, 1:, 0].reshape", "experts[:, :, :-1, 0].reshape"),
+    ("report.py", "from matplotlib.figure import Figure",
+                  "from matplotlib.pyplot import figure as Figure"),
+
+    # train.py
+    ("train.py", "if getattr(cfg, name) is None:", "if True:"),
+    ("train.py", "cfg.expert_ratio = cfg.expert_ratio or cfg.mlp_ratio",
+                 "cfg.expert_ratio = cfg.mlp_ratio"),
+    ("train.py", "cfg.teacher_epochs or cfg.epochs", "cfg.epochs"),
+    ("train.py", 'len(labels) // 10 if cfg.split == "val" else 0', "len(labels) // 10"),
+    ("train.py", "val = order[len(labels) - held_out:]", "val = order[:held_out]"),
+    ("train.py", "(val if held_out else kept)[:cfg.probe_images]", "kept[:cfg.probe_images]"),
+    ("train.py", "kept[:cfg.train_images or len(kept)]", "kept"),
+    ("train.py", 'keep_raw="mode" in cfg.method', "keep_raw=False"),
+    ("train.py", "int(cfg.dim * cfg.expert_ratio)", "int(cfg.dim * cfg.mlp_ratio)"),
+    ("train.py", 'method="dense", seed=0, epochs=cfg.teacher_epochs',
+                 'method="dense", seed=cfg.seed, epochs=cfg.teacher_epochs'),
+    ("train.py", "json.dumps([recipe, data.md5])", "json.dumps([data.md5])"),
+    ("train.py", "label_smoothing=cfg.label_smoothing)", "label_smoothing=0.0)"),
+    ("train.py", 'if cfg.method in ("moe", "mode"):', 'if cfg.method != "dense":'),
+    ("train.py", 'if cfg.method in ("moe", "mode"):', 'if cfg.method == "moe":'),
+    ("train.py", 'terms["load"] = cfg.load_weight', 'terms["load"] = cfg.entropy_weight'),
+    ("train.py", 'terms["entropy"] = cfg.entropy_weight', 'terms["entropy"] = cfg.load_weight'),
+    ("train.py", 'terms["teacher_load"] = cfg.load_weight * load',
+                 'terms["teacher_load"] = cfg.entropy_weight * load'),
+    ("train.py", "cfg.guide_weight / len(routed)", "cfg.guide_weight"),
+    ("train.py", "r.routing.logits, cfg.guide_tokens, n_tokens)", "r.routing.logits)"),
+    ("train.py", "cfg.alpha / len(routed)", "0.01 / len(routed)"),
+    ("train.py", 'if cfg.method in ("mode", "tgr+mode"):', 'if cfg.method == "mode":'),
+    ("train.py", "    model.eval()\n", ""),
+    ("train.py", "student.n_tokens, -1)", "student.n_tokens, -1).flip(2)"),
+    ("train.py", 'unfinished = path.with_suffix(".tmp")', "unfinished = path"),
+    ("train.py", "cfg.seed * 100_003 + epoch)\n    order", "epoch)\n    order"),
+    ("train.py", "order = torch.randperm(len(images), generator=generator, device=images.device)",
+                 "order = torch.arange(len(images), device=images.device)"),
+    ("train.py", "x = augment(images[some], cfg.augment, generator)",
+                 'x = augment(images[some], "light", generator)'),
+    ("train.py", "mix(x, targets, cfg.mixup, cfg.cutmix, generator)",
+                 "mix(x, targets, cfg.cutmix, cfg.cutmix, generator)"),
+    ("train.py", "and p.ndim > 1 for", "for"),
+    ("train.py", '("weight", "w_in", "w_out")', '("weight", "w_in", "w_out", "b_in", "b_out")'),
+    ("train.py", "return cfg.lr * progress / cfg.warmup_epochs", "return cfg.lr"),
+    ("train.py", "cfg.lr * 0.5 * (1 - math.cos(math.pi * left))", "cfg.lr * left ** 2"),
+    ("train.py", "        optimizer.load_state_dict(state[\"optimizer\"])\n", ""),
+    ("train.py", "            guide.routers.load_state_dict(state[\"routers\"])\n",
+                 "            pass\n"),
+    ("train.py", '["experts"][:done])', '["experts"])'),
+    ("train.py", "splitlines()[:done] if done else []", "splitlines() if done else []"),
+    ("train.py", "        torch.manual_seed(cfg.seed * 100_003 + epoch)      #", "        #"),
+    ("train.py", "guide if progress < cfg.guide_until * cfg.epochs else None", "guide"),
+    ("train.py", "            optimizer.zero_grad(set_to_none=True)\n", ""),
+    ("train.py", "cfg.clip, norm)", "1.0, norm)"),
+    ("train.py", "            scaler.step(optimizer)\n", ""),
+    ("train.py", "if epoch % cfg.save_every == 0 or epoch == cfg.epochs:", "if True:"),
+    ("train.py", "if torch.isfinite(loss) and (", "if ("),
+    ("train.py", "(scaler.is_enabled() or torch.isfinite(norm))", "True"),
+    ("train.py", "exam = sets.val or sets.test", "exam = sets.test"),
+    ("train.py", "accuracy(guide.teacher, *exam, cfg, data) if knows else None", "None"),
+    ("train.py", 'if name not in ELSEWHERE and state["config"][name] != value:', "if False:"),
+    ("train.py", 'elif not state and Path(cfg.out, "metrics.jsonl").exists():', "elif False:"),
+    ("train.py", 'if state["data_md5"] != data.md5:', "if False:"),
+    ("train.py", 'if taught["config"]["method"] != "dense":', "if False:"),
+    ("train.py", "    while path.exists():", "    while False:"),
+]
+
+
+def stale(file, old):
+    """Why a mutant means nothing any more: `old` is not in the file, or more than once."""
+    count = (ROOT / file).read_text().count(old)
+    return None if count == 1 else f"mutant is stale: {file} has {count} times {old!r}"
+
+
+def killer(mutant):
+    """The first test that fails on a mutant, or None if it survives."""
+    file, old, new = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        tracked = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(tracked, cwd=ROOT, text=True).splitlines():
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, copy / name)
+        (copy / file).write_text((copy / file).read_text().replace(old, new))
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_{file}"],
+                cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return f"the clock, after {TIMEOUT} s"
+    if run.returncode > 1:
+        sys.exit(f"{file}: {old!r} -> {new!r}: pytest could not run\n{run.stdout[-2000:]}")
+    return run.stdout.split("::")[-1].split(" - ")[0].split("\n")[0] if run.returncode else None
+
+
+def main(words):
+    mutants = [m for m in MUTANTS if not set(words) - {"--list"} or m[0] in words]
+    if "--list" in words:
+        return print(*(f"{file}: {old!r} -> {new!r}" for file, old, new in mutants), sep="\n")
+    if errors := [error for file, old, _ in mutants if (error := stale(file, old))]:
+        return "\n".join(errors)
+    for file in dict.fromkeys(file for file, _, _ in mutants):
+        if test := killer((file, "", "")):
+            return f"{file}: {test} fails without any mutant"
+    survivors = 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for mutant, test in zip(mutants, pool.map(killer, mutants), strict=True):
+            survivors += test is None
+            print("{}: {!r} -> {!r}".format(*mutant),
+                  f"    killed by {test}" if test else "    SURVIVED", sep="\n", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
