@@ -224,15 +224,19 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def write_readme(readme_path, results_path):
-    """Put the table of a file of results between the two markers, and touch nothing else."""
+    """Put table and picture of a file of results between the two markers; touch nothing else."""
     text = Path(readme_path).read_bytes().decode()          # bytes: line endings stay as they are
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme_path} needs one line {BEGIN} and, below it, one line {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    table = results_table(read_lines(results_path))
+    rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
+    shown = ""
+    if any(row.get("consistency") for row in rows):         # a picture needs a router
+        plot_methods(rows).savefig(picture)
+        shown = f"\n\n![agreement over epochs, by method]({picture.as_posix()})"
     command = f"python report.py --readme {readme_path} {results_path}"
-    Path(readme_path).write_bytes(
-        f"{before}{BEGIN}\n{table}\n\nWritten by `{command}`.\n{END}{after}".encode())
+    Path(readme_path).write_bytes((f"{before}{BEGIN}\n{results_table(rows)}{shown}\n\nWritten by "
+                                   f"`{command}`.\n{END}{after}").encode())
 
 
 def read_lines(path):
@@ -345,6 +349,34 @@ def plot_agreement(consistency, layers):
         axis.set_title(panel, fontsize=11)
     for axis in axes[0]:
         axis.set_xlabel("")
+    axes[0, 1].legend()
+    return fig
+
+
+def plot_methods(rows):
+    """Which method settles first? Mean agreement over the MoE layers, a thin line for each seed."""
+    groups = {}                                             # "tgr, K=1" > runs
+    for row in rows:
+        if row.get("consistency"):
+            name = f"{row['method']}, K={row['config']['k']}"
+            groups.setdefault(name, []).append(row["consistency"])
+    early = {name: mean(c["first_quarter_agreement_adjacent"] for c in runs)
+             for name, runs in groups.items()}
+    best, worst = max(early, key=early.get), min(early, key=early.get)
+    fig, axes = sheet(
+        f"In the first quarter of training {early[best]:.0%} of tokens keep their expert from one "
+        f"epoch to the next with {best}, {early[worst]:.0%} with {worst}", 1, 2, 10, 4.2)
+    panels = {"agreement_adjacent": ("same expert as an epoch ago", 2),
+              "agreement_final": ("same expert as at the end", 1)}
+    for axis, (name, (panel, start)) in zip(axes[0], panels.items(), strict=True):
+        for i, (group, runs) in enumerate(groups.items()):
+            curves = 100 * np.array([np.mean(c[name], axis=0) for c in runs])   # (seeds, steps)
+            epoch, style = np.arange(curves.shape[1]) + start, ["-", "--", ":"][i // 3 % 3]
+            axis.plot(epoch, curves.T, style, lw=0.8, alpha=0.5, color=COLOURS[i % 8])
+            axis.plot(epoch, curves.mean(axis=0), style, lw=2.5, color=COLOURS[i % 8],
+                      label=f"{group} (n={len(runs)})")
+        by_epoch(axis, "tokens, %")
+        axis.set_title(panel, fontsize=11)
     axes[0, 1].legend()
     return fig
 

@@ -359,6 +359,10 @@ MUTANTS = [
     ("report.py", "json.dumps(experiment(row), sort_keys=True)", "0"),
     ("report.py", "{END}{after}", "{END}"),
     ("report.py", "experts[:, :, 1:, 0].reshape", "experts[:, :, :-1, 0].reshape"),
+    ("report.py", "np.mean(c[name], axis=0) for c in runs", "c[name][0] for c in runs"),
+    ("report.py", "axis.plot(epoch, curves.mean(axis=0)", "axis.plot(epoch, curves[0]"),
+    ("report.py", '("same expert as an epoch ago", 2)', '("same expert as an epoch ago", 1)'),
+    ("report.py", "max(early, key=early.get), min(early", "min(early, key=early.get), max(early"),
     ("report.py", "from matplotlib.figure import Figure",
                   "from matplotlib.pyplot import figure as Figure"),
 

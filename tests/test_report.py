@@ -151,7 +151,8 @@ def a_row(**changes):
         "epochs": 10, "train_images": 5000, "test_images": 10000, "labels": "fine",
         "test_accuracy": 0.40, "teacher_accuracy": 0.45, "agreement_adjacent": 0.83,
         "agreement_final": 0.71, "load_entropy": 0.9, "images_per_second": 1234.5,
-        "consistency": {"first_quarter_agreement_adjacent": 0.6}, "flops_per_image": 38_200_000,
+        "consistency": {"first_quarter_agreement_adjacent": 0.6, "agreement_adjacent": [[0.6]],
+                        "agreement_final": [[0.5, 1.0]]}, "flops_per_image": 38_200_000,
         "params_total": 2_690_000, "params_active": 1_100_000, "seconds": 100, "out": "runs/tgr-0",
     } | changes
 
@@ -242,7 +243,14 @@ def test_the_readme_is_rewritten_between_the_markers_and_nowhere_else(readme):
         table, after = rest.split(report.END)
         assert (before, after) == ("# é\r\nabove\n", "\nbelow\n")
         assert "old" not in table and table.count("| tgr |") == 1
+        assert "rows.png)" in table and (readme.parent / "rows.png").stat().st_size > 5000
         assert f"{readme.parent / 'rows.jsonl'}`" in table
+
+
+def test_a_readme_without_routers_needs_no_picture(readme):
+    (readme.parent / "rows.jsonl").write_text(json.dumps(a_row(**DENSE)))
+    write_readme(readme, readme.parent / "rows.jsonl")
+    assert "| dense |" in readme.read_text() and "png" not in readme.read_text()
 
 
 @pytest.mark.parametrize("broken", [
@@ -328,6 +336,26 @@ def test_the_agreement_figure_says_when_a_router_has_collapsed():
     still = np.stack([one_layer([[0, 1, 2]] * 3), one_layer([[4, 4, 4]] * 3)], axis=1)[:, :, 0]
     fig = report.plot_agreement(consistency(still, 8), [5, 7])
     assert "One expert takes every token in block 7: agreement there means nothing" in title(fig)
+
+
+def test_methods_are_compared_by_the_mean_over_their_layers_and_seeds():
+    def run(method, early, adjacent, final):
+        return a_row(method=method, consistency={
+            "first_quarter_agreement_adjacent": early, "agreement_adjacent": adjacent,
+            "agreement_final": final})
+
+    fig = report.plot_methods([
+        run("moe", 0.5, [[0.4, 0.6], [0.2, 0.8]], [[0.1, 0.3, 1.0], [0.3, 0.5, 1.0]]),
+        run("moe", 0.7, [[0.5, 0.9], [0.5, 0.9]], [[0.2, 0.4, 1.0], [0.2, 0.4, 1.0]]),
+        run("tgr", 0.9, [[0.8, 0.9]], [[0.7, 0.9, 1.0]]), a_row(**DENSE)])
+    adjacent, final = fig.axes
+    *_, moe, _, tgr = adjacent.lines                # the last of each method is its thick mean
+    # seed 1 keeps (.4 + .2) / 2 = .3 and .7, seed 2 .5 and .9: the mean is .4 and .8
+    np.testing.assert_allclose(moe.get_xydata(), [[2, 40], [3, 80]])
+    np.testing.assert_allclose(tgr.get_xydata(), [[2, 80], [3, 90]])
+    np.testing.assert_allclose(final.lines[2].get_xydata(), [[1, 20], [2, 40], [3, 100]])
+    assert [t.get_text() for t in final.get_legend().texts] == ["moe, K=2 (n=2)", "tgr, K=2 (n=1)"]
+    assert "90% of tokens" in title(fig) and "tgr" in title(fig).split("60%")[0]
 
 
 def test_patches_are_coloured_by_their_expert_row_by_row_and_the_class_token_is_left_out():
