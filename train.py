@@ -656,8 +656,9 @@ def seconds_left(job, teacher=None):
 def announce(teacher, job):
     """What will be done, on what, and how long it should take."""
     cfg = job.cfg
-    kind = "a demonstration" if cfg.preset == "tiny" else "the full recipe"
-    print(f"{cfg.method}, preset {cfg.preset} ({kind}) on {describe(cfg.device)}, {cfg.precision}, "
+    demo = " (a demonstration: the full recipe is preset small, on a GPU)"
+    print(f"{cfg.method}, preset {cfg.preset}{demo if cfg.preset == 'tiny' else ''} on "
+          f"{describe(cfg.device)}, {cfg.precision}, "
           f"{'compiled' if cfg.compile else 'not compiled'}. Data: {job.data.note}")
     left, steps = 0.0, []
     if isinstance(teacher, Job):

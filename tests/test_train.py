@@ -153,6 +153,13 @@ def test_the_test_images_are_looked_at_once_and_with_split_val_never(monkeypatch
     assert result["val_accuracy"] == lines[-1]["val_accuracy"]
 
 
+def test_a_model_is_looked_at_in_evaluation_mode():
+    model, cfg = vit("--drop_path", "0.5", "--noise", "5"), config()
+    first, second = (next(iter(train.outputs(model.train(), SMALL.train.images, cfg, SMALL)))
+                     for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+
+
 def test_held_out_images_are_never_trained_on():
     cfg = config("--split", "val")
     sets = train.split(cfg, SMALL)
