@@ -160,6 +160,28 @@ def test_a_model_is_looked_at_in_evaluation_mode():
     assert torch.equal(first.logits, second.logits)
 
 
+def test_the_recorded_routing_is_that_of_every_token_of_every_probe_image():
+    cfg = config("--moe_blocks", "1,2", "--probe_images", "6")
+    model, sets = train.build(cfg, SMALL), train.split(cfg, SMALL)
+    _, experts, probs = train.look(model, sets, cfg, SMALL)
+    assert experts.shape == (2, 6, 5, 2) and probs.shape == (2, 6, 5, 4)
+    layers = model.eval()(train.normalise(sets.probe[0][3:4], SMALL.mean, SMALL.std)).layers
+    for l, block in enumerate((1, 2)):                      # the fourth image, by itself
+        assert (experts[l, 3] == layers[block].routing.experts.numpy()).all()
+        assert abs(probs[l, 3] - layers[block].routing.probs.detach().numpy()).max() < 1e-3
+
+
+def test_every_seed_and_every_epoch_has_an_order_of_its_own():
+    def labels(seed, epoch):
+        cfg = config("--seed", seed)
+        batches = train.batches(cfg, SMALL, train.split(cfg, SMALL), epoch)
+        return torch.cat([targets.argmax(dim=1) for _, targets in batches])
+
+    first = labels("0", 1)
+    assert torch.equal(first, labels("0", 1))
+    assert not torch.equal(first, labels("1", 1)) and not torch.equal(first, labels("0", 2))
+
+
 def test_held_out_images_are_never_trained_on():
     cfg = config("--split", "val")
     sets = train.split(cfg, SMALL)
@@ -188,13 +210,13 @@ def test_an_interrupted_run_continues_bit_for_bit(monkeypatch):
              "--noise", "1", "--k", "1"]
     whole_result, whole_lines, whole = run(*flags, method="tgr", out="whole")
 
-    def stop(cfg, line, original=train.say):
-        original(cfg, line)
-        if cfg.method == "tgr" and line["epoch"] == 2:      # after its line, before its checkpoint
-            raise KeyboardInterrupt
+    def stop(path, content, original=train.save):
+        if content["config"]["method"] == "tgr" and content["epoch"] == 2:
+            raise KeyboardInterrupt                         # its line and routing are there already
+        original(path, content)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train, "say", stop)
+        patch.setattr(train, "save", stop)
         run(*flags, method="tgr", out="broken")
     assert ended.value.code == 130
     main(["--resume", "--out", "broken"])
