@@ -40,7 +40,7 @@ def _warn_that_one_expert_is_alone():
                   "to learn from; use --k 2 or more", stacklevel=3)
 
 
-# --- expert probing: freeze the model, force one expert at a time (ours, after MoDE) -------------
+# --- expert probing: freeze the model, force one expert at a time (ours, after MoDE) ---
 
 def domains(probs, n_tokens):
     """d(x) = argmax_i gate_i(x): the dominant expert (B,) of each image, from probs (B*N, E).
@@ -105,7 +105,7 @@ def gate_accuracy(correct, domain):
     return (hit.float().sum() / solvable.float().sum()).item()
 
 
-# --- narrow vision: who learns from whom (MoDE, figure 1; the measure is ours) -------------------
+# --- narrow vision: who learns from whom (MoDE, figure 1; the measure is ours) ---
 
 def expert_gradient_norms(vit, images, labels, block):
     """||dL(x)/d theta_i|| for every image x and expert i of `block`, (B, E); one backward each."""

@@ -26,7 +26,7 @@ class Output(NamedTuple):
     layers: dict[int, Layer]      # by block number, 1 .. depth
 
 
-# --- what can stand in a block: one MLP, routed experts, or soft slots ---------------------------
+# --- what can stand in a block: one MLP, routed experts, or soft slots ---
 
 class MLP(nn.Module):
     """The dense two-layer MLP of a Transformer block, (..., D) to (..., D)."""
@@ -145,7 +145,7 @@ class SoftMoE(nn.Module):
         return E * self.slots * (6 * N * D + 4 * D * H)   # logits, dispatch, combine; the experts
 
 
-# --- the Transformer around them -----------------------------------------------------------------
+# --- the Transformer around them ---
 
 class Attention(nn.Module):
     """Multi-head self-attention over the tokens of an image, (B, N, D) to (B, N, D)."""

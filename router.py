@@ -118,7 +118,7 @@ def within_capacity(experts, n_experts, capacity_factor):
     return (place <= C).view(K, T).T                                    # (T, K)
 
 
-# --- losses on the routing; each says how many tokens an expert gets, none says which -----------
+# --- losses on the routing; each says how many tokens an expert gets, none says which ---
 
 def load_loss(probs):
     """CV^2 of the importance of each expert, from probs (T, E): 0 when even, E - 1 when collapsed.

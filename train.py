@@ -44,7 +44,7 @@ from teacher import Guide, guidance_loss, teacher_router_losses
 
 METHODS = ("dense", "soft", "moe", "tgr", "mode", "tgr+mode")
 
-# --- the configuration: every field is a flag, a help line and a part of every result ------------
+# --- the configuration: every field is a flag, a help line and a part of every result ---
 
 
 def flag(default, help, choices=None):
@@ -174,7 +174,7 @@ def resolve(given):
     return cfg
 
 
-# --- from the configuration to images and models -------------------------------------------------
+# --- from the configuration to images and models ---
 
 class Sets(NamedTuple):
     """(images uint8, labels) for each use; `val` is None where all is trained on."""
@@ -254,7 +254,7 @@ def teacher_config(cfg, data):
     return teacher
 
 
-# --- the objective -------------------------------------------------------------------------------
+# --- the objective ---
 
 def objective(cfg, output, targets, teacher_logits=None):
     """Every term of the loss, already weighted; their sum is what training minimises.
@@ -283,7 +283,7 @@ def objective(cfg, output, targets, teacher_logits=None):
     return terms
 
 
-# --- looking at a model --------------------------------------------------------------------------
+# --- looking at a model ---
 
 @torch.no_grad()
 def outputs(model, images, cfg, data, batch=500):
@@ -322,7 +322,7 @@ def look(student, sets, cfg, data):
     return hit, gather("experts", torch.uint8), gather("probs", torch.float16)
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- files ---
 
 def save(path, content):
     """Write a checkpoint so that `path` always holds either the old one or the new one, whole."""
@@ -372,7 +372,7 @@ def describe(device):
     return f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
-# --- the loop ------------------------------------------------------------------------------------
+# --- the loop ---
 
 class Job(NamedTuple):
     """One model to train, dense teacher or student, and where it stands."""
@@ -430,10 +430,13 @@ def learning_rate(cfg, progress):
 def fit(job, guide=None, command=""):
     """Train job.student, write its run folder and return the content of its result.json.
 
-    Raises FloatingPointError, with the step undone, when loss or gradient stop being finite.
+    A run that has ended already is only read. Raises FloatingPointError when loss or gradient stop
+    being finite, before a checkpoint is spoilt.
     """
     cfg, data, sets, student, state = job
     out, on_gpu = Path(cfg.out), cfg.device.startswith("cuda")
+    if state and state["epoch"] == cfg.epochs and (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(parameter_groups(student, guide, cfg.weight_decay), fused=on_gpu)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
@@ -452,7 +455,7 @@ def fit(job, guide=None, command=""):
     metrics.write_text("".join(line + "\n" for line in lines))
 
     steps = steps_per_epoch(cfg, sets)
-    check_every = 50 if on_gpu else 1           # a check makes the host wait for the GPU
+    check_every = 50 if on_gpu else 1          # a check makes the host wait for the GPU
     for epoch in range(done + 1, cfg.epochs + 1):
         started, sums = time.perf_counter(), {}
         torch.manual_seed(cfg.seed * 100_003 + epoch)      # stochastic depth and router noise
@@ -520,8 +523,8 @@ def stop_unless_finite(loss, norm, scaler, student, where):
            if p.grad is not None and not torch.isfinite(p.grad).all()]
     raise FloatingPointError(
         f"{where}: the loss is {loss.item():.4g} and the gradient of {bad[0] if bad else 'nothing'}"
-        f" is {'not ' if bad else ''}finite; this step was not taken and the last checkpoint is "
-        f"kept. Try a lower --lr, or --precision fp32")
+        f" is {'not ' if bad else ''}finite; the last checkpoint is kept. Try a lower --lr, or "
+        f"--precision fp32")
 
 
 def say(cfg, line):
@@ -567,7 +570,7 @@ def conclude(job, guide, command, history, seconds):
     return result
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- the command ---
 
 def plan(given):
     """What the flags ask for, checked before anything long begins: (teacher, student) jobs.
