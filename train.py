@@ -139,7 +139,9 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def parse(argv):
     """The flags that were given, as a dict; an unknown flag ends with one sentence and code 2."""
-    parser = argparse.ArgumentParser(description=Config.__doc__, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=Config.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        usage="python train.py [--FLAG VALUE ...]; --help explains every flag")
     for f in fields(Config):
         how = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:

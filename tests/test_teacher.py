@@ -112,6 +112,12 @@ def test_all_tokens_are_guided_unless_one_says_otherwise():
     assert guidance_loss(CERTAIN, LEARNER).item() == pytest.approx(10.5)
 
 
+@pytest.mark.parametrize("rows, columns", [(1, E), (4, 1), (4, E - 1)])
+def test_targets_of_another_shape_are_not_spread_over_the_students(rows, columns):
+    with pytest.raises(ValueError, match="need the same tokens and experts"):
+        guidance_loss(torch.zeros(rows, columns), torch.zeros(4, E))
+
+
 def test_an_unknown_choice_of_tokens_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="'cls': choose all, class or patches"):
         guidance_loss(CERTAIN, LEARNER, "cls", n_tokens=3)

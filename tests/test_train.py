@@ -516,6 +516,7 @@ def test_every_flag_is_named_in_these_tests():
 
 @pytest.mark.parametrize("flags, words", [
     (["--no_such_flag", "1"], "no_such_flag"),
+    (["--meth", "moe"], "--meth"),                          # half a flag is no flag
     (["--method", "magic"], "magic"),
     (["--k", "9"], "9 of 4 experts"),
     (["--k", "0"], "0 of 4 experts"),
