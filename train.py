@@ -429,11 +429,12 @@ def learning_rate(cfg, progress):
     return cfg.lr * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def fit(job, guide=None, command=""):
+def fit(job, guide=None, command="", own_losses=None):
     """Train job.student, write its run folder and return the content of its result.json.
 
-    A run that has ended already is only read. Raises FloatingPointError when loss or gradient stop
-    being finite, before a checkpoint is spoilt.
+    `own_losses` has the signature of `losses` and replaces it: how a study adds a control. A run
+    that has ended already is only read. Raises FloatingPointError when loss or gradient stop being
+    finite, before a checkpoint is spoilt.
     """
     cfg, data, sets, student, state = job
     out, on_gpu = Path(cfg.out), cfg.device.startswith("cuda")
@@ -442,7 +443,8 @@ def fit(job, guide=None, command=""):
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(parameter_groups(student, guide, cfg.weight_decay), fused=on_gpu)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
-    compute = torch.compile(losses) if cfg.compile else losses
+    compute = own_losses or losses
+    compute = torch.compile(compute) if cfg.compile else compute
 
     done, seconds, history, metrics = 0, 0.0, [], out / "metrics.jsonl"
     if state:

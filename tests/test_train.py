@@ -417,6 +417,16 @@ def test_guide_tokens_chooses_which_tokens_are_guided():
     assert len(values) == 3
 
 
+def test_a_study_may_bring_losses_of_its_own():
+    _, job = train.plan(train.parse([*BASE, "--method", "moe", "--out", "own"]))
+
+    def only_the_task(*args):
+        return {"task": train.losses(*args)["task"]}
+
+    train.fit(job, own_losses=only_the_task)
+    assert "load" not in json.loads(Path("own/metrics.jsonl").read_text())
+
+
 def test_epochs_and_batch_size_count_passes_and_steps(monkeypatch):
     steps, original = [], train.losses
     monkeypatch.setattr(train, "losses", lambda *a: steps.append(len(a[3])) or original(*a))
