@@ -742,7 +742,9 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python train.py --resume --out {job.cfg.out}", file=sys.stderr)
+        begun = Path(job.cfg.out, "checkpoint.pt").exists()
+        again = f"python train.py --resume --out {job.cfg.out}" if begun else command
+        print(f"\nstopped; to go on from the last checkpoint: {again}", file=sys.stderr)
         sys.exit(130)
     print(report.closing_table(result))
 

@@ -205,7 +205,7 @@ def test_a_seed_fixes_every_bit_and_another_seed_does_not():
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
-def test_an_interrupted_run_continues_bit_for_bit(monkeypatch):
+def test_an_interrupted_run_continues_bit_for_bit(monkeypatch, capsys):
     flags = ["--epochs", "3", "--augment", "heavy", "--mixup", "0.8", "--drop_path", "0.2",
              "--noise", "1", "--k", "1"]
     whole_result, whole_lines, whole = run(*flags, method="tgr", out="whole")
@@ -219,6 +219,7 @@ def test_an_interrupted_run_continues_bit_for_bit(monkeypatch):
         patch.setattr(train, "save", stop)
         run(*flags, method="tgr", out="broken")
     assert ended.value.code == 130
+    assert "python train.py --resume --out broken" in capsys.readouterr().err
     main(["--resume", "--out", "broken"])
     again = torch.load("broken/checkpoint.pt", weights_only=True)
     assert same(whole["student"], again["student"]) and same(whole["routers"], again["routers"])
