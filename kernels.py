@@ -134,23 +134,25 @@ class Lean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, experts, gates, w_in, b_in, w_out, b_out):
         (T, K), p = experts.shape, plan(experts, len(w_in))
+        ctx.K = K                                                       # len(z) / T, were T not 0
         rows = x.index_select(0, p.order // K)                          # (S, D)
         z, out = rows.new_empty(len(rows), w_in.shape[2]), torch.empty_like(rows)
         for r, e, b, mm, _ in groups(p, x, w_in):
             z[r] = mm(rows[r], w_in[e]).add_(b_in[b])                   # (S, H)
             out[r] = mm(F.gelu(z[r]), w_out[e]).add_(b_out[b])          # (S, D) still by expert
-        raw = torch.empty_like(out).index_copy_(0, p.order, out).view(T, K, -1)
-        ctx.save_for_backward(x, experts, gates, z, *p, w_in, w_out, b_out)
+        raw = torch.empty_like(out).index_copy_(0, p.order, out).view(T, K, x.shape[1])
+        ctx.save_for_backward(x, gates, z, *p, w_in, w_out, b_out)
         return raw if gates is None else gated_sum(raw, gates, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, experts, gates, z, *p, w_in, w_out, b_out = ctx.saved_tensors
-        (T, K), p = experts.shape, Plan(*p)
+        x, gates, z, *p, w_in, w_out, b_out = ctx.saved_tensors
+        (T, D), p = x.shape, Plan(*p)
+        K = ctx.K
         wide = torch.promote_types(x.dtype, torch.float32)              # sums of products are
         choices = gates is None                                         # dout (T, K, D) or (T, D)
-        d = dout.reshape(-1, x.shape[1]).index_select(0, p.order if choices else p.order // K)
+        d = dout.reshape(-1, D).index_select(0, p.order if choices else p.order // K)
         rows = x.index_select(0, p.order // K)                          # (S, D), as is d
         gate = None if choices else gates.flatten()[p.order, None]      # (S, 1)
         dx, dgate = torch.empty_like(rows), rows.new_empty(len(rows), dtype=wide)
@@ -165,7 +167,7 @@ class Lean(torch.autograd.Function):
             dw_out[e], db_out[e] = mm(a.mT, dr), per_expert(dr)
             dw_in[e], db_in[e] = mm(rows[r].mT, dz), per_expert(dz)
             dx[r] = mm(dz, w_in[e].mT)
-        dx = torch.empty_like(dx).index_copy_(0, p.order, dx).view(T, K, -1).sum(dim=1)
+        dx = torch.empty_like(dx).index_copy_(0, p.order, dx).view(T, K, D).sum(dim=1)
         if not choices:
             dgate = torch.empty_like(dgate).index_copy_(0, p.order, dgate).view(T, K)
         return dx, None, None if choices else dgate.to(gates.dtype), dw_in, db_in, dw_out, db_out
@@ -193,9 +195,9 @@ def groups(p, x, w_in):
 #
 #     grouped_gemm  up    x at order // K, times w_in          -> z and gelu(z)
 #                   down  gelu(z), times w_out                 -> out, at order
-#                   da    dy at order // K, times w_out^T      -> dz, gate gelu(z), d(gate)
+#                   da    dy at order // K, times w_out^T      -> dz, gate gelu(z), d(gate), db_in
 #                   dx    dz, times w_in^T                     -> dx, at order
-#     grouped_dw    each expert's a^T b                        -> dw_in and db_in, dw_out and db_out
+#     grouped_dw    each expert's a^T b                        -> dw_in, dw_out
 
 def fused(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """What is left to move through memory? x, rows of z and gelu(z), the outputs: little twice.
@@ -217,35 +219,41 @@ class Fused(torch.autograd.Function):
         tile, p = choose_tile(T * K, E, x.dtype), plan(experts, E)
         tiles = plan_tiles(p.offsets, T * K, tile.rows)
         x = x if x.stride(1) == 1 else x.contiguous()                   # strided rows are welcome
-        z, a = x.new_empty(2, T * K, H)
+        z, a = x.new_empty(T * K, H), x.new_empty(T * K, H)             # apart, for z alone is kept
         raw = x.new_empty(T * K, D)                                     # row s is choice s's
         gemm("up", tile, p, tiles, x, w_in, a, shared_by=K, bias=b_in, z=z)
         gemm("down", tile, p, tiles, a, w_out, raw, bias=b_out, gates=gates)
-        ctx.save_for_backward(x, experts, gates, z, *p, *tiles, w_in, w_out, b_out)
+        # contiguous: the router's choices are a view of all E, sorted
+        ctx.save_for_backward(x, experts.contiguous(), gates, z, *p[1:], *tiles, w_in, w_out, b_out)
         return raw.view(T, K, D) if gates is None else over_choices(raw, K)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         x, experts, gates, z, *p, w_in, w_out, b_out = ctx.saved_tensors
-        p, tiles, (T, K), (S, H) = Plan(*p[:3]), Tiles(*p[3:]), experts.shape, z.shape
+        p, tiles, (T, K), (S, H) = Plan(None, *p[:2]), Tiles(*p[2:]), experts.shape, z.shape
         tile = choose_tile(S, len(w_in), x.dtype)
         dout = dout.reshape(-1, x.shape[1]).contiguous()                # .sum() gives strides of 0
         shared = 1 if gates is None else K                              # choices per row of dout
-        dz, a = x.new_empty(2, S, H)
-        dx = x.new_empty(S, x.shape[1])
-        partial_dgates = x.new_empty(S, -(-H // tile.narrow), dtype=torch.float32)
+        dz, a, dx = (x.new_empty(S, n) for n in (H, H, x.shape[1]))
+        dgates = z.new_empty(S, -(-H // tile.narrow), dtype=torch.float32)
+        db = z.new_zeros(len(tiles.expert), H, dtype=torch.float32)
         gemm("da", tile, p, tiles, dout, w_out.mT, dz, shared_by=shared, gates=gates, z=z,
-             gated_a=a, dgates=partial_dgates)
+             gated_a=a, dgates=dgates, db=db)
         gemm("dx", tile, p, tiles, dz, w_in.mT, dx)
-        dw_in, db_in = gemm_dw(tile, p, x, dz, a_shared_by=K)
-        dw_out, db_out = gemm_dw(tile, p, a, dout, b_shared_by=shared, gates=gates)
-        dgates = None
+        dw_in = gemm_dw(tile, p, x, dz, a_shared_by=K)
+        dw_out = gemm_dw(tile, p, a, dout, b_shared_by=shared)
+        # What the biases are owed is small: matrices of E columns, in float32, by torch itself
+        E, dout = len(w_in), dout.float()
+        db_in = F.one_hot(tiles.expert, E + 1).float().mT[:E] @ db                  # (E, H)
+        weight = F.one_hot(experts, E).float()                          # (T, K, E)
         if gates is not None:
-            # <d, b_out> for all E experts, of which K are kept: smaller than a row per choice
-            by_bias = (dout.float() @ b_out.float().mT).gather(1, experts)          # (T, K)
-            dgates = (partial_dgates.sum(dim=1).view(T, K) + by_bias).to(gates.dtype)
-        return over_choices(dx, K), None, dgates, dw_in, db_in, dw_out, db_out
+            dgates = dgates.sum(dim=1).view(T, K) + (dout @ b_out.float().mT).gather(1, experts)
+            weight = weight * gates[..., None]
+        weight = weight.view(-1, shared, E).sum(dim=1)                  # (rows of dout, E)
+        db_out = weight.mT @ dout                                       # (E, D)
+        return (over_choices(dx, K), None, None if gates is None else dgates.to(gates.dtype),
+                dw_in, db_in.to(x.dtype), dw_out, db_out.to(x.dtype))
 
 
 def over_choices(rows, K):
@@ -294,30 +302,29 @@ def choose_tile(S, E, dtype):
 
 
 def gemm(epilogue, tile, p, tiles, a, w, c, shared_by=0, bias=None, gates=None, z=None,
-         gated_a=None, dgates=None):
+         gated_a=None, dgates=None, db=None):
     """Launch `grouped_gemm`. shared_by: how many choices share a row of a; 0: a is sorted."""
     E, depth, N = w.shape
     columns = tile.narrow if epilogue == "da" else tile.columns
     bias, gates = (v if v is None else v.contiguous() for v in (bias, gates))
     with torch.cuda.device_of(a):
         grouped_gemm[(len(tiles.expert) * -(-N // columns),)](
-            a, w, c, bias, gates, z, gated_a, dgates, p.order, p.offsets, *tiles,
+            a, w, c, bias, gates, z, gated_a, dgates, db, p.order, p.offsets, *tiles,
             a.stride(0), *w.stride(), E, depth, N, shared_by, epilogue, PRECISION,
             tile.rows, columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def gemm_dw(tile, p, a, b, a_shared_by=0, b_shared_by=0, gates=None):
-    """Launch `grouped_dw`: each expert's a^T b (E, M, N), and its gated sum of b (E, N)."""
+def gemm_dw(tile, p, a, b, a_shared_by=0, b_shared_by=0):
+    """Launch `grouped_dw`: each expert's a^T b -> (E, M, N)."""
     E, M, N = len(p.offsets) - 1, a.shape[1], b.shape[1]
-    dw, db = a.new_empty(E, M, N), a.new_empty(E, N)
-    gates = gates if gates is None else gates.contiguous()
+    dw = a.new_empty(E, M, N)
     with torch.cuda.device_of(a):
         grouped_dw[(E * -(-M // tile.rows) * -(-N // tile.columns),)](
-            a, b, dw, db, gates, p.order, p.offsets, a.stride(0), b.stride(0),
-            M, N, a_shared_by, b_shared_by, PRECISION,
-            # a row is found through `order`: one load more to have under way
-            tile.rows, tile.columns, tile.depth, num_warps=tile.warps, num_stages=tile.stages + 1)
-    return dw, db
+            a, b, dw, p.order, p.offsets, a.stride(0), b.stride(0),
+            M, N, a_shared_by, b_shared_by, PRECISION, tile.rows, tile.columns, tile.depth,
+            # rows are found through `order`, a load before the load: twice the stages
+            num_warps=tile.warps, num_stages=2 * tile.stages)
+    return dw
 
 
 PRECISION = "ieee"       # float32 products in float32, not TF32; half precision ignores it
@@ -325,7 +332,8 @@ PRECISION = "ieee"       # float32 products in float32, not TF32; half precision
 
 @jit
 def grouped_gemm(A, W, C,                            # A (., DEPTH), W (E, DEPTH, N), C (S, N)
-                 BIAS, GATES, Z, GATED_A, DGATES,    # (E, N), (S,), (S, N), (S, N), (S, N tiles)
+                 BIAS, GATES, Z, GATED_A,            # (E, N), (S,), (S, N), (S, N)
+                 DGATES, DB,                         # (S, tiles of N), (tiles of S, N)
                  ORDER, OFFSETS, EXPERT, START,      # a Plan and its Tiles
                  stride_a, stride_we, stride_wd, stride_wn,
                  E: constexpr, DEPTH: constexpr, N: constexpr, SHARED_BY: constexpr,
@@ -375,10 +383,12 @@ def grouped_gemm(A, W, C,                            # A (., DEPTH), W (E, DEPTH
     else:                                            # "da": acc is dL/da before the gate
         z = tl.load(Z + here, mask=mask, other=0.0).to(tl.float32)
         a, slope = gelu(z)
-        tl.store(C + here, (acc * gate * slope).to(dtype), mask=mask)
+        dz = acc * gate * slope
+        tl.store(C + here, dz.to(dtype), mask=mask)
         tl.store(GATED_A + here, (a * gate).to(dtype), mask=mask)
-        # BN columns' share of <da, a>; no atomics, so that two runs give the same bits
+        # this tile's share of <da, a> and of db; no atomics, so two runs give the same bits
         tl.store(DGATES + slot * tiles_n + tile_n, tl.sum(acc * a, 1), mask=alive)
+        tl.store(DB + tile * N + n, tl.sum(dz, 0), mask=n < N)
 
 
 @jit
@@ -390,7 +400,7 @@ def gelu(z):
 
 
 @jit
-def grouped_dw(A, B, DW, DB, GATES,                  # A (., M), B (., N), DW (E, M, N), DB (E, N)
+def grouped_dw(A, B, DW,                             # A (., M), B (., N), DW (E, M, N)
                ORDER, OFFSETS, stride_a, stride_b,
                M: constexpr, N: constexpr, A_SHARED_BY: constexpr, B_SHARED_BY: constexpr,
                PRECISION: constexpr, BM: constexpr, BN: constexpr, BS: constexpr):
@@ -401,9 +411,9 @@ def grouped_dw(A, B, DW, DB, GATES,                  # A (., M), B (., N), DW (E
     e = (tl.program_id(0) // (tiles_n * tiles_m)).to(tl.int64)
     m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     end = tl.load(OFFSETS + e + 1)
-    acc, total = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
+    acc = tl.zeros((BM, BN), tl.float32)
     for start in range(tl.load(OFFSETS + e), end, BS):
-        r = start + tl.arange(0, BS)
+        r = start + tl.arange(0, BS).to(tl.int64)
         alive = r < end
         slot = tl.load(ORDER + r, mask=alive, other=0)
         row_a = slot // A_SHARED_BY if A_SHARED_BY else r
@@ -413,14 +423,8 @@ def grouped_dw(A, B, DW, DB, GATES,                  # A (., M), B (., N), DW (E
         b = tl.load(B + row_b[:, None] * stride_b + n[None, :],
                     mask=alive[:, None] & (n < N)[None, :], other=0.0)              # (BS, BN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        b = b.to(tl.float32)
-        if GATES is not None:                        # A came with its gates on, B did not
-            b *= tl.load(GATES + slot, mask=alive, other=0.0).to(tl.float32)[:, None]
-        total += tl.sum(b, 0)
     at = e * M * N + m[:, None] * N + n[None, :]
     tl.store(DW + at, acc.to(DW.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
-    # every row of tiles has summed all of B; one of them writes it
-    tl.store(DB + e * N + n, total.to(DB.dtype.element_ty), mask=(n < N) & (tile_m == 0))
 
 
 # --- the one name that the rest of the code imports ----------------------------------------------
