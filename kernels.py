@@ -148,8 +148,7 @@ class Lean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, gates, z, *p, w_in, w_out, b_out = ctx.saved_tensors
-        (T, D), p = x.shape, Plan(*p)
-        K = ctx.K
+        (T, D), K, p = x.shape, ctx.K, Plan(*p)
         wide = torch.promote_types(x.dtype, torch.float32)              # sums of products are
         choices = gates is None                                         # dout (T, K, D) or (T, D)
         d = dout.reshape(-1, D).index_select(0, p.order if choices else p.order // K)
