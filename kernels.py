@@ -199,9 +199,9 @@ def groups(p, x, w_in):
 #     grouped_dw    each expert's a^T b                        -> dw_in, dw_out
 
 def fused(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    """What is left to move through memory? x, rows of z and gelu(z), the outputs: little twice.
+    """What must still move through memory? x, z, gelu(z) and the outputs, hardly anything twice.
 
-    Keeps for backward what `lean` keeps, and has first derivatives only.
+    Keeps for backward what `lean` keeps, and has first derivatives only, as it has.
     """
     weights = w_in, b_in, w_out, b_out
     if not return_choices:
@@ -242,15 +242,14 @@ class Fused(torch.autograd.Function):
         gemm("dx", tile, p, tiles, dz, w_in.mT, dx)
         dw_in = gemm_dw(tile, p, x, dz, a_shared_by=K)
         dw_out = gemm_dw(tile, p, a, dout, b_shared_by=shared)
-        # What the biases are owed is small: matrices of E columns, in float32, by torch itself
-        E, dout = len(w_in), dout.float()
-        db_in = F.one_hot(tiles.expert, E + 1).float().mT[:E] @ db                  # (E, H)
-        weight = F.one_hot(experts, E).float()                          # (T, K, E)
+        # what the biases take part in is small: torch itself, in float32, with E columns or rows
+        every, dout = torch.arange(len(w_in), device=x.device), dout.float()
+        db_in = (every[:, None] == tiles.expert).float() @ db           # (E, tiles) @ (tiles, H)
+        weight = (experts[..., None] == every).float()                  # (T, K, E)
         if gates is not None:
             dgates = dgates.sum(dim=1).view(T, K) + (dout @ b_out.float().mT).gather(1, experts)
             weight = weight * gates[..., None]
-        weight = weight.view(-1, shared, E).sum(dim=1)                  # (rows of dout, E)
-        db_out = weight.mT @ dout                                       # (E, D)
+        db_out = weight.view(-1, shared, len(w_in)).sum(dim=1).mT @ dout            # (E, D)
         return (over_choices(dx, K), None, None if gates is None else dgates.to(gates.dtype),
                 dw_in, db_in.to(x.dtype), dw_out, db_out.to(x.dtype))
 

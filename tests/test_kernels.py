@@ -148,6 +148,15 @@ def test_the_reference_worked_by_hand():
     assert_close(y, torch.tensor([[5.0450]]), rtol=0, atol=1e-4)
 
 
+def test_every_masked_load_says_what_the_masked_lanes_hold():
+    # no CPU run can see it: the interpreter and most GPUs happen to fill in zeros
+    calls = [node for node in ast.walk(ast.parse(Path(kernels.__file__).read_text()))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"]
+    words = [{word.arg for word in call.keywords} for call in calls]
+    assert sum("mask" in w for w in words) >= 8
+    assert all("other" in w for w in words if "mask" in w)
+
+
 # --- every rung against it -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", CASES)
@@ -392,15 +401,6 @@ def test_the_plan_counts_beyond_2_to_the_31():
 
 # --- triton: what the other tests cannot see -----------------------------------------------------
 
-def test_every_masked_load_says_what_the_masked_lanes_hold():
-    # no CPU run can see it: the interpreter and most GPUs happen to fill in zeros
-    calls = [node for node in ast.walk(ast.parse(Path(kernels.__file__).read_text()))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"]
-    words = [{word.arg for word in call.keywords} for call in calls]
-    assert sum("mask" in w for w in words) >= 8
-    assert all("other" in w for w in words if "mask" in w)
-
-
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="the interpreter's test; tests marked gpu do it for real")
 @pytest.mark.parametrize("epilogue", ["up", "down", "dx", "da"])
@@ -448,15 +448,14 @@ def test_tokens_and_experts_far_apart_in_memory_are_found():
 
 @needs_triton
 def test_long_sums_are_made_in_float32():
-    # 400 products of about 1 are 400 +- half a unit of 1/4 in float16; summed in float16 as well,
-    # every step of 16 would round
-    deep = 400
-    experts = torch.zeros(deep, 1, dtype=torch.int64)
-    layer = an_mlp_layer(1, experts, f16, D=deep, H=16, device=DEVICE)
-    layer["x"].uniform_(0.5, 1.5)
-    layer["w_in"].uniform_(0.5, 1.5).div_(deep)
+    # y is a sum of 2048 positive products, near 2000: float16 has steps of 1 there, and a sum made
+    # in float16 would round to them after every block
+    experts = torch.zeros(16, 1, dtype=torch.int64)
+    layer = an_mlp_layer(1, experts, f16, D=16, H=2048, device=DEVICE)
+    for name in ("x", "w_in", "w_out"):
+        layer[name].uniform_(0.5, 1.5)
+    layer["w_in"].div_(16)
     layer["gates"].fill_(1.0)
-    layer["w_out"].uniform_(0.5, 1.5)
     assert_as_good_as_a_loop("triton", layer, experts, False)
 
 
