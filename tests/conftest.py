@@ -1,8 +1,12 @@
 """conftest.py -- what do all tests share? A seed, and one thread: their tensors are small."""
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(1)    # with more, tiny products wait for each other longer than they compute
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # Triton reads it once, when kernels.py does
 
 
 @pytest.fixture(autouse=True)

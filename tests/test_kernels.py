@@ -1,18 +1,48 @@
 """Tests of kernels.py: every rung of the ladder gives the numbers and gradients of the first.
 
-Only `reference` is trusted, and it is itself worked by hand below. A new rung joins by its name in
-BACKENDS; whatever it does on a GPU alone, these CPU runs do not see.
+Only `reference` is trusted, and it is itself worked by hand below. Without a GPU the Triton kernels
+run in Triton's interpreter, in float32 and float16, and are compiled for a GPU that is not there:
+green here says that they are right, not that they are fast. With one, `pytest -m gpu` goes on.
 """
+import ast
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 import kernels
-from kernels import BACKENDS, expert_mlp, grouped_mm_mlp, sliced_mlp
+from kernels import BACKENDS, choose, expert_mlp, plan, plan_tiles, sliced_mlp
 
-T, D, H, E, K = 37, 20, 44, 5, 2            # grouped_mm wants rows of a multiple of 16 bytes
-RUNGS = [name for name in BACKENDS if name != "reference"]
-PRODUCTS = [sliced_mlp, grouped_mm_mlp]
+T, D, H, E, K = 37, 20, 45, 5, 2            # no multiple of any block
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+
+# Every way through the ladder: (rung, by grouped_mm, device, dtypes, D, H); grouped_mm wants rows
+# of a multiple of 16 bytes, and Triton's interpreter multiplies bfloat16 wrongly.
+WAYS = {
+    "grouped by slices": ("grouped", False, "cpu", (f64, f32, bf16), D, H),
+    "grouped by grouped_mm": ("grouped", True, "cpu", (f32, bf16), 24, 48),
+    "lean by slices": ("lean", False, "cpu", (f64, f32, bf16), D, H),
+    "lean by grouped_mm": ("lean", True, "cpu", (f32, bf16), 24, 48),
+    "triton": ("triton", False, DEVICE, (f32, f16, bf16) if CUDA else (f32, f16), D, H),
+}
+MARKS = {"triton": needs_triton}
+BY_AUTOGRAD = [name for name in BACKENDS if name != "triton"]   # and gradcheck in float64
+BY_HAND = ["lean", pytest.param("triton", marks=needs_triton)]
+every_way = pytest.mark.parametrize("way", [pytest.param(w, marks=MARKS.get(w, ())) for w in WAYS])
+every_way_and_dtype = pytest.mark.parametrize(
+    "way, dtype", [pytest.param(w, dtype, marks=MARKS.get(w, ()))
+                   for w, (*_, dtypes, _, _) in WAYS.items() for dtype in dtypes],
+    ids=lambda p: str(p).removeprefix("torch."))
 
 
 def distinct(T, E, K):
@@ -38,30 +68,56 @@ CASES = {       # name: (E, the experts that the tokens chose)
     "K = 3": lambda: (E, distinct(T, E, 3)),
     "K = E": lambda: (E, distinct(T, E, E)),
     "E = 1": lambda: (1, distinct(T, 1, 1)),
-    "E = 128, most of them idle": lambda: (128, distinct(T, 128, K)),
+    "E = 1, full tiles": lambda: (1, distinct(65, 1, 1)),
+    "E = 128, most of them idle": lambda: (128, distinct(9, 128, K)),
     "the same expert twice": lambda: (E, torch.tensor([[1, 1]]).expand(T, 2)),
 }
 
 
-def an_mlp_layer(E, experts, dtype=torch.float64, D=D, H=H):
-    """x, gates, w_in, b_in, w_out, b_out: inputs of order 1 whose outputs are of order 1."""
+def an_mlp_layer(E, experts, dtype=f64, D=D, H=H, device="cpu"):
+    """x, gates, w_in, b_in, w_out, b_out: inputs of order 1 whose outputs are of order 1.
+
+    The gates are never less precise than float32, as a router's, and some are 0: dropped choices.
+    """
     T, K = experts.shape
     sizes = {"x": (T, D), "gates": (T, K), "w_in": (E, D, H), "b_in": (E, H),
              "w_out": (E, H, D), "b_out": (E, D)}
     scale = {"w_in": D ** -0.5, "w_out": H ** -0.5}
-    return {name: torch.randn(size, dtype=torch.float64).mul(scale.get(name, 1)).to(dtype)
-            for name, size in sizes.items()}
+    layer = {name: torch.randn(size, dtype=f64).mul(scale.get(name, 1)).to(device, dtype)
+             for name, size in sizes.items()}
+    layer["gates"] = layer["gates"].to(torch.promote_types(dtype, f32))
+    layer["gates"][::5, 0] = 0
+    return layer
 
 
-def everything(backend, tensors, experts, view=lambda name, t: t):
-    """y, raw and the gradient of every input, for fixed dL/dy and dL/draw of order 1."""
+def everything(backend, tensors, experts, asked=True, view=lambda name, t: t):
+    """y, and if asked raw, and the gradient of every input, for fixed dL/dy, dL/draw of order 1."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
     x, gates, *weights = (view(name, t) for name, t in leaves.items())
-    y, raw = expert_mlp(x, experts, gates, *weights, backend, return_choices=True)
+    out = expert_mlp(x, experts.to(x.device), gates, *weights, backend, return_choices=asked)
+    out = dict(zip(("y", "raw"), out, strict=True)) if asked else {"y": out}
     grid = torch.Generator().manual_seed(1)
-    dy, draw = (torch.randn(t.shape, generator=grid, dtype=torch.float64) for t in (y, raw))
-    ((y * dy).sum() + (raw * draw).sum()).backward()
-    return {"y": y, "raw": raw} | {f"d{name}": t.grad for name, t in leaves.items()}
+    sum((t * torch.randn(t.shape, generator=grid, dtype=f64).to(t)).sum()
+        for t in out.values()).backward()
+    return out | {f"d{name}": t.grad for name, t in leaves.items()}
+
+
+def assert_as_good_as_a_loop(backend, layer, experts, asked):
+    """FlashAttention's rule: at most twice the error of the plain loop in the same precision."""
+    truth = everything("reference", {n: t.double() for n, t in layer.items()}, experts, asked)
+    ours = everything(backend, layer, experts, asked)
+    if layer["x"].dtype == f64:
+        return assert_same(ours, truth)
+    loop = everything("reference", layer, experts, asked)
+    for name, mine in ours.items():
+        true = truth[name]
+        assert mine.shape == true.shape and mine.dtype == loop[name].dtype, name
+        if true.numel():
+            error, noise = ((v.double() - true).abs().max() for v in (mine, loop[name]))
+            tiny = 8 * torch.finfo(f32).eps * true.abs().max()      # sums in another order
+            times = 2 if true.numel() > 8 else 4                    # the largest of few says little
+            assert error <= times * noise + tiny, f"{name}: {error} and not {noise}"
+            assert noise <= 0.1 * true.abs().max()          # the bar itself means something
 
 
 def assert_same(actual, expected):
@@ -69,18 +125,14 @@ def assert_same(actual, expected):
         assert_close(actual[name], expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-def on_rows(product, tensors, experts):
-    """The same for one of the two products inside `grouped`, on rows already sorted by expert."""
-    expert = experts.flatten().sort().values
-    leaves = [tensors[n].detach().clone().requires_grad_() for n in list(tensors)[2:]]
-    rows = tensors["x"].repeat_interleave(experts.shape[1], 0).requires_grad_()
-    out = product(rows, expert, *leaves)
-    out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype))
-    return [out, rows.grad, *(leaf.grad for leaf in leaves)]
-
-
-def use(product, monkeypatch):
-    monkeypatch.setattr(kernels, "_grouped_mm_takes", lambda *_: product is grouped_mm_mlp)
+@pytest.fixture
+def go(monkeypatch):
+    """go(way): its rung, device, D and H, with grouped_mm chosen or not as it says."""
+    def go(way):
+        backend, by_grouped_mm, device, _, D, H = WAYS[way]
+        monkeypatch.setattr(kernels, "_grouped_mm_takes", lambda *_: by_grouped_mm)
+        return backend, device, D, H
+    return go
 
 
 # --- the definition ------------------------------------------------------------------------------
@@ -96,131 +148,133 @@ def test_the_reference_worked_by_hand():
     assert_close(y, torch.tensor([[5.0450]]), rtol=0, atol=1e-4)
 
 
+def test_every_masked_load_says_what_the_masked_lanes_hold():
+    # no CPU run can see it: the interpreter and most GPUs happen to fill in zeros
+    calls = [node for node in ast.walk(ast.parse(Path(kernels.__file__).read_text()))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"]
+    words = [{word.arg for word in call.keywords} for call in calls]
+    assert sum("mask" in w for w in words) >= 8
+    assert all("other" in w for w in words if "mask" in w)
+
+
 # --- every rung against it -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rung", RUNGS)
-def test_every_rung_gives_the_numbers_and_gradients_of_the_definition(rung, case, dtype):
+@every_way_and_dtype
+def test_every_rung_is_as_exact_as_a_loop_over_the_experts(way, dtype, case, go):
+    backend, device, D, H = go(way)
     n_experts, experts = CASES[case]()
-    layer = an_mlp_layer(n_experts, experts, dtype)
-    assert_same(everything(rung, layer, experts), everything("reference", layer, experts))
+    layer = an_mlp_layer(n_experts, experts, dtype, D, H, device)
+    for asked in (False, True)[:1 if n_experts == 128 else 2]:      # Triton's interpreter is slow
+        assert_as_good_as_a_loop(backend, layer, experts, asked)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_transposed_and_expanded_inputs_are_as_good_as_contiguous_ones(rung):
+@every_way
+def test_transposed_and_expanded_inputs_are_as_good_as_contiguous_ones(way, go):
+    backend, device, D, H = go(way)
     experts = torch.tensor([[1, 3, 0]]).expand(T, 3)
-    layer = an_mlp_layer(E, experts)
-    layer |= {name: layer[name].mT.contiguous() for name in ("x", "w_in", "w_out")}
+    layer = an_mlp_layer(E, experts, f32, D, H, device)
+    layer |= {name: layer[name].mT.contiguous() for name in ("x", "w_in", "w_out", "b_in")}
     layer["gates"] = layer["gates"][:1]
 
     def view(name, t):
         if name == "gates":
             return t.expand(T, 3)
-        return t.mT if name in ("x", "w_in", "w_out") else t
+        return t.mT if name in ("x", "w_in", "w_out", "b_in") else t
 
-    assert_same(everything(rung, layer, experts, view),
-                everything("reference", layer, experts, view))
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_both_products_inside_grouped_agree_with_the_definition(product, case, monkeypatch):
-    use(product, monkeypatch)
-    n_experts, experts = CASES[case]()
-    layer = an_mlp_layer(n_experts, experts, torch.float32)
-    assert_same(everything("grouped", layer, experts), everything("reference", layer, experts))
-    for a, b in zip(on_rows(product, layer, experts), on_rows(sliced_mlp, layer, experts),
-                    strict=True):
-        assert_close(a, b)
+    for asked in (False, True):
+        assert_same(everything(backend, layer, experts, asked, view),
+                    everything("reference", layer, experts, asked, view))
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_bfloat16_is_no_worse_than_a_plain_loop_in_bfloat16(product, monkeypatch):
-    use(product, monkeypatch)
-    experts = without(2)
-    exact = an_mlp_layer(E, experts, torch.bfloat16, D=24, H=48)
-    truth = everything("reference", {n: t.double() for n, t in exact.items()}, experts)
-    loop, ours = everything("reference", exact, experts), everything("grouped", exact, experts)
-    for name, true in truth.items():
-        error, noise = ((a[name].double() - true).abs().max() for a in (ours, loop))
-        assert error <= 2 * noise + 1e-3, name
-        assert noise < 0.1 * true.abs().max()                       # the bar itself means something
+@every_way
+def test_rows_of_a_wider_tensor_and_expanded_gradients_are_as_good(way, go):
+    backend, device, D, H = go(way)
+    experts = distinct(T, E, K).to(device)
+    results = []
+    for rung in (backend, "reference"):
+        torch.manual_seed(2)
+        layer = an_mlp_layer(E, experts, f32, D + 4, H, device)
+        x, gates, w_in, b_in, w_out, b_out = (t.requires_grad_() for t in layer.values())
+        weights = w_in[:, 4:], b_in, w_out[..., 4:], b_out[:, 4:]
+        y, raw = expert_mlp(x[:, 4:], experts, gates, *weights, rung, return_choices=True)
+        alone = expert_mlp(x[:, 4:], experts, gates, *weights, rung)
+        (y.sum() + 2 * raw.sum() + 3 * alone.sum()).backward()     # .sum() gives strides of 0
+        results.append({n: t.grad for n, t in layer.items()})
+    assert_same(*results)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_the_gradients_are_those_of_finite_differences(rung):
+@pytest.mark.parametrize("rung", BY_AUTOGRAD)
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_gradients_are_those_of_finite_differences(rung, asked):
     experts = torch.tensor([[0, 2], [2, 0], [0, 1]])                # nobody visits expert 3
     x, *rest = (t.requires_grad_() for t in an_mlp_layer(4, experts, D=3, H=2).values())
     assert torch.autograd.gradcheck(
-        lambda x, gates, *weights: expert_mlp(x, experts, gates, *weights, rung, True), (x, *rest))
+        lambda x, *rest: expert_mlp(x, experts, *rest, rung, asked), (x, *rest))
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_an_idle_experts_gradient_stays_exactly_0_over_two_backward_passes(product, monkeypatch):
-    use(product, monkeypatch)
-    for idle in (0, 2, E - 1):
-        experts = without(idle)
-        x, gates, *weights = an_mlp_layer(E, experts, torch.float32).values()
-        weights = [w.requires_grad_() for w in weights]
-        for times in (1, 2):
-            torch.full((1 << 16,), torch.nan)          # what an allocator may hand out next
-            expert_mlp(x, experts, gates, *weights).square().sum().backward()
-            for w in weights:
-                assert not w.grad[idle].any() and torch.isfinite(w.grad).all(), times
-                assert all(w.grad[e].any() for e in range(E) if e != idle)
+@pytest.mark.parametrize("rung", BY_HAND)
+def test_second_derivatives_are_refused_where_the_backward_is_written_by_hand(rung):
+    experts = distinct(T, E, K).to(DEVICE)
+    x, *rest = an_mlp_layer(E, experts, f32, device=DEVICE).values()
+    y = expert_mlp(x.requires_grad_(), experts, *rest, rung)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_weights_that_nobody_visits_could_be_anything(rung):
+@every_way
+def test_nothing_uninitialised_is_read_and_idle_experts_get_gradients_of_exactly_0(way, go):
+    backend, device, D, H = go(way)
+    torch.use_deterministic_algorithms(True, warn_only=True)        # torch.empty now gives NaN
+    try:
+        for idle, asked in itertools.product((0, 2, E - 1), (False, True)):
+            experts = without(idle).to(device)
+            x, gates, *weights = an_mlp_layer(E, experts, f32, D, H, device).values()
+            leaves = [t.requires_grad_() for t in (x, *weights)]
+            for times in (1, 2):
+                out = expert_mlp(x, experts, gates, *weights, backend, return_choices=asked)
+                sum(t.square().sum() for t in (out if asked else [out])).backward()
+                assert all(torch.isfinite(t.grad).all() for t in leaves), times
+                for w in weights:
+                    assert not w.grad[idle].any()
+                    assert all(w.grad[e].any() for e in range(E) if e != idle)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_way
+def test_weights_that_nobody_visits_could_be_anything(way, go):
+    backend, device, D, H = go(way)
     experts = without(2)
-    layer = an_mlp_layer(E, experts)
-    before = everything(rung, layer, experts)
-    for name in ("w_in", "b_in", "w_out", "b_out"):
+    layer = an_mlp_layer(E, experts, f32, D, H, device)
+    before = everything(backend, layer, experts, asked=False)
+    for name in ("w_in", "w_out"):
         layer[name][2] = torch.nan
-    for name, after in everything(rung, layer, experts).items():
+    for name, after in everything(backend, layer, experts, asked=False).items():
         assert torch.equal(after, before[name])
 
 
-# --- the one name that the rest imports ----------------------------------------------------------
-
-def test_y_is_the_gated_sum_in_float32_even_of_bfloat16_outputs():
-    experts = distinct(T, E, 3)
-    x, gates, *weights = an_mlp_layer(E, experts, torch.bfloat16).values()
-    gates = torch.rand(T, 3)                                        # float32, no bfloat16 number
-    y, raw = expert_mlp(x, experts, gates, *weights, return_choices=True)
-    assert y.dtype == raw.dtype == torch.bfloat16
-    by_hand = sum(raw[:, k].float() * gates[:, k, None] for k in range(3))
-    assert_close(y, by_hand.bfloat16(), rtol=0, atol=0)
-
-
-def test_the_outputs_before_the_gates_come_only_when_asked_for():
+@every_way
+def test_two_runs_give_the_same_bits(way, go):
+    backend, device, D, H = go(way)
     experts = distinct(T, E, K)
-    x, gates, *weights = an_mlp_layer(E, experts).values()
-    y, raw = expert_mlp(x, experts, gates, *weights, return_choices=True)
-    assert torch.equal(raw, expert_mlp(x, experts, 7 * gates, *weights, return_choices=True)[1])
-    assert torch.equal(y, expert_mlp(x, experts, gates, *weights))
+    layer = an_mlp_layer(E, experts, f32, D, H, device)
+    one, two = (everything(backend, layer, experts, asked=False) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_outputs_before_the_gates_teach_the_experts_and_not_the_gates():
-    experts = without(2)
-    leaves = [t.requires_grad_() for t in an_mlp_layer(E, experts).values()]
-    expert_mlp(leaves[0], experts, *leaves[1:], return_choices=True)[1].sum().backward()
-    # d raw / d b_out = 1 for every choice of the expert
-    assert_close(leaves[-1].grad[:, 0], experts.flatten().bincount(minlength=E).double())
-    assert leaves[1].grad is None
+@every_way
+def test_shuffling_the_tokens_shuffles_the_outputs_and_nothing_else(way, go):
+    backend, device, D, H = go(way)
+    experts = distinct(T, E, K).to(device)
+    x, gates, *weights = an_mlp_layer(E, experts, f32, D, H, device).values()
+    shuffle = torch.randperm(T, device=device)
+    assert_close(expert_mlp(x[shuffle], experts[shuffle], gates[shuffle], *weights, backend),
+                 expert_mlp(x, experts, gates, *weights, backend)[shuffle])
 
 
-def test_auto_is_grouped_and_does_no_work_for_the_others(monkeypatch):
-    rows = []
-    monkeypatch.setattr(kernels, "sliced_mlp",
-                        lambda r, *rest: rows.append(len(r)) or sliced_mlp(r, *rest))
-    experts = distinct(T, E, K)
-    x, gates, *weights = an_mlp_layer(E, experts).values()
-    assert torch.equal(expert_mlp(x, experts, gates, *weights),
-                       expert_mlp(x, experts, gates, *weights, backend="grouped"))
-    assert rows == [T * K, T * K]
-
+# --- grouped: by autograd ------------------------------------------------------------------------
 
 def test_no_expert_writes_a_full_size_gradient_of_zeros():
     # w_in[e] in a loop would: a SelectBackward for every expert and weight
@@ -235,7 +289,7 @@ def test_no_expert_writes_a_full_size_gradient_of_zeros():
 
 
 def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
-    w, odd = torch.zeros(E, D, H), torch.zeros(E, D, 45)
+    w, odd = torch.zeros(E, D, 44), torch.zeros(E, D, 45)
     x = torch.zeros(T, D)
     assert not kernels._grouped_mm_takes(x, w)                      # a CPU needs no grouped_mm
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -245,8 +299,350 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     assert not kernels._grouped_mm_takes(x, w)                      # float32 compiles to slices
 
 
-def test_an_unknown_backend_is_refused_with_the_list_of_known_ones():
+def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_sizes():
+    def twenty_losses(layer_of):
+        torch.manual_seed(3)
+        layer = an_mlp_layer(E, distinct(T, E, K), bf16, D=24, H=48)
+        x, gates, *weights = layer.values()
+        weights = [w.requires_grad_() for w in weights]
+        optimizer, losses = torch.optim.SGD(weights, lr=0.1), []
+        for _ in range(20):
+            experts = distinct(T, E, K)                             # other group sizes every time
+            loss = (layer_of(x, experts, gates, *weights).float() - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    torch._dynamo.reset()
+    compiled = twenty_losses(torch.compile(expert_mlp, backend=count, fullgraph=True))
+    assert len(graphs) == 1                                         # no break, no recompilation
+    assert_close(compiled, twenty_losses(expert_mlp), rtol=0.02, atol=0)
+    assert compiled[-1] < 0.8 * compiled[0]
+
+
+# --- lean and triton: what is kept, and the plan -------------------------------------------------
+
+def kept(backend, asked, K, dtype):
+    """Bytes of distinct memory, weights apart, that one layer keeps for its backward."""
+    experts = distinct(T, E, K).to(DEVICE if backend == "triton" else "cpu")
+    layer = an_mlp_layer(E, experts, dtype, device=experts.device)
+    x, gates, *weights = (t.requires_grad_() for t in layer.values())
+    memory = {}
+
+    def note(t):
+        memory[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = expert_mlp(x, experts, gates, *weights, backend, return_choices=asked)
+    for w in weights:
+        memory.pop(w.untyped_storage().data_ptr(), None)
+    del out
+    return sum(memory.values())
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("rung, dtype", [("lean", f64), ("lean", f32), ("lean", bf16),
+                                         pytest.param("triton", f32, marks=needs_triton),
+                                         pytest.param("triton", f16, marks=needs_triton)])
+def test_only_x_the_preactivations_the_gates_and_the_plan_are_kept(rung, dtype, K):
+    size, gate = dtype.itemsize, max(4, dtype.itemsize)
+    # int64: order and ids, or experts for triton; E+1 offsets and Triton's tiles
+    index = 2 * 8 * T * K + 8 * (E + 1)
+    if rung == "triton":
+        index += 2 * 8 * (-(-T * K // 32) + E)
+    exact = (D + K * H) * size * T + gate * T * K + index
+    assert kept(rung, False, K, dtype) == exact <= ((D + K * H) * size + 64 * K) * T
+    # asking for raw keeps raw: K * D elements more, and no less
+    assert kept(rung, True, K, dtype) == exact + K * D * size * T
+    assert kept(rung, False, K, dtype) < 0.6 * kept("grouped", False, K, dtype)
+
+
+def test_the_plan_worked_by_hand():
+    ids, order, offsets = plan(torch.tensor([[2, 0], [0, 3], [2, 2]]), E=5)
+    assert ids.tolist() == [0, 0, 2, 2, 2, 3] and order.tolist() == [1, 2, 0, 4, 5, 3]
+    assert offsets.tolist() == [0, 2, 2, 5, 6, 6]           # experts 1 and 4 are idle
+    # tiles of 2 rows: 1 for expert 0, 2 for expert 2, 1 for expert 3; 8 were made room for
+    expert, start = plan_tiles(offsets, S=6, rows=2)
+    assert expert.tolist() == [0, 2, 2, 3, 5, 5, 5, 5] and start.tolist()[:4] == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 32])
+@pytest.mark.parametrize("case", CASES)
+def test_the_tiles_cover_every_row_once_and_never_two_experts(case, rows):
+    n_experts, experts = CASES[case]()
+    ids, order, offsets = plan(experts, n_experts)
+    S, seen = experts.numel(), []
+    assert order.sort().values.tolist() == list(range(S))
+    for e, start in zip(*(v.tolist() for v in plan_tiles(offsets, S, rows)), strict=True):
+        if e < n_experts:
+            seen += range(start, min(start + rows, offsets[e + 1]))
+            assert set(ids[start:min(start + rows, offsets[e + 1])].tolist()) == {e}
+    assert seen == list(range(S))
+
+
+def test_the_plan_counts_beyond_2_to_the_31():
+    n = 2 ** 31
+    offsets = torch.tensor([0, n, n, 3 * n])
+    expert, start = plan_tiles(offsets, S=3 * n, rows=2 ** 29)
+    assert expert.tolist() == [0] * 4 + [2] * 8 + [3] * 3
+    assert start.tolist()[:12] == [i * 2 ** 29 for i in range(12)]
+    assert all(v.dtype == torch.int64 for v in (*plan(torch.tensor([[0]]), 1), expert, start))
+
+
+# --- triton: what the other tests cannot see -----------------------------------------------------
+
+@needs_triton
+@pytest.mark.skipif(CUDA, reason="the interpreter's test; tests marked gpu do it for real")
+@pytest.mark.parametrize("epilogue", ["up", "down", "dx", "da"])
+def test_rows_whose_elements_lie_beyond_2_to_the_31_are_computed_as_any_others(epilogue):
+    # address space, not memory: only the pages of the last rows are ever touched
+    N, depth, few = 45, 20, 7
+    w, bias = torch.randn(1, depth, N).half(), torch.randn(1, N).half()
+    rows, z_rows = torch.randn(few, depth).half(), torch.randn(few, N).half()
+    gates = torch.rand(few)
+    tile = kernels.choose_tile(few, 1, f16)
+    results = []
+    for first in (0, 2 ** 31 // depth + 5):
+        S = first + few
+        a, z, c, extra = (torch.empty(S, n, dtype=f16) for n in (depth, N, N, N))
+        dgates, gate, order = torch.empty(S, 2), torch.empty(S), torch.empty(S, dtype=torch.int64)
+        a[first:], z[first:], gate[first:] = rows, z_rows, gates
+        order[first:] = torch.arange(first, S).flip(0)
+        p = kernels.Plan(None, order, torch.tensor([first, S]))
+        tiles = kernels.Tiles(torch.tensor([0]), torch.tensor([first]))
+        words = {"up": {"bias": bias, "z": z}, "down": {"bias": bias, "gates": gate}, "dx": {},
+                 "da": {"gates": gate, "z": z, "gated_a": extra, "dgates": dgates,
+                        "db": torch.empty(1, N)}}[epilogue]
+        kernels.gemm(epilogue, tile, p, tiles, a, w, c, **words)
+        dw = kernels.gemm_dw(tile, p, a, z)
+        results.append([v[-few:].clone() for v in (c, z)] + [dw] +
+                       ([extra[-few:].clone(), dgates[-few:].clone()] if epilogue == "da" else []))
+    for near, far in zip(*results, strict=True):
+        assert near.any() and torch.equal(near, far)
+
+
+@needs_triton
+@pytest.mark.skipif(CUDA, reason="the interpreter's test; tests marked gpu do it for real")
+def test_tokens_and_experts_far_apart_in_memory_are_found():
+    far = 2 ** 30 + 8
+    apart = torch.empty(2 * far + D, dtype=f16).as_strided((3, D), (far, 1))
+    w_apart = torch.empty(2 * far + D * H, dtype=f16).as_strided((3, D, H), (far, H, 1))
+    experts = torch.tensor([[2], [1], [2]])
+    layer = an_mlp_layer(3, experts, f16)
+    x, gates, w_in, *weights = layer.values()
+    expected = expert_mlp(x, experts, gates, w_in, *weights, "triton")
+    apart.copy_(x)
+    w_apart.copy_(w_in)
+    assert torch.equal(expert_mlp(apart, experts, gates, w_apart, *weights, "triton"), expected)
+
+
+@needs_triton
+def test_long_sums_are_made_in_float32():
+    # y is a sum of 2048 positive products, near 2000: float16 has steps of 1 there, and a sum made
+    # in float16 would round to them after every block
+    experts = torch.zeros(16, 1, dtype=torch.int64)
+    layer = an_mlp_layer(1, experts, f16, D=16, H=2048, device=DEVICE)
+    for name in ("x", "w_in", "w_out"):
+        layer[name].uniform_(0.5, 1.5)
+    layer["w_in"].div_(16)
+    layer["gates"].fill_(1.0)
+    assert_as_good_as_a_loop("triton", layer, experts, False)
+
+
+@needs_triton
+def test_the_kernels_compile_for_a_hopper_gpu_with_tensor_cores_and_no_spills():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, Path(__file__).parent / "sm90.py", "--json"], env=env,
+                         capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels_seen = json.loads(run.stdout)
+    assert len(kernels_seen) == 6
+    for name, seen in kernels_seen.items():
+        assert seen["wgmma"] > 0 and seen["spills"] == 0 and seen["registers"] <= 255, (name, seen)
+
+
+# --- the one name that the rest imports ----------------------------------------------------------
+
+def test_y_is_the_gated_sum_in_float32_even_of_bfloat16_outputs():
+    experts = distinct(T, E, 3)
+    x, gates, *weights = an_mlp_layer(E, experts, bf16).values()
+    gates = torch.rand(T, 3)                                        # float32, no bfloat16 number
+    for rung in ("reference", "grouped", "lean"):
+        y, raw = expert_mlp(x, experts, gates, *weights, rung, return_choices=True)
+        assert y.dtype == raw.dtype == bf16
+        by_hand = sum(raw[:, k].float() * gates[:, k, None] for k in range(3))
+        assert_close(y, by_hand.bfloat16(), rtol=0, atol=0)
+        assert_close(y, expert_mlp(x, experts, gates, *weights, rung), rtol=0, atol=0)
+
+
+@every_way
+def test_the_outputs_before_the_gates_come_only_when_asked_for(way, go):
+    backend, device, D, H = go(way)
+    experts = distinct(T, E, K).to(device)
+    x, gates, *weights = an_mlp_layer(E, experts, f32, D, H, device).values()
+    y, raw = expert_mlp(x, experts, gates, *weights, backend, return_choices=True)
+    assert torch.equal(raw, expert_mlp(x, experts, 7 * gates, *weights, backend, True)[1])
+    assert_close(y, expert_mlp(x, experts, gates, *weights, backend))
+
+
+@every_way
+def test_the_outputs_before_the_gates_teach_the_experts_and_not_the_gates(way, go):
+    backend, device, D, H = go(way)
+    experts = without(2).to(device)
+    layer = an_mlp_layer(E, experts, f32, D, H, device)
+    leaves = [t.requires_grad_() for t in layer.values()]
+    expert_mlp(leaves[0], experts, *leaves[1:], backend, return_choices=True)[1].sum().backward()
+    # d raw / d b_out = 1 for every choice of the expert
+    assert_close(leaves[-1].grad[:, 0], experts.flatten().bincount(minlength=E).float())
+    assert leaves[1].grad is None or not leaves[1].grad.any()
+
+
+def test_auto_on_a_cpu_is_grouped_and_does_no_work_for_the_others(monkeypatch):
+    rows = []
+    monkeypatch.setattr(kernels, "sliced_mlp",
+                        lambda r, *rest: rows.append(len(r)) or sliced_mlp(r, *rest))
     experts = distinct(T, E, K)
     x, gates, *weights = an_mlp_layer(E, experts).values()
-    with pytest.raises(ValueError, match="no backend 'tpu': choose auto, reference, grouped"):
+    assert torch.equal(expert_mlp(x, experts, gates, *weights),
+                       expert_mlp(x, experts, gates, *weights, backend="grouped"))
+    assert rows == [T * K, T * K]
+
+
+def a_tensor(dtype=bf16, device="cuda"):
+    """As much of a tensor as `choose` looks at."""
+    return SimpleNamespace(dtype=dtype, device=torch.device(device), is_cuda=device == "cuda")
+
+
+@needs_triton
+def test_auto_says_which_rung_it_took_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    half, single = a_tensor(), a_tensor(f32)
+    assert choose(half, half) == ("triton", "half precision on a GPU with tensor cores")
+    assert choose(a_tensor(f16), a_tensor(f16))[0] == "triton"
+    assert choose(single, single)[0] == "grouped" and "float32" in choose(single, single)[1]
+    assert choose(a_tensor(f64), a_tensor(f64))[0] == "grouped"
+    assert "CPU" in choose(a_tensor(device="cpu"), half)[1]
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        assert choose(half, half)[0] == "grouped" and "8.0" in choose(half, half)[1]
+    with monkeypatch.context() as m:
+        m.setattr(kernels, "triton", None)
+        assert choose(half, half) == ("grouped", "Triton is not installed")
+    with monkeypatch.context() as m:
+        m.setattr(kernels, "INTERPRETED", True)
+        assert choose(half, half)[0] == "grouped"
+    with monkeypatch.context() as m:
+        m.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choose(half, half)[0] == "grouped" and "compile" in choose(half, half)[1]
+
+
+def test_only_an_explicit_backend_is_refused_and_the_reason_is_given(monkeypatch):
+    experts = distinct(T, E, K)
+    x, gates, *weights = an_mlp_layer(E, experts).values()
+    with pytest.raises(ValueError, match="no backend 'tpu': choose auto, reference, grouped, lean"):
         expert_mlp(x, experts, gates, *weights, backend="tpu")
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(RuntimeError, match="cannot run here: Triton is not installed; choose auto"):
+        expert_mlp(x, experts, gates, *weights, backend="triton")
+    assert torch.isfinite(expert_mlp(x, experts, gates, *weights)).all()
+    monkeypatch.setattr(kernels, "triton", object())
+    with pytest.raises(RuntimeError, match=r"not torch\.float64 and torch\.float64"):
+        expert_mlp(x, experts, gates, *weights, backend="triton")
+    x, gates, *weights = an_mlp_layer(E, experts, bf16).values()
+    with pytest.raises(RuntimeError, match=r"not torch\.bfloat16 and torch\.float32"):
+        expert_mlp(x, experts, gates, *(w.float() for w in weights), backend="triton")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
+        expert_mlp(x, experts, gates, *weights, backend="triton")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="on the cpu and TRITON_INTERPRET=1 was not set"):
+        expert_mlp(x, experts, gates, *weights, backend="triton")
+
+
+def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
+    code = """if True:
+        import sys; sys.modules["triton"] = None
+        import torch, kernels
+        experts, w, b = torch.tensor([[0, 1]]), torch.ones(2, 4, 4), torch.ones(2, 4)
+        for backend in ("auto", *kernels.BACKENDS):
+            try:
+                y = kernels.expert_mlp(b[:1], experts, b[:1, :2], w, b, w, b, backend)
+                print(backend, y[0, 0].item())
+            except RuntimeError as refusal:
+                print(refusal)
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(kernels.__file__).parent,
+                         capture_output=True, text=True, timeout=120)
+    *ran, refused = run.stdout.splitlines()
+    assert [line.split()[0] for line in ran] == ["auto", "reference", "grouped", "lean"], run.stderr
+    assert len({line.split()[1] for line in ran}) == 1
+    assert refused == "backend='triton' cannot run here: Triton is not installed; choose auto"
+
+
+# --- on a real GPU -------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("sizes", [(4160, 192, 384, 8), (4160, 384, 1536, 8), (512, 96, 192, 64)])
+def test_on_a_gpu_auto_in_bfloat16_is_as_exact_as_a_loop(sizes):
+    T, D, H, E = sizes
+    experts = distinct(T, E, K)
+    layer = an_mlp_layer(E, experts, bf16, D, H, "cuda")
+    assert choose(layer["x"], layer["w_in"])[0] == "triton"
+    for asked in (False, True):
+        assert_as_good_as_a_loop("auto", layer, experts, asked)
+
+
+@pytest.mark.gpu
+@gpu
+def test_on_a_gpu_a_cuda_graph_holds_forward_and_backward_for_any_routing():
+    experts = distinct(4096, 8, K).cuda()
+    x, *rest = an_mlp_layer(8, experts, bf16, 128, 256, "cuda").values()
+    leaves = [t.requires_grad_() for t in (x, *rest)]
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            torch.autograd.grad(expert_mlp(x, experts, *rest, "triton").sum(), leaves)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        y = expert_mlp(x, experts, *rest, "triton")
+        grads = torch.autograd.grad(y.sum(), leaves)
+    experts.copy_(distinct(4096, 8, K))             # other groups than those that were recorded
+    graph.replay()
+    again = expert_mlp(x, experts, *rest, "triton")
+    assert torch.equal(y, again)
+    for a, b in zip(grads, torch.autograd.grad(again.sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@gpu
+def test_on_a_gpu_more_than_2_to_the_31_elements_are_as_good_as_few():
+    # the last tokens, computed in a batch whose z has more than 2**31 elements and in a small one
+    T, D, H, E = 2 ** 31 // 2048 + 999, 64, 2048, 4
+    experts = distinct(T, E, 1).cuda()
+    x, gates, *weights = an_mlp_layer(E, experts[:8], bf16, D, H, "cuda").values()
+    x = torch.randn(T, D, device="cuda", dtype=bf16).requires_grad_()
+    gates = torch.rand(T, 1, device="cuda")
+    y = expert_mlp(x, experts, gates, *weights, "triton")
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    few = slice(-500, None)
+    part = x[few].detach().requires_grad_()
+    y_few = expert_mlp(part, experts[few], gates[few], *weights, "triton")
+    (dx_few,) = torch.autograd.grad(y_few.sum(), part)
+    assert_close(y[few], y_few)
+    assert_close(dx[few], dx_few)
