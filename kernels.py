@@ -27,7 +27,7 @@ try:
 except ImportError:      # Windows, macOS: the three rungs in torch are complete without it
     triton, jit, constexpr = None, lambda kernel: kernel, None
 
-# --- 1. the definition: every expert on every token, then keep the chosen ones -------------------
+# --- 1. the definition: every expert on every token, then keep the chosen ones ---
 
 def reference(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """What is to be computed? At E / K times the necessary work."""
@@ -44,7 +44,7 @@ def gated_sum(raw, gates, return_choices):
     return (y, raw) if return_choices else y
 
 
-# --- 2. sort the choices by expert, multiply group by group, undo the sort -----------------------
+# --- 2. sort the choices by expert, multiply group by group, undo the sort ---
 
 class Plan(NamedTuple):
     """The choices in the order in which they are computed: expert 0's first, then expert 1's."""
@@ -109,7 +109,7 @@ def _grouped_mm_takes(x, w_in):
     return fast and aligned and (half or (x.dtype == torch.float32 and not compiling))
 
 
-# --- 3. the same products, and a backward by hand that keeps less --------------------------------
+# --- 3. the same products, and a backward by hand that keeps less ---
 
 def lean(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """What must be kept for the backward pass? x, the pre-activations, the gates and the plan.
@@ -187,7 +187,7 @@ def groups(p, x, w_in):
             yield slice(start, end), e, e, torch.mm, partial(torch.sum, dim=0)
 
 
-# --- 4. one launch per product, everything between the products inside it ------------------------
+# --- 4. one launch per product, everything between the products inside it ---
 #
 # After scattermoe (arXiv:2403.08245: rows gathered on the way into a product, scattered on the way
 # out) and SonicMoE (arXiv:2512.14080: what Lean does, in the products' epilogues). Two kernels:
@@ -425,7 +425,7 @@ def grouped_dw(A, B, DW,                             # A (., M), B (., N), DW (E
     tl.store(DW + at, acc.to(DW.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-# --- the one name that the rest of the code imports ----------------------------------------------
+# --- the one name that the rest of the code imports ---
 
 BACKENDS = {"reference": reference, "grouped": grouped, "lean": lean, "triton": fused}
 
