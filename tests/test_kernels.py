@@ -528,6 +528,8 @@ def test_auto_says_which_rung_it_took_and_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     half, single = a_tensor(), a_tensor(f32)
+    assert choose(half, half)[0] == "grouped" and "no GPU" in choose(half, half)[1]
+    monkeypatch.setattr(kernels, "SEEN_ON_A_GPU", True)
     assert choose(half, half) == ("triton", "half precision on a GPU with tensor cores")
     assert choose(a_tensor(f16), a_tensor(f16))[0] == "triton"
     assert choose(single, single)[0] == "grouped" and "float32" in choose(single, single)[1]
@@ -598,13 +600,13 @@ gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("sizes", [(4160, 192, 384, 8), (4160, 384, 1536, 8), (512, 96, 192, 64)])
-def test_on_a_gpu_auto_in_bfloat16_is_as_exact_as_a_loop(sizes):
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_on_a_gpu_bfloat16_is_as_exact_as_a_loop(backend, sizes):
     T, D, H, E = sizes
     experts = distinct(T, E, K)
     layer = an_mlp_layer(E, experts, bf16, D, H, "cuda")
-    assert choose(layer["x"], layer["w_in"])[0] == "triton"
     for asked in (False, True):
-        assert_as_good_as_a_loop("auto", layer, experts, asked)
+        assert_as_good_as_a_loop(backend, layer, experts, asked)
 
 
 @pytest.mark.gpu
