@@ -80,3 +80,10 @@ def expert_mlp(x, experts, gates, w_in, b_in, w_out, b_out, backend="auto", retu
     raw = rung(x, experts, w_in, b_in, w_out, b_out)                    # (T, K, D)
     y = (raw * gates[..., None]).sum(dim=1).to(x.dtype)                 # (T, D)
     return (y, raw) if return_choices else y
+
+
+if __name__ == "__main__":      # the side-by-side table: python kernels.py --help
+    import sys
+    sys.path.append(sys.path[0] + "/tests")
+    import bench
+    bench.main()
