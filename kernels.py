@@ -484,3 +484,10 @@ def why_not_triton(x, w_in):
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton read it when it was imported
+
+
+if __name__ == "__main__":      # the side-by-side table: python kernels.py --help
+    import sys
+    sys.path.append(sys.path[0] + "/tests")
+    import bench
+    bench.main()

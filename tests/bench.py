@@ -1,0 +1,695 @@
+"""bench.py -- what does a sparse layer cost, beside a dense one and beside everyone else's?
+
+    python kernels.py                                              # the table, on this machine
+    python kernels.py --threads 1,2 --json notebooks/results/kernels_cpu.json
+    python tests/bench.py --readme README.md notebooks/results/kernels_cpu.json
+    python tests/bench.py notebooks/results/kernels_cpu.json       # which goals are met
+
+One MLP layer, forward and backward, from the same weights, routing and dL/dy for everybody.
+`dense` is a plain MLP of equal active FLOPs, hidden K*H. Contenders take turns in one process and
+in a new order each round. Nobody is timed whose output or gradients miss float64; the two peers
+that route by themselves cannot be checked so, and their rows say it. Peers are optional: put them
+on PYTHONPATH. Letters as in kernels.py: T tokens, D width, H hidden, E experts, K per token.
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import kernels
+
+SHAPES = {                                      # images, tokens of an image, D, H
+    "tiny": (128, 17, 96, 192), "small": (128, 65, 192, 384),       # the presets of train.py
+    "perf": (64, 65, 384, 1536), "perf32k": (512, 64, 384, 1536), "perf64k": (1024, 64, 384, 1536),
+}
+# what an error may be beyond twice the plain loop's own, in units of the largest true value
+TINY = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOO_LARGE = 128 * 2 ** 20                       # bytes of z = (T, E, H), for those that form it all
+
+
+# --- one layer to compute, and the truth about it ------------------------------------------------
+
+class Layer(NamedTuple):
+    """What every contender is given."""
+    leaves: dict            # x (T, D), gates (T, K), w_in, b_in, w_out, b_out: all that has a grad
+    experts: torch.Tensor   # (T, K)
+    dy: torch.Tensor        # (T, D)
+    images: int             # of T / images tokens each, for peers that route image by image
+
+
+def draw(images, tokens, D, H, E, K, dtype, device):
+    """Inputs of order 1 and the choices of a mildly uneven softmax, the same on every call."""
+    cpu, T = torch.Generator().manual_seed(0), images * tokens
+
+    def normal(*size):
+        return torch.randn(size, generator=cpu)
+
+    probs = (normal(T, E) + 0.5 * normal(E)).softmax(dim=-1)
+    gates, experts = probs.topk(K)                                      # (T, K)
+    leaves = {"x": normal(T, D), "gates": gates, "w_in": normal(E, D, H) * D ** -0.5,
+              "b_in": normal(E, H), "w_out": normal(E, H, D) * H ** -0.5, "b_out": normal(E, D)}
+    # gates stay float32, as a router under autocast makes them
+    leaves = {name: t.to(device, t.dtype if name == "gates" else dtype)
+              for name, t in leaves.items()}
+    return Layer(leaves, experts.to(device), normal(T, D).to(device, dtype), images)
+
+
+def definition(leaves, experts, act=F.gelu):
+    """kernels.reference expert by expert, each on its own rows: room for 65,536 tokens."""
+    x, gates, *weights = leaves.values()
+    raw = x.new_zeros(*experts.shape, x.shape[1])                       # (T, K, D)
+    for e, (wi, bi, wo, bo) in enumerate(zip(*(w.unbind() for w in weights), strict=True)):
+        t, k = (experts == e).nonzero(as_tuple=True)
+        raw[t, k] = act(x[t] @ wi + bi) @ wo + bo
+    return (raw * gates[..., None]).sum(dim=1).to(x.dtype)
+
+
+def swiglu(z):
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class Contender(NamedTuple):
+    """One way to compute a layer; `forward()` reads the leaves, which have their own layout."""
+    forward: Callable                           # () -> y
+    leaves: dict                                # name -> what autograd differentiates
+    truth: dict | None                          # the same leaves in our layout; None: no check
+    ours: Callable = lambda grads: grads        # gradients in its layout -> in ours
+    experts: torch.Tensor | None = None         # if not the layer's own choices
+    act: Callable = F.gelu
+    note: str = ""
+
+    def step(self, dy):
+        """y and its gradients by name: what is timed."""
+        y = self.forward()
+        leaves = dict(self.leaves)
+        return y, dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True))
+
+
+class Skip(Exception):
+    """Why a contender does not run on this layer."""
+
+
+def leaf(t):
+    return t.detach().clone().contiguous().requires_grad_()
+
+
+def check(c, layer):
+    """Refuse a contender that misses float64; returns its worst error over the plain loop's.
+
+    An error may be twice that of the plain loop in the same dtype (FlashAttention's rule) and TINY.
+    """
+    if c.truth is None:
+        return None
+    experts = layer.experts if c.experts is None else c.experts
+
+    def run(cast):
+        leaves = {name: leaf(cast(t)) for name, t in c.truth.items()}
+        y = definition(leaves, experts, c.act)
+        grads = torch.autograd.grad(y, leaves.values(), layer.dy.to(y.dtype))
+        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    true, plain = run(torch.Tensor.double), run(lambda t: t)
+    y, grads = c.step(layer.dy)
+    worst = 0.0
+    for name, value in {"y": y.detach(), **c.ours(grads)}.items():
+        if not value.isfinite().all():
+            raise Skip(f"refused: {name} is not finite")
+        error, usual = ((v.double() - true[name]).abs().max().item() for v in (value, plain[name]))
+        room = TINY[layer.dy.dtype] * true[name].abs().max().item()
+        if error > 2 * usual + room:
+            raise Skip(f"refused: {name} is off by {error:.1e}, a plain loop by {usual:.1e}")
+        worst = max(worst, error / (usual or room or 1.0))
+    return worst
+
+
+def kept(c):
+    """Bytes of all storages that forward saves for backward, without its parameters'."""
+    own = {t.untyped_storage().data_ptr() for name, t in c.leaves.items()
+           if name not in ("x", "gates")}
+    storages = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = c.forward()                         # alive, so that no address is given out twice
+    del y
+    return sum(size for where, size in storages.items() if where not in own)
+
+
+# --- contenders: ours ----------------------------------------------------------------------------
+
+def rung(name):
+    def build(layer):
+        if name == "triton" and (not layer.dy.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise Skip("CUDA only: the interpreter's time means nothing")
+        if name == "reference":
+            small_enough(layer)
+        leaves = {n: leaf(t) for n, t in layer.leaves.items()}
+        x, gates, *weights = leaves.values()
+        return Contender(
+            lambda: kernels.expert_mlp(x, layer.experts, gates, *weights, backend=name),
+            leaves, layer.leaves)
+    return build
+
+
+def small_enough(layer):
+    E, _, H = layer.leaves["w_in"].shape
+    size = len(layer.dy) * E * H * layer.dy.element_size()
+    if size > TOO_LARGE:
+        raise Skip(f"too large: every expert on every token would make {size / 2 ** 20:.0f} MiB")
+
+
+def dense(layer):
+    """The first K experts side by side: what `definition` gives if all choose 0 .. K-1, gates 1."""
+    T, K = layer.experts.shape
+    given = {name: t if name in ("x", "gates") else t[:K] for name, t in layer.leaves.items()}
+    given["gates"] = torch.ones_like(given["gates"])
+    leaves = {"x": leaf(given["x"]), "w_in": leaf(given["w_in"].movedim(0, 1).flatten(1)),
+              "b_in": leaf(given["b_in"].flatten()), "w_out": leaf(given["w_out"].flatten(0, 1)),
+              "b_out": leaf(given["b_out"].sum(0))}
+    x, wi, bi, wo, bo = leaves.values()
+
+    def ours(grads):
+        return {"x": grads["x"], "w_in": grads["w_in"].unflatten(1, (K, -1)).movedim(1, 0),
+                "b_in": grads["b_in"].unflatten(0, (K, -1)),
+                "w_out": grads["w_out"].unflatten(0, (K, -1)),
+                "b_out": grads["b_out"].expand(K, -1)}
+
+    return Contender(lambda: torch.addmm(bo, F.gelu(torch.addmm(bi, x, wi)), wo), leaves, given,
+                     ours, experts=torch.arange(K, device=x.device).expand(T, K))
+
+
+def compiled(build):
+    def build_compiled(layer):
+        c = build(layer)
+        return c._replace(forward=torch.compile(c.forward))
+    return build_compiled
+
+
+def every_expert(layer):
+    """Every expert on every token as two batched products, then gates that are mostly zero."""
+    small_enough(layer)
+    leaves = {name: leaf(t) for name, t in layer.leaves.items()}
+    x, gates, wi, bi, wo, bo = leaves.values()
+
+    def forward():
+        share = gates.new_zeros(len(x), len(wi)).scatter_add(1, layer.experts, gates)   # (T, E)
+        z = torch.baddbmm(bi[:, None], x.expand(len(wi), -1, -1), wi)                   # (E, T, H)
+        out = torch.baddbmm(bo[:, None], F.gelu(z), wo)                                 # (E, T, D)
+        return (out * share.T[..., None]).sum(dim=0).to(x.dtype)
+
+    return Contender(forward, leaves, layer.leaves)
+
+
+# --- contenders: peers, each adapted to our weights and routing where it can be ------------------
+
+def without_biases(layer):
+    return {name: torch.zeros_like(t) if name in ("b_in", "b_out") else t
+            for name, t in layer.leaves.items()}
+
+
+def transformers(implementation):
+    """NemotronHExperts: two products without a gate branch, as ours, but no biases."""
+    def build(layer):
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+        E, D, H = layer.leaves["w_in"].shape
+        mlp = NemotronHExperts(SimpleNamespace(
+            n_routed_experts=E, hidden_size=D, moe_intermediate_size=H, moe_latent_size=None,
+            mlp_hidden_act="gelu", _experts_implementation=implementation))
+        mlp.up_proj.data = leaf(layer.leaves["w_in"].mT).data           # (E, H, D)
+        mlp.down_proj.data = leaf(layer.leaves["w_out"].mT).data        # (E, D, H)
+        leaves = {"x": leaf(layer.leaves["x"]), "gates": leaf(layer.leaves["gates"]),
+                  "w_in": mlp.up_proj, "w_out": mlp.down_proj}
+        return Contender(
+            lambda: mlp(leaves["x"], layer.experts, leaves["gates"]), leaves,
+            without_biases(layer), lambda g: {n: t.mT if n[0] == "w" else t for n, t in g.items()},
+            note="no biases")
+    return build
+
+
+def drops_tokens(layer, moe, note):
+    """A peer that takes images and chooses, and drops, by itself: nothing to compare it with."""
+    T, D = layer.dy.shape
+    moe = moe.to(layer.dy)
+    x = leaf(layer.leaves["x"])
+    return Contender(lambda: moe(x.view(layer.images, -1, D))[0].reshape(T, D),
+                     {"x": x} | dict(moe.named_parameters()), None,
+                     note=f"unchecked: drops tokens, own routing, {note}")
+
+
+def lucidrains(layer):
+    from mixture_of_experts import MoE
+    E, D, H = layer.leaves["w_in"].shape
+    if layer.experts.shape[1] != 2:
+        raise Skip("knows K = 2 alone")
+    moe = MoE(D, num_experts=E, hidden_dim=H, activation=torch.nn.GELU)
+    return drops_tokens(layer, moe, "no biases")
+
+
+def st_moe(layer):
+    from st_moe_pytorch import MoE
+    E, D, H = layer.leaves["w_in"].shape
+    K = layer.experts.shape[1]
+    if K < 2:
+        raise Skip("knows K >= 2 alone")
+    moe = MoE(D, num_experts=E, expert_hidden_mult=H / D, gating_top_n=K)
+    return drops_tokens(layer, moe, "GEGLU of hidden 2H/3")
+
+
+def scattermoe(layer):
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+    cuda_only(layer)
+    leaves = {name: leaf(t.to(layer.dy.dtype)) for name, t in layer.leaves.items()}
+    x, gates, wi, bi, wo, bo = leaves.values()
+
+    def forward():
+        *order, ends = flatten_sort_count(layer.experts, len(wi))
+        z = parallel_linear(x, wi, layer.experts.shape[1], *order, ends, bi, grouped_out=True)
+        return parallel_linear(F.gelu(z), wo, 1, *order, ends, bo, gates, grouped_in=True)
+
+    return Contender(forward, leaves, leaves, note=f"gates in {str(gates.dtype)[6:]}")
+
+
+def liger(layer):
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    cuda_only(layer)
+    E, _, H = layer.leaves["w_in"].shape
+    wi, wo = layer.leaves["w_in"], layer.leaves["w_out"]
+    given = without_biases(layer)
+    half = 2 * H // 3
+    given |= {"w_in": torch.cat([wi, wi.flip(1)], dim=2)[..., :2 * half],
+              "b_in": wi.new_zeros(E, 2 * half), "w_out": wo[:, :half]}
+    leaves = {name: leaf(given[name].mT if name[0] == "w" else given[name])
+              for name in ("x", "gates", "w_in", "w_out")}
+    experts = layer.experts.int()
+    return Contender(
+        lambda: LigerFusedMoEFunction.apply(leaves["x"], leaves["w_in"], leaves["w_out"], experts,
+                                            leaves["gates"]),
+        leaves, given, lambda g: {n: t.mT if n[0] == "w" else t for n, t in g.items()},
+        act=swiglu, note="SwiGLU of hidden 2H/3, no biases")
+
+
+def cuda_only(layer):
+    if not layer.dy.is_cuda:
+        raise Skip("CUDA only")
+
+
+PEERS = {       # name: (what pip calls it, adapter)
+    "transformers_eager": ("transformers", transformers("eager")),
+    "transformers_grouped_mm": ("transformers", transformers("grouped_mm")),
+    "lucidrains": ("mixture-of-experts", lucidrains), "st_moe": ("st-moe-pytorch", st_moe),
+    "scattermoe": ("scattermoe", scattermoe), "liger": ("liger-kernel", liger),
+}
+
+
+def contenders(with_compiled):
+    """name -> adapter: dense first, for everybody is measured against it."""
+    ours = {"dense": dense}
+    if with_compiled:
+        ours |= {"dense_compiled": compiled(dense), "grouped_compiled": compiled(rung("grouped"))}
+    ours |= {name: rung(name) for name in ("auto", *kernels.BACKENDS)}
+    return ours | {"every_expert": every_expert} | {name: peer[1] for name, peer in PEERS.items()}
+
+
+# --- the clock -----------------------------------------------------------------------------------
+
+def on_graph(c, dy):
+    """The step as a CUDA graph, which forgives no host sync."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            c.step(dy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.outputs = c.step(dy)              # as long as the graph lives, so does its memory
+    return graph.replay
+
+
+def sample(step, on_gpu, steps=10):
+    """Milliseconds of one step; on a GPU the mean of a few, so that the queue stays full."""
+    if not on_gpu:
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(steps):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / steps
+
+
+def clock(steps, repeats, seconds, on_gpu):
+    """name -> a sample per round. A slow one leaves after its seconds, not before round 5."""
+    for step in steps.values():
+        sample(step, on_gpu)                    # warm-up
+    samples = {name: [] for name in steps}
+    for done in range(repeats):
+        racing = [n for n in steps if done < 5 or sum(samples[n]) < 1e3 * seconds]
+        for name in random.sample(racing, len(racing)):
+            samples[name].append(sample(steps[name], on_gpu))
+    return samples
+
+
+def others_cpu():
+    """CPU seconds that other programs have used so far; None where /proc/stat does not tell."""
+    if not Path("/proc/stat").exists():
+        return None
+    user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split()[1:9]
+    ticks = sum(map(int, (user, nice, system, *interrupts)))
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def race(layer, builds, args, absent):
+    """Rows of every contender on one layer: checked once, then timed at each number of threads."""
+    (T, K), (E, D, H) = layer.experts.shape, layer.leaves["w_in"].shape
+    shape = {"device": layer.dy.device.type, "dtype": str(layer.dy.dtype)[6:],
+             "T": T, "D": D, "H": H, "E": E, "K": K}
+    rows, ready, steps = {}, {}, {}
+    for name, build in builds.items():
+        rows[name] = {"backend": name, **shape, "ms": None, "ms_q25": None, "ms_q75": None,
+                      "times_dense": None, "bytes_kept_per_token": None, "tflops": None, "n": 0,
+                      "error_over_plain": None, "cuda_graph": bool(args.cuda_graph), "note": ""}
+        try:
+            c = build(layer)
+            rows[name] |= {"error_over_plain": check(c, layer), "note": c.note,
+                           "bytes_kept_per_token": kept(c) / T}
+            steps[name] = on_graph(c, layer.dy) if args.cuda_graph else lambda c=c: c.step(layer.dy)
+            ready[name] = c
+        except ImportError as error:
+            absent[name] = str(error)
+            del rows[name]
+        except Skip as why:
+            rows[name]["note"] = str(why)
+        except Exception as error:              # a peer's or a rung's own refusal
+            rows[name]["note"] = f"refused: {type(error).__name__}: {error}".splitlines()[0][:160]
+    for count in args.threads:
+        torch.set_num_threads(count)
+        before, start = others_cpu(), time.perf_counter()
+        samples = clock(steps, args.repeats, args.seconds, layer.dy.is_cuda)
+        others = None if before is None else round(
+            (others_cpu() - before) / (time.perf_counter() - start), 2)
+        for name, row in rows.items():
+            row = {**row, "threads": count, "cores_of_others": others}
+            if ms := samples.get(name):
+                q25, q50, q75 = statistics.quantiles(ms, n=4, method="inclusive")
+                same_round = zip(ms, samples.get("dense", ()), strict=False)
+                pairs = [own / theirs for own, theirs in same_round]
+                row |= {"ms": q50, "ms_q25": q25, "ms_q75": q75, "n": len(ms),
+                        "tflops": 12 * T * K * D * H / q50 / 1e9,
+                        "times_dense": statistics.median(pairs) if pairs else None}
+            yield row
+
+
+# --- what is shown: rows, goals, the README's table ----------------------------------------------
+
+LAYER = ("device", "dtype", "T", "D", "H")      # rows of one layer share a table of the README
+WIDE = "{:<24}{:>9}  {:>19}{:>8}{:>12}{:>9}  {}"
+
+
+def print_rows(rows):
+    """The side-by-side table of one layer, at one number of threads."""
+    first = rows[0]
+    print("\n" + ", ".join(f"{name}={first[name]}" for name in
+                           (*LAYER, "E", "K", "threads", "cores_of_others")))
+    print(WIDE.format("", "ms", "quartiles", "x dense", "bytes/token", "TFLOP/s", ""))
+    for r in rows:
+        if r["ms"] is None:
+            print(f"{r['backend']:<24}        –  {r['note']}", flush=True)
+            continue
+        print(WIDE.format(
+            r["backend"], f"{r['ms']:.2f}", f"{r['ms_q25']:.2f} – {r['ms_q75']:.2f}",
+            f"{r['times_dense'] or float('nan'):.2f}", f"{r['bytes_kept_per_token']:,.0f}",
+            f"{r['tflops']:.2g}", r["note"]), flush=True)
+
+
+def disturbed(row):
+    """Whether others took a tenth of a core while the CPU rows of this layer were timed."""
+    return row["device"] == "cpu" and (row["cores_of_others"] or 0) >= 0.1
+
+
+def over(name, *rivals, field="times_dense"):
+    """A ratio of two contenders on the same layer, against the best of the rivals."""
+    def ratio(at):
+        best = min((at[r][field] for r in rivals if r in at), default=None)
+        return at[name][field] / best if name in at and best else None
+    return ratio
+
+
+def lean_bytes(at):
+    if "lean" not in at:
+        return None
+    r = at["lean"]
+    size = {"float32": 4}.get(r["dtype"], 2)
+    room = (r["D"] + r["K"] * r["H"]) * size + 64 * r["K"]
+    return r["bytes_kept_per_token"] / room
+
+
+FP32 = {"device": "cpu", "dtype": "float32"}
+GOALS = [       # what, where, ratio, then the most it may be: must, ambitious, stretch
+    *((f"auto / dense, E={E}, {n} thread{'s'[:n - 1]}", FP32 | {"E": E, "threads": n},
+       over("auto", "dense"), goal) for (E, n), goal in {
+           (8, 1): (1.20, 1.05), (32, 1): (1.40, 1.25),
+           (8, 2): (1.30, 1.15), (32, 2): (1.90, 1.60)}.items()),
+    ("auto / fastest dropless peer", FP32,
+     over("auto", "transformers_eager", "transformers_grouped_mm"), (1.10, 1.00)),
+    ("bytes kept: lean / ((D + KH) itemsize + 64 K)", {}, lean_bytes, (1.00,)),
+    ("bytes kept: lean / dense, H = 4D", {"D": 384, "H": 1536},
+     over("lean", "dense", field="bytes_kept_per_token"), (0.60,)),
+    *((f"triton / {rival}", {"device": "cuda", "dtype": "bfloat16", "D": 384},
+       over("triton", rival), goal) for rival, goal in (
+           ("dense", (1.45, 1.20, 1.05)), ("grouped", (1.00, 0.80, 0.70)),
+           ("grouped_compiled", (1.10, 0.90, 0.80)), ("scattermoe", (0.85, 0.67, 0.57)),
+           ("liger", (1.00, 0.85, 0.75)))),
+    ("330 TFLOP/s / triton's", {"device": "cuda", "T": 65536, "E": 8, "K": 2},
+     lambda at: 330 / at["triton"]["tflops"] if "triton" in at else None,
+     (1.00, 330 / 400, 330 / 450)),
+    ("bytes kept: triton / scattermoe", {"device": "cuda"},
+     over("triton", "scattermoe", field="bytes_kept_per_token"), (0.50,)),
+    ("error over plain loop's: triton / grouped", {"device": "cuda"},
+     over("triton", "grouped", field="error_over_plain"), (1.20,)),
+]
+
+
+def goals(rows):
+    """Markdown: each goal against the worst case that was measured and not disturbed."""
+    races = {}
+    for r in rows:
+        if r["ms"] is not None and not disturbed(r):
+            case = tuple((name, r[name]) for name in (*LAYER, "E", "K", "threads"))
+            races.setdefault(case, {})[r["backend"]] = r
+    lines = ["| ratio | must | ambitious | stretch | worst | where | cases | |", "|-" * 8 + "|"]
+    for what, where, ratio, limits in GOALS:
+        found = [(value, case) for case, at in races.items() if where.items() <= set(case)
+                 and (value := ratio(at)) is not None]
+        if not found:
+            continue
+        value, case = max(found)
+        met = [name for name, limit in zip(("must", "ambitious", "stretch"), limits, strict=False)
+               if value <= limit]
+        shown = [f"{limit:.2f}" for limit in limits] + ["–"] * (3 - len(limits))
+        place = " ".join(f"{n}={v}" for n, v in case if n in ("T", "D", "E", "K", "threads"))
+        within = sum(v <= limits[0] for v, _ in found)
+        lines.append(f"| {what} | {' | '.join(shown)} | {value:.2f} | {place} | {within} of "
+                     f"{len(found)} within must | {met[-1] + ' met' if met else 'MISSED'} |")
+    return "\n".join(lines)
+
+
+def table(json_path):
+    """Markdown for the README: one table per layer, and in words who is slower than dense."""
+    record = json.loads(Path(json_path).read_text())
+    env, layers = record["env"], {}
+    for r in record["rows"]:
+        layers.setdefault(tuple(r[name] for name in LAYER), []).append(r)
+    versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items())
+    others = max((r["cores_of_others"] for r in record["rows"] if disturbed(r)), default=0)
+    busiest = f"†: meanwhile other programs kept up to {others:.1f} cores busy. " if others else ""
+    caption = (
+        f"{env['device']}; {versions}; commit {env['commit']}; `{env['command']}`. Time, forward "
+        f"and backward, over a dense MLP of equal active FLOPs: median over up to {env['repeats']} "
+        f"rounds (at least 5) of the ratio within a round"
+        + (f", with {' / '.join(map(str, env['threads']))} threads" if len(env["threads"]) > 1 else
+           f", with {env['threads'][0]} thread{'s'[:env['threads'][0] - 1]}")
+        + ". Bytes: kept for backward per token, parameters apart, at the smallest E. "
+        + busiest + "".join(f"{name} was not installed. " for name in env["absent"])).strip()
+    return "\n\n".join([*(one_table(rows, env["threads"]) for rows in layers.values()), caption])
+
+
+def one_table(rows, threads):
+    at = {(r["backend"], r["E"], r["K"], r["threads"]): r for r in rows if r["ms"] is not None}
+    columns = sorted({(r["E"], r["K"]) for r in rows})
+    ks, fewest = sorted({K for _, K in columns}), min(E for E, _ in columns)
+    names = list(dict.fromkeys(r["backend"] for r in rows))
+    marks = {(r["E"], r["K"]): " †" for r in rows if disturbed(r)}
+    notes = {name: {r["note"]: 0 for r in rows if r["backend"] == name and r["note"]}
+             for name in names}
+
+    def cell(name, E, K):
+        known = [at.get((name, E, K, n)) for n in threads]
+        if name == "dense":
+            return " / ".join(f"{r['ms']:.1f}" for r in known) + " ms"
+        return " / ".join("–" if r is None else f"{r['times_dense']:.2f}" for r in known)
+
+    def kept_at(name, K):
+        r = at.get((name, fewest, K, threads[0]))
+        return "–" if r is None else f"{r['bytes_kept_per_token']:,.0f}"
+
+    r = rows[0]
+    lines = [f"**D={r['D']}, H={r['H']}, T={r['T']:,}** ({r['device']}, {r['dtype']})", "",
+             "| | " + " | ".join([*(f"E={E} K={K}{marks.get((E, K), '')}" for E, K in columns),
+                                  *(f"bytes K={K}" for K in ks)]) + " | |",
+             "|-" * (len(columns) + len(ks) + 2) + "|"]
+    timed = [name for name in names if any(key[0] == name for key in at)]
+    for name in timed:
+        cells = [*(cell(name, E, K) for E, K in columns), *(kept_at(name, K) for K in ks)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(notes[name])} |")
+    idle = [f"{name} ({'; '.join(notes[name])})" for name in names if name not in timed]
+    slower = {"in every case": [], "in some cases": [], "in no case": []}
+    for name in timed[1:]:
+        ratios = [r["times_dense"] for key, r in at.items() if key[0] == name and not disturbed(r)]
+        if not ratios:
+            continue
+        count = sum(ratio > 1 for ratio in ratios)
+        when = ("in no case" if count == 0 else
+                "in every case" if count == len(ratios) else "in some cases")
+        slower[when].append(f"{name} ({min(ratios):.2f}–{max(ratios):.2f})")
+    lines += ["", f"Slower than dense{', † apart,' * bool(marks)} " + "; ".join(
+        f"{when}: {', '.join(who)}" for when, who in slower.items() if who) + "."]
+    return "\n".join(lines + [f"Not timed: {', '.join(idle)}."] * bool(idle))
+
+
+BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+
+
+def write_readme(readme_path, json_path):
+    """Put `table` between the two markers, and touch nothing else."""
+    text = Path(readme_path).read_bytes().decode()          # bytes: line endings stay as they are
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme_path} needs one line {BEGIN} and, below it, one line {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    command = f"python tests/bench.py --readme {readme_path} {json_path}"
+    Path(readme_path).write_bytes(
+        f"{before}{BEGIN}\n{table(json_path)}\n\nWritten by `{command}`.\n{END}{after}".encode())
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+def environment(args, argv, absent):
+    from train import commit
+
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((l.split(": ")[1] for l in lines if l.startswith("model name")), name)
+    found = {p: version(p) for p in ("torch", "triton", *(pip for pip, _ in PEERS.values()))}
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else
+                  f"{name}, {os.cpu_count()} cores",
+        "threads": args.threads, "repeats": args.repeats, "seconds": args.seconds,
+        "torch": torch.__version__, "triton": found["triton"], "python": platform.python_version(),
+        "versions": {"Python": platform.python_version(), **{p: v for p, v in found.items() if v}},
+        "absent": absent, "commit": commit(),
+        "command": f"python kernels.py {shlex.join(argv)}".strip(),
+    }
+
+
+def save(path, env, rows):
+    """JSON with a line per row, so that a diff of two files can be read."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(f'{{"env": {json.dumps(env)},\n"rows": [\n{lines}\n]}}\n')
+
+
+def sizes(names, device):
+    """The shapes' (images, tokens, D, H): "presets,perf", names in SHAPES, or 64x65x192x768."""
+    groups = {"presets": "tiny,small", "perf": "perf32k,perf64k" if device == "cuda" else "perf"}
+    names = ",".join(groups.get(name, name) for name in names.split(","))
+    return [SHAPES.get(name) or tuple(map(int, name.split("x"))) for name in names.split(",")]
+
+
+def parse(argv):
+    def numbers(text):
+        return [int(n) for n in text.split(",")]
+
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", nargs="?", help="a JSON file to show, by --readme or else its goals")
+    add("--readme", help="rewrite the kernels table of this file")
+    add("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"))
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
+    add("--shapes", default="presets,perf", help="also tiny, small, IMAGESxTOKENSxDxH")
+    add("--experts", type=numbers, default=[8, 32], metavar="E,E")
+    add("--k", type=numbers, default=[1, 2], metavar="K,K")
+    add("--threads", type=numbers, default=[torch.get_num_threads()], metavar="N,N")
+    add("--repeats", type=int, default=30, help="rounds at most")
+    add("--seconds", type=float, default=3.0, help="after which a contender leaves, from round 5")
+    add("--compiled", action=argparse.BooleanOptionalAction, default=None,
+        help="time torch.compile too; by default on a GPU")
+    add("--cuda_graph", action="store_true", help="time CUDA graphs of the steps")
+    add("--json", help="write the rows to this file")
+    add("--goals", action="store_true", help="print which goals are met")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.readme:
+        return write_readme(args.readme, args.path)
+    if args.path:
+        return print(goals(json.loads(Path(args.path).read_text())["rows"]))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    builds = contenders(args.device == "cuda" if args.compiled is None else args.compiled)
+    random.seed(0)
+    rows, absent = [], {}
+    env = environment(args, argv, absent)
+    print(f"{env['device']}; " + ", ".join(f"{n} {v}" for n, v in env["versions"].items()))
+    for shape in sizes(args.shapes, args.device):
+        for E in args.experts:
+            for K in args.k:
+                torch._dynamo.reset()
+                torch.manual_seed(0)            # peers with their own weights and routing draw here
+                new = list(race(draw(*shape, E, K, dtype, args.device), builds, args, absent))
+                for n in args.threads:
+                    print_rows([row for row in new if row["threads"] == n])
+                rows += new
+                if args.json:
+                    save(args.json, env, rows)
+    for name, why in absent.items():
+        print(f"absent: {name} ({why})")
+    if args.goals:
+        print("\n" + goals(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
