@@ -3,6 +3,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import bench
 import pytest
 from mutants import MUTANTS
 
@@ -17,6 +18,11 @@ def test_the_results_table_is_what_its_rows_say():
     rows = report.read_lines(ROOT / "notebooks/results/cpu.jsonl")
     between = README.split(report.BEGIN)[1].split(report.END)[0]
     assert report.results_table(rows) in between
+
+
+def test_the_table_of_speeds_is_what_its_rows_say():
+    between = README.split(bench.BEGIN)[1].split(bench.END)[0]
+    assert bench.table(ROOT / "notebooks/results/kernels_cpu.json") in between
 
 
 def test_every_row_says_where_it_comes_from():
