@@ -224,19 +224,27 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def write_readme(readme_path, results_path):
-    """Put table and picture of a file of results between the two markers; touch nothing else."""
-    text = Path(readme_path).read_bytes().decode()          # bytes: line endings stay as they are
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme_path} needs one line {BEGIN} and, below it, one line {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
-    shown = ""
-    if any(row.get("consistency") for row in rows):         # a picture needs a router
+    """Put table and picture of a file of results into the README."""
+    def content():
+        rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
+        if not any(row.get("consistency") for row in rows):     # a picture needs a router
+            return results_table(rows)
         plot_methods(rows).savefig(picture)
-        shown = f"\n\n![agreement over epochs, by method]({picture.as_posix()})"
-    command = f"python report.py --readme {readme_path} {results_path}"
-    Path(readme_path).write_bytes((f"{before}{BEGIN}\n{results_table(rows)}{shown}\n\nWritten by "
-                                   f"`{command}`.\n{END}{after}").encode())
+        return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
+                f"({picture.as_posix()})")
+
+    put_between(readme_path, BEGIN, END, content,
+                f"python report.py --readme {readme_path} {results_path}")
+
+
+def put_between(path, begin, end, content, command):
+    """Write content() and the command that did it between two markers; touch nothing else."""
+    text = Path(path).read_bytes().decode()                 # bytes: line endings stay as they are
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path} needs one line {begin} and, below it, one line {end}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    written = f"{before}{begin}\n{content()}\n\nWritten by `{command}`.\n{end}{after}"
+    Path(path).write_bytes(written.encode())
 
 
 def read_lines(path):

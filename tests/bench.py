@@ -32,6 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernels
+from report import put_between
 
 SHAPES = {                                      # images, tokens of an image, D, H
     "tiny": (128, 17, 96, 192), "small": (128, 65, 192, 384),       # the presets of train.py
@@ -42,7 +43,7 @@ TINY = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 TOO_LARGE = 128 * 2 ** 20                       # bytes of z = (T, E, H), for those that form it all
 
 
-# --- one layer to compute, and the truth about it ------------------------------------------------
+# --- one layer to compute, and the truth about it ---
 
 class Layer(NamedTuple):
     """What every contender is given."""
@@ -155,7 +156,7 @@ def kept(c):
     return sum(size for where, size in storages.items() if where not in own)
 
 
-# --- contenders: ours ----------------------------------------------------------------------------
+# --- contenders: ours ---
 
 def rung(name):
     def build(layer):
@@ -220,7 +221,7 @@ def every_expert(layer):
     return Contender(forward, leaves, layer.leaves)
 
 
-# --- contenders: peers, each adapted to our weights and routing where it can be ------------------
+# --- contenders: peers, each adapted to our weights and routing where it can be ---
 
 def without_biases(layer):
     return {name: torch.zeros_like(t) if name in ("b_in", "b_out") else t
@@ -330,7 +331,7 @@ def contenders(with_compiled):
     return ours | {"every_expert": every_expert} | {name: peer[1] for name, peer in PEERS.items()}
 
 
-# --- the clock -----------------------------------------------------------------------------------
+# --- the clock ---
 
 def on_graph(c, dy):
     """The step as a CUDA graph, which forgives no host sync."""
@@ -423,7 +424,7 @@ def race(layer, builds, args, absent):
             yield row
 
 
-# --- what is shown: rows, goals, the README's table ----------------------------------------------
+# --- what is shown: rows, goals, the README's table ---
 
 LAYER = ("device", "dtype", "T", "D", "H")      # rows of one layer share a table of the README
 WIDE = "{:<24}{:>9}  {:>19}{:>8}{:>12}{:>9}  {}"
@@ -584,17 +585,12 @@ BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 
 
 def write_readme(readme_path, json_path):
-    """Put `table` between the two markers, and touch nothing else."""
-    text = Path(readme_path).read_bytes().decode()          # bytes: line endings stay as they are
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme_path} needs one line {BEGIN} and, below it, one line {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    command = f"python tests/bench.py --readme {readme_path} {json_path}"
-    Path(readme_path).write_bytes(
-        f"{before}{BEGIN}\n{table(json_path)}\n\nWritten by `{command}`.\n{END}{after}".encode())
+    """Put `table` into the README."""
+    put_between(readme_path, BEGIN, END, lambda: table(json_path),
+                f"python tests/bench.py --readme {readme_path} {json_path}")
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- the command ---
 
 def environment(args, argv, absent):
     from train import commit

@@ -467,7 +467,7 @@ MUTANTS = [
     ("report.py", "[max(1, epochs // n) - 1]", "[max(1, epochs // n)]"),
     ("report.py", "ddof=1", "ddof=0"),
     ("report.py", "json.dumps(experiment(row), sort_keys=True)", "0"),
-    ("report.py", "{END}{after}", "{END}"),
+    ("report.py", "{end}{after}", "{end}"),
     ("report.py", "experts[:, :, 1:, 0].reshape", "experts[:, :, :-1, 0].reshape"),
     ("report.py", "np.mean(c[name], axis=0) for c in runs", "c[name][0] for c in runs"),
     ("report.py", "axis.plot(epoch, curves.mean(axis=0)", "axis.plot(epoch, curves[0]"),

@@ -37,7 +37,7 @@ def run(monkeypatch, rungs=("reference", "grouped"), more=(), **broken):
     return {row["backend"]: row for row in bench.main([*FLAGS, *more])}
 
 
-# --- the rows ------------------------------------------------------------------------------------
+# --- the rows ---
 
 def test_the_file_holds_what_was_run_on_what_and_every_number(tmp_path, monkeypatch):
     rows = run(monkeypatch, more=["--json", str(tmp_path / "new" / "k.json"), "--threads", "1,1"])
@@ -83,7 +83,7 @@ def test_the_shapes_called_presets_are_those_of_train_py():
                                   preset["mlp_ratio"] * preset["dim"])
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused ---
 
 def of_another_token(x, *rest, **flags):
     return kernels.reference(x.roll(1, 0), *rest, **flags)
@@ -146,7 +146,7 @@ def reference(leaves, experts):
     return kernels.expert_mlp(x, experts, gates, *weights, backend="reference")
 
 
-# --- bytes ---------------------------------------------------------------------------------------
+# --- bytes ---
 
 def test_the_dense_mlp_keeps_its_input_and_both_sides_of_its_gelu(layer):
     # x (8) and z and gelu(z) (2 * 16 each), in four bytes, of 18 tokens; no parameter counts
@@ -160,7 +160,7 @@ def test_what_is_saved_twice_or_as_a_view_is_kept_once():
     assert bench.kept(once) == 2 * 5 * 8 * 4                            # x, and x @ w
 
 
-# --- the README and the goals --------------------------------------------------------------------
+# --- the README and the goals ---
 
 def a_row(backend, threads, times_dense, **more):
     row = {"backend": backend, "device": "cpu", "dtype": "float32", "T": 4160, "D": 384, "H": 1536,

@@ -30,7 +30,7 @@ def outputs(K, seed=0):
     return torch.randn(T, K, D) + torch.arange(1.0, K + 1)[:, None]    # unlike experts
 
 
-# --- mutual distillation by hand -----------------------------------------------------------------
+# --- mutual distillation by hand ---
 
 def test_an_expert_alone_has_nobody_to_learn_from_and_says_so_once():
     distill._warn_that_one_expert_is_alone.cache_clear()
@@ -56,7 +56,7 @@ def test_three_experts_meet_in_their_mean():
     assert mutual_distillation_loss(raw).item() == pytest.approx(2)
 
 
-# --- mutual distillation, its laws ---------------------------------------------------------------
+# --- mutual distillation, its laws ---
 
 @pytest.mark.parametrize("K", [3, 4, 8])
 def test_approaching_the_mean_is_approaching_each_other(K):
@@ -164,7 +164,7 @@ def test_moderate_experts_pull_each_other_together(E):
     assert large < 0.5 * moderate < 0.45 * alone
 
 
-# --- domains -------------------------------------------------------------------------------------
+# --- domains ---
 
 def test_an_images_domain_is_the_favourite_of_its_mean_token():
     probs = torch.tensor([
@@ -187,7 +187,7 @@ def test_class_domains_are_shares_of_a_class():
     torch.testing.assert_close(shares.sum(dim=0)[[0, 1, 3]], torch.ones(3))
 
 
-# --- probing -------------------------------------------------------------------------------------
+# --- probing ---
 
 def sparse_vit(k=1, n_experts=3, drop_path=0.0):
     """A ViT with experts loud enough to disagree, biases included; 10 tokens per image."""
@@ -288,7 +288,7 @@ def test_a_gate_is_not_blamed_for_images_that_no_expert_gets_right():
     assert math.isnan(gate_accuracy(torch.zeros(3, 5).bool(), domain))
 
 
-# --- narrow vision -------------------------------------------------------------------------------
+# --- narrow vision ---
 
 def test_an_experts_gradient_norm_is_over_all_its_parameters():
     vit, x, labels = sparse_vit(k=2)

@@ -135,7 +135,7 @@ def go(monkeypatch):
     return go
 
 
-# --- the definition ------------------------------------------------------------------------------
+# --- the definition ---
 
 def test_the_reference_worked_by_hand():
     # D = H = 1. Expert 0: gelu(3x - 1) * 2 + 1; expert 1: gelu(-x) * 5. At x = 2 with
@@ -157,7 +157,7 @@ def test_every_masked_load_says_what_the_masked_lanes_hold():
     assert all("other" in w for w in words if "mask" in w)
 
 
-# --- every rung against it -----------------------------------------------------------------------
+# --- every rung against it ---
 
 @pytest.mark.parametrize("case", CASES)
 @every_way_and_dtype
@@ -274,7 +274,7 @@ def test_shuffling_the_tokens_shuffles_the_outputs_and_nothing_else(way, go):
                  expert_mlp(x, experts, gates, *weights, backend)[shuffle])
 
 
-# --- grouped: by autograd ------------------------------------------------------------------------
+# --- grouped: by autograd ---
 
 def test_no_expert_writes_a_full_size_gradient_of_zeros():
     # w_in[e] in a loop would: a SelectBackward for every expert and weight
@@ -329,7 +329,7 @@ def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_size
     assert compiled[-1] < 0.8 * compiled[0]
 
 
-# --- lean and triton: what is kept, and the plan -------------------------------------------------
+# --- lean and triton: what is kept, and the plan ---
 
 def kept(backend, asked, K, dtype):
     """Bytes of distinct memory, weights apart, that one layer keeps for its backward."""
@@ -399,7 +399,7 @@ def test_the_plan_counts_beyond_2_to_the_31():
     assert all(v.dtype == torch.int64 for v in (*plan(torch.tensor([[0]]), 1), expert, start))
 
 
-# --- triton: what the other tests cannot see -----------------------------------------------------
+# --- triton: what the other tests cannot see ---
 
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="the interpreter's test; tests marked gpu do it for real")
@@ -471,7 +471,7 @@ def test_the_kernels_compile_for_a_hopper_gpu_with_tensor_cores_and_no_spills():
         assert seen["wgmma"] > 0 and seen["spills"] == 0 and seen["registers"] <= 255, (name, seen)
 
 
-# --- the one name that the rest imports ----------------------------------------------------------
+# --- the one name that the rest imports ---
 
 def test_y_is_the_gated_sum_in_float32_even_of_bfloat16_outputs():
     experts = distinct(T, E, 3)
@@ -592,7 +592,7 @@ def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
     assert refused == "backend='triton' cannot run here: Triton is not installed; choose auto"
 
 
-# --- on a real GPU -------------------------------------------------------------------------------
+# --- on a real GPU ---
 
 gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 

@@ -62,7 +62,7 @@ def test_the_docstring_examples_are_true():
     assert failed == 0 and attempted == 6
 
 
-# --- a mixture of experts ------------------------------------------------------------------------
+# --- a mixture of experts ---
 
 def test_one_expert_is_a_plain_mlp():
     # to the last bit on the machine of its author; 1e-13 leaves room for another's BLAS
@@ -176,7 +176,7 @@ def test_bfloat16_autocast_runs_the_experts_in_bfloat16_and_stays_close():
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
 
 
-# --- soft slots ----------------------------------------------------------------------------------
+# --- soft slots ---
 
 def soft_moe_by_loops(layer, x):
     y = torch.zeros_like(x)
@@ -218,7 +218,7 @@ def test_soft_moe_of_equal_experts_and_equal_tokens_is_an_mlp():
     assert_close(layer(x), mlp(x))
 
 
-# --- the Transformer around them -----------------------------------------------------------------
+# --- the Transformer around them ---
 
 def test_attention_is_the_attention_of_torch():
     ours, theirs = Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
@@ -348,7 +348,7 @@ def test_sizes_that_do_not_fit_are_refused_in_a_sentence(changes, sentence):
         a_vit(lambda: MoE(24, 36, E), **changes)
 
 
-# --- what it costs -------------------------------------------------------------------------------
+# --- what it costs ---
 
 @pytest.mark.parametrize("make", [
     pytest.param(lambda: a_vit(), id="dense"),
@@ -380,7 +380,7 @@ def test_active_parameters_worked_by_hand():
     assert len(set(a_vit(lambda: SoftMoE(24, 36, E, 17), (2, 4)).params())) == 1
 
 
-# --- sparse upcycling ----------------------------------------------------------------------------
+# --- sparse upcycling ---
 
 @pytest.mark.parametrize("k, gate", [(2, "topk_softmax"), (4, "softmax_topk")])
 def test_an_upcycled_vit_computes_what_the_dense_one_does(k, gate):
@@ -414,7 +414,7 @@ def test_trunks_of_different_shapes_cannot_be_upcycled():
         upcycle(a_sparse_vit(hidden=40), a_vit(n_classes=12))
 
 
-# --- what other tools make of it (the slow ones, last) --------------------------------------------
+# --- what other tools make of it (the slow ones, last) ---
 
 def test_every_expert_survives_export_whoever_the_example_visited():
     layer = MoE(D, H, E, K, backend="reference").eval()

@@ -63,7 +63,7 @@ def test_the_docstring_example_is_true():
     assert doctest.testmod(router) == (0, 2)
 
 
-# --- who is chosen, and how much it counts -------------------------------------------------------
+# --- who is chosen, and how much it counts ---
 
 def test_the_three_gates_worked_by_hand():
     # e^z = 1, 4, 3, 2, of sum 10; the two largest are experts 1 and 2
@@ -131,7 +131,7 @@ def test_no_tokens_are_routed_nowhere():
     assert routing.experts.shape == (0, 2) and routing.probs.shape == (0, E)
 
 
-# --- noise ---------------------------------------------------------------------------------------
+# --- noise ---
 
 def test_noise_has_a_standard_deviation_of_one_over_e():
     # sigmoid gates of all experts give the noisy logits back
@@ -157,7 +157,7 @@ def test_evaluation_is_deterministic():
         assert torch.equal(a, b)
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused ---
 
 @pytest.mark.parametrize("k", [0, E + 1])
 def test_a_token_cannot_visit_more_experts_than_there_are_nor_none(k):
@@ -190,7 +190,7 @@ def test_a_router_that_the_task_loss_cannot_reach_says_so():
             TopKRouter(D, E, k, gate)
 
 
-# --- capacity ------------------------------------------------------------------------------------
+# --- capacity ---
 
 def test_first_choices_are_served_before_second_ones_worked_by_hand():
     # C = ceil(0.5 * 2 * 4 / 3) = ceil(4/3) = 2. Expert 0: the first choices of tokens 0 and 1 fit,
@@ -242,7 +242,7 @@ def test_capacity_factor_0_drops_every_choice_and_infinity_none():
         assert_close(route(z, capacity_factor=factor).gates, route(z).gates, rtol=0, atol=0)
 
 
-# --- gradient blocking: which gradients the gates let through ------------------------------------
+# --- gradient blocking: which gradients the gates let through ---
 
 @pytest.mark.parametrize("k", EVERY_K)
 def test_softmax_topk_pushes_all_unselected_logits_the_same_way(k):
@@ -314,7 +314,7 @@ def test_a_saturated_top_1_router_learns_nothing():
     assert logit_gradient(z, f, dy, 1, "softmax_topk")[0].abs().max() < 1e-12
 
 
-# --- the losses on the routing -------------------------------------------------------------------
+# --- the losses on the routing ---
 
 def test_load_loss_worked_by_hand():
     # Imp = [.4, .4, .2], mean 1/3: var = (2 * .0044 + .0178) / 3 = .0089, and .0089 * 9 = .08

@@ -42,7 +42,7 @@ def guidance(net, guide, x):
     return task + sum(guidance_loss(z, out.layers[b].routing.logits) for b, z in targets.items())
 
 
-# --- the guidance: KL(teacher || student) on the router's logits ---------------------------------
+# --- the guidance: KL(teacher || student) on the router's logits ---
 
 def test_guidance_reaches_every_expert_of_every_token():
     t, z = logits(0), logits(1).requires_grad_()
@@ -143,7 +143,7 @@ def test_a_student_that_ruled_an_expert_out_is_still_guided_back():
     torch.testing.assert_close(z.grad, torch.tensor([[-0.5, 0.5]]))
 
 
-# --- who learns (law 7) --------------------------------------------------------------------------
+# --- who learns (law 7) ---
 
 def test_only_the_student_learns_from_the_students_loss():
     net = student()
@@ -194,7 +194,7 @@ def test_a_frozen_teacher_router_is_a_control_that_never_moves():
     assert net.blocks[1].mlp.router.weight.grad.abs().max() > 1e-6
 
 
-# --- what the teacher says -----------------------------------------------------------------------
+# --- what the teacher says ---
 
 def test_a_training_student_hears_the_same_answer_twice():
     net = student(drop_path=0.5)
@@ -295,7 +295,7 @@ def test_a_student_can_be_dispatched_by_its_teacher():
     assert not torch.allclose(oracle.logits, net(x).logits)
 
 
-# --- what makes a teacher router decide ----------------------------------------------------------
+# --- what makes a teacher router decide ---
 
 def test_the_teacher_routers_losses_are_sums_over_blocks():
     even = 1000.0 * torch.eye(4).repeat(2, 1)                  # (8, 4) confident, two tokens each
