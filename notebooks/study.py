@@ -156,6 +156,15 @@ METRICS = {
 }
 
 
+# beside the accuracy, what a grid's table shows
+COLUMNS = {
+    "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
+    "guidance": ("accuracy, dispatched as in training", "agreement adjacent, first quarter",
+                 "load entropy"),
+    "gates": ("oracle cosine", "agreement adjacent, first quarter", "load entropy")}
+USUAL = ("agreement adjacent, first quarter", "agreement with the end at 1/2", "load entropy")
+
+
 class Hypothesis(NamedTuple):
     """sum of `plus` - sum of `minus`, seed by seed, is at least `least` and surely above 0."""
     grid: str
@@ -716,9 +725,10 @@ def signed(estimate, digits=2):
 
 
 def arms_table(grid, rows):
+    columns = COLUMNS.get(grid, USUAL)
     lines = ["| arm | n | params total / active | MFLOPs | accuracy, points | against | difference "
-             "[95 %] | agreement adjacent, 1st quarter | load entropy | images/s | seconds |",
-             "|-|-|-|-|-|-|-|-|-|-|-|"]
+             f"[95 %] | {' | '.join(columns)} | images/s | seconds |",
+             "|-|-|-|-|-|-|-" + len(columns) * "|-" + "|-|-|"]
     for arm, (_, other) in GRIDS[grid].items():
         some = [row for row in rows if row["arm"] == arm]
         if not some:
@@ -729,8 +739,7 @@ def arms_table(grid, rows):
             f"{some[0]['params_total'] / 1e6:.2f} / {some[0]['params_active'] / 1e6:.2f} M",
             f"{some[0]['flops_per_image'] / 1e6:.1f}",
             report.pooled([METRICS[ACC](row) for row in some]), other or "–", signed(pair),
-            *(report.pooled([METRICS[m](row) for row in some]) for m in
-              ("agreement adjacent, first quarter", "load entropy")),
+            *(report.pooled([METRICS[name](row) for row in some]) for name in columns),
             f"{report.mean(row['images_per_second'] for row in some):,.0f}",
             f"{report.mean(row['seconds'] for row in some):.0f}"]) + " |")
     return "\n".join(lines)
@@ -760,7 +769,7 @@ def unpaired(grid, rows):
 def section(grid, scale):
     """Everything that the rows of one grid at one scale say, as markdown; empty without rows."""
     rows = rows_of(grid, scale)
-    if not rows:
+    if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
 
     def all_of(value):
@@ -898,6 +907,8 @@ def tell(args):
             if text := section(grid, scale):
                 draw(grid, scale)
                 print(text, end="\n\n")
+            else:
+                print(f"{grid}, scale {scale}: no rows yet")
     if args.readme:
         before, _, after = cut(args.readme)
         Path(args.readme).write_bytes(f"{before}{BEGIN}\n{readme_block()}\n{END}{after}".encode())
