@@ -105,7 +105,7 @@ ARMS = {
 
 GRIDS = {
     "main": {
-        "dense": (5, "moe-k1"), "dense-total": (5, "moe-k1"), "soft": (5, "moe-k1"),
+        "dense": (5, None), "dense-total": (5, "moe-k1"), "soft": (5, "moe-k1"),
         "moe-k1": (5, "dense"), "tgr-k1": (5, "moe-k1"), "tgr-k1-router-alone": (5, "tgr-k1"),
         "moe-k1-logits": (5, "moe-k1"), "moe-k2": (8, "moe-k1"), "mode-k2": (8, "moe-k2"),
         "tgr+mode-k2": (8, "moe-k2")},
@@ -567,7 +567,6 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
             return
         taught = "tgr" in flags or control == "logits"
         teacher = train_teacher(scale, out, data_dir) if taught else None
-        began = time.monotonic()
         if "BEST" in flags:
             flags = flags.replace("BEST", best_alpha(scale))
         _, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, teacher)
@@ -583,7 +582,9 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         command = f"python notebooks/study.py run {grid} --only {arm} --seed {seed} --scale {scale}"
         result = train.fit(job, guide, command, LOSSES.get(control))
         row = {"grid": grid, "arm": arm, "scale": scale} | result
-        row |= closing_look(job, guide, control) | {"wall_seconds": time.monotonic() - began}
+        began = time.monotonic()                           # an interrupted run's seconds add up
+        row |= closing_look(job, guide, control)
+        row["wall_seconds"] = result["seconds"] + time.monotonic() - began
         row["commit"] = commit_of_row(dirty)
         append(RESULTS / f"{grid}.jsonl", row)
 
