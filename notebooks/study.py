@@ -572,9 +572,9 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         _, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, teacher)
         guide = None
         if taught:
+            vit = load_teacher(job, teacher)               # first, for it draws from another seed
             torch.manual_seed(seed)                        # the teacher routers' own weights
-            guide = Guide(load_teacher(job, teacher), job.student, job.cfg.n_experts)
-            guide = guide.to(job.cfg.device)
+            guide = Guide(vit, job.student, job.cfg.n_experts).to(job.cfg.device)
         if control in SETUPS:
             SETUPS[control](job, guide)
         if guide and job.state:                            # a run that has ended is only read

@@ -228,6 +228,19 @@ def test_a_router_without_gradient_has_no_cosine():
     assert study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2) is None
 
 
+def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
+    job, guide, _, _ = prepared("tgr-k1-oracle")
+    with torch.no_grad():                                   # let the choice of an expert matter
+        for b in (1, 2):
+            job.student.blocks[b - 1].mlp.experts.w_out.mul_(20)
+    images = normalise(SMALL.test.images, SMALL.mean, SMALL.std)
+    sent = study.dispatch(job.student, guide(images))
+    answer = job.student.eval()(images, sent).logits.argmax(dim=1)
+    assert not torch.equal(answer, job.student(images).logits.argmax(dim=1))
+    job = job._replace(sets=job.sets._replace(test=(SMALL.test.images, answer)))
+    assert study.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
+
+
 # --- arithmetic ---
 
 def row(arm, seed, accuracy=0.5, **more):
@@ -350,6 +363,7 @@ def test_a_run_becomes_one_row_that_names_what_made_it(capsys):
     assert r["commit"] and r["versions"]["torch"] and -1 <= r["similarity"] <= 1
     before = path.read_bytes()
     assert go("--only", "tgr-k1", "--seed", "3") == 0       # twice is once
+    study.train_one("main", "tgr-k1", 3, "cpu", "elsewhere", "data")   # another got there first
     assert path.read_bytes() == before
     assert "0 runs to do" in capsys.readouterr().out
 
@@ -369,6 +383,8 @@ def test_every_arm_and_seed_has_one_row_and_one_teacher_serves_them_all(monkeypa
     assert mode["probing"].keys() == {"own", "others", "gate_accuracy"}
     assert "similarity" not in found["dense", 0]
     assert found["moe-k1-logits", 0]["teacher_accuracy"] is not None
+    line, *_ = report.read_lines("runs/study/cpu/moe-k1-logits/seed1/metrics.jsonl")
+    assert line.keys() >= {"task", "load", "entropy", "logits"}
 
 
 def test_a_run_that_another_grid_has_done_is_not_done_again():
@@ -398,6 +414,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypa
                         or original(cfg, data, sets, epoch))
     assert go(*whole, "--out", "broken", grid="guidance") == 0
     again, = rows()
+    routers = torch.load("broken/cpu/tgr-k1-random-router/seed1/checkpoint.pt")["routers"]
+    torch.testing.assert_close(routers["1.weight"].norm(dim=1), torch.full((4,), 4.0))
     assert epochs == [2] and again["consistency"] == first["consistency"]
     for name in ("test_accuracy", "similarity", "oracle_cosine"):
         assert again[name] == first[name]
@@ -410,7 +428,21 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_again():
     assert go("--only", "dense", "--seed", "0") == 0 and len(rows()) == 1
 
 
-def test_a_run_that_ended_without_its_row_is_measured_as_it_was():
+def test_the_teacher_routers_start_from_the_runs_seed(monkeypatch):
+    begun, original = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda job, guide=None, *rest, **more: begun.append(
+        guide and guide.routers["1"].weight.clone()) or original(job, guide, *rest, **more))
+    for seed in (0, 1):
+        study.train_one("main", "tgr-k1", seed, "cpu", "out", "data")
+    study.train_one("main", "tgr-k1-router-alone", 0, "cpu", "out", "data")
+    a, b, c = (w for w in begun if w is not None)
+    assert torch.equal(a, c) and not torch.equal(a, b)
+
+
+def test_a_run_that_ended_without_its_row_is_measured_as_it_was(monkeypatch):
+    seen, original = [], study.closing_look
+    monkeypatch.setattr(study, "closing_look", lambda job, guide, control: seen.append(
+        guide.routers["1"].weight.clone()) or original(job, guide, control))
     go("--only", "tgr-k1-oracle", "--seed", "0", grid="guidance")
     first, = rows()
     Path("results/guidance.jsonl").unlink()
@@ -418,7 +450,7 @@ def test_a_run_that_ended_without_its_row_is_measured_as_it_was():
     again, = rows()
     for name in ("test_accuracy", "oracle_accuracy", "similarity", "seconds"):
         assert again[name] == first[name]
-    assert again["wall_seconds"] > first["seconds"]
+    assert again["wall_seconds"] > first["seconds"] and torch.equal(*seen)
 
 
 def test_code_that_is_not_committed_writes_no_row_but_rows_and_texts_may_change(capsys):
@@ -456,12 +488,28 @@ def test_rows_written_side_by_side_stay_whole():
     assert len(report.read_lines(path)) == len(rows()) == 40
 
 
+def test_a_folder_is_one_processs_at_a_time():
+    order = []
+
+    def other():
+        with study.locked(Path("folder")):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with study.locked(Path("folder")):
+        thread.start()
+        thread.join(timeout=0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+
+
 def test_the_best_alpha_waits_for_the_whole_sweep_and_is_the_best_mean(monkeypatch):
     found = [row("mode-k2" if a == "0.01" else f"mode-k2-alpha-{a}", s, 0.5 + 0.1 * (a == "1"))
              for a in study.ALPHAS for s in range(5)]
     monkeypatch.setattr(study, "read_rows", lambda: found)
     assert study.best_alpha("cpu") == "1"
-    lone = row("mode-k2", 7, 0.99)                          # a seed that is not in the sweep
+    lone = row("mode-k2", 7, 9.0)                          # a seed that is not in the sweep
     monkeypatch.setattr(study, "read_rows", lambda: [*found, lone])
     assert study.best_alpha("cpu") == "1"
     monkeypatch.setattr(study, "read_rows", lambda: found[1:])
@@ -529,6 +577,8 @@ def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
                         or Fake([9.0], 0))
     monkeypatch.setattr(study.time, "sleep", lambda s: None)
+    monkeypatch.setattr(study, "schedule", lambda runs, start, *rest: [
+        start(run) for run in runs] and [])
     study.main(["run", "main", "--only", "soft", "--seed", "4", "--data_dir", "d", "--dirty",
                 "--out", "o"])
     (words, more), = started
