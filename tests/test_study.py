@@ -1,0 +1,674 @@
+"""Does the study do what it says: its controls, its arithmetic, its bookkeeping?
+
+On 64 drawn images and a ViT of 5 tokens; the runs are real, only small.
+"""
+import json
+import math
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import report
+import train
+from data import normalise, synthetic
+from notebooks import study
+from notebooks.study import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval, verdict
+from teacher import Guide
+
+SMALL = synthetic(seed=5, n_train=64, n_test=40)
+SCALE = ("--preset tiny --data synthetic --epochs 2 --batch_size 16 --dim 16 --depth 2 --heads 2 "
+         "--patch 16 --moe_blocks 1,2 --n_experts 4 --probe_images 8 --train_images 0 "
+         "--augment none --device cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", lambda *args: SMALL)
+    monkeypatch.setattr(report, "figures", lambda out: [])
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
+    monkeypatch.setitem(study.SCALES, "cpu", SCALE)
+
+
+def prepared(arm):
+    """(job, guide, losses, a batch) of an arm, as train_one would begin it."""
+    flags, control = ARMS[arm]
+    _, job = train.plan(train.parse([*SCALE.split(), *flags.replace("tgr", "moe").split(),
+                                     "--out", "unused"]))
+    job.cfg.method = flags.split()[1]
+    teacher = train.build(train.resolve(train.parse([*SCALE.split(), "--method", "dense",
+                                                     "--seed", "1"])), SMALL)
+    guide = Guide(teacher, job.student, job.cfg.n_experts)
+    for router in guide.routers.values():                   # confident, unlike the student
+        torch.nn.init.normal_(router.weight)
+    if control in study.SETUPS:
+        study.SETUPS[control](job, guide)
+    batch = next(train.batches(job.cfg, SMALL, job.sets, epoch=1))
+    return job, guide, study.LOSSES.get(control, train.losses), batch
+
+
+def gradients(arm, term):
+    """{parameter of the student or a teacher router: gradient} of one term of the objective."""
+    job, guide, losses, batch = prepared(arm)
+    named = dict(job.student.named_parameters()) | {
+        f"guide.{n}": p for n, p in guide.named_parameters() if p.requires_grad}
+    terms = losses(job.cfg, job.student, guide, *batch)
+    grads = torch.autograd.grad(terms[term], list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, grads, strict=True) if g is not None and g.any()}
+
+
+ROUTERS = {"blocks.0.mlp.router.weight", "blocks.1.mlp.router.weight"}
+
+
+# --- the controls ---
+
+def test_plain_guidance_also_teaches_the_backbone_through_the_router():
+    assert "embed.weight" in gradients("tgr-k1", "guidance")
+
+
+def test_with_the_kl_stopped_guidance_trains_the_routers_weight_and_nothing_else():
+    assert gradients("tgr-k1-router-alone", "guidance").keys() == ROUTERS
+
+
+def test_stopping_the_kl_changes_neither_the_task_nor_the_routers_own_gradient():
+    for term in ("task", "guidance"):
+        stopped, plain = gradients("tgr-k1-router-alone", term), gradients("tgr-k1", term)
+        # block 2's router is read by no other router, so there the two are the same
+        torch.testing.assert_close(stopped["blocks.1.mlp.router.weight"],
+                                   plain["blocks.1.mlp.router.weight"])
+    torch.testing.assert_close(gradients("tgr-k1-router-alone", "task"),
+                               gradients("tgr-k1", "task"))
+
+
+def test_an_arm_whose_guidance_has_ended_still_computes_its_loss():
+    job, _, losses, batch = prepared("tgr-k1-router-alone")
+    assert losses(job.cfg, job.student, None, *batch).keys() == {"task"}
+
+
+def test_a_teachers_logits_reach_backbone_and_head_but_never_the_teacher():
+    names = gradients("moe-k1-logits", "logits").keys()
+    assert {"embed.weight", "head.weight"} <= names
+    assert not any(name.startswith("guide") for name in names)
+
+
+def test_logits_that_agree_teach_nothing_and_others_cost_the_kl_at_temperature_three():
+    job, guide, losses, (images, targets) = prepared("moe-k1-logits")
+    with torch.no_grad():                                   # or both directions would be the same
+        guide.teacher.head.weight.mul_(50)
+    terms = losses(job.cfg, job.student, guide, images, targets)
+    assert terms.keys() == {"task", "load", "entropy", "logits"}
+    s = (job.student(images).logits / 3).softmax(dim=1)
+    t = (guide.teacher(images).logits / 3).softmax(dim=1)
+    kl = (t * (t / s).log()).sum() / len(images)
+    torch.testing.assert_close(terms["logits"], kl)
+    guide.teacher = job.student
+    assert losses(job.cfg, job.student, guide, images, targets)["logits"].abs() < 1e-6
+
+
+def test_with_gates_detached_the_task_gives_the_router_nothing_and_the_kl_still_does():
+    assert not ROUTERS & gradients("tgr-k1-distil-only", "task").keys()
+    assert gradients("tgr-k1", "task").keys() >= ROUTERS
+    assert gradients("tgr-k1-distil-only", "guidance").keys() >= ROUTERS
+    assert "blocks.1.mlp.experts.w_in" in gradients("tgr-k1-distil-only", "task")
+
+
+def test_a_detached_gate_still_weighs_its_expert():
+    (job, *_, (images, _)), (plain, *_) = prepared("tgr-k1-distil-only"), prepared("tgr-k1")
+    torch.testing.assert_close(job.student(images).logits, plain.student(images).logits)
+
+
+@pytest.mark.parametrize("arm", ["tgr-k1-random-router", "tgr-k1-kmeans"])
+def test_a_frozen_teacher_router_is_the_same_after_a_step(arm):
+    job, guide, losses, batch = prepared(arm)
+    before = {n: p.clone() for n, p in guide.routers.state_dict().items()}
+    optimizer = torch.optim.AdamW(train.parameter_groups(job.student, guide, 0.5), lr=0.1)
+    sum(losses(job.cfg, job.student, guide, *batch).values()).backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in guide.routers.state_dict().items())
+    assert gradients(arm, "guidance").keys() >= ROUTERS
+
+
+def test_frozen_targets_are_confident_and_a_random_router_does_not_collapse():
+    for arm in ("tgr-k1-random-router", "tgr-k1-kmeans"):
+        _, guide, _, (images, _) = prepared(arm)
+        for logits in guide(images).values():
+            p = logits.softmax(dim=1)
+            assert p.max(dim=1).values.mean() > 0.6         # an even guess has 0.25
+            assert p.mean(dim=0).max() < 0.9
+
+
+def test_random_directions_do_not_see_what_all_tokens_share():
+    h = torch.randn(50, 7) + 10 * torch.arange(7)
+    rows = study.random_directions(h, 3)
+    torch.testing.assert_close(rows @ F.normalize(h.mean(dim=0), dim=0), torch.zeros(3))
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+
+
+def test_a_k_means_router_sends_each_feature_to_its_nearest_centroid():
+    _, guide, _, _ = prepared("tgr-k1-kmeans")
+    features = guide.features(normalise(SMALL.train.images, SMALL.mean, SMALL.std))
+    for b, h in features.items():
+        c = F.normalize(guide.routers[str(b)].weight, dim=1)
+        nearest = torch.cdist(F.normalize(h, dim=1), c).argmin(dim=1)
+        assert (guide.routers[str(b)](h).argmax(dim=1) == nearest).float().mean() > 0.999
+        assert len(nearest.unique()) > 1
+
+
+def test_k_means_finds_three_bundles_of_directions():
+    axes = torch.eye(5)[:3].repeat_interleave(20, dim=0)
+    h = (axes + 0.1 * torch.randn(60, 5)) * torch.rand(60, 1).add(0.5)
+    nearest = (h @ study.centroids(h, 3).T).argmax(dim=1).view(3, 20)
+    assert (nearest == nearest[:, :1]).all() and len(nearest[:, 0].unique()) == 3
+
+
+def test_an_untrained_teacher_is_frozen_and_no_other_seeds_teacher():
+    _, guide, _, _ = prepared("tgr-k1-random-teacher")
+    _, trained, _, _ = prepared("tgr-k1")
+    assert not any(p.requires_grad for p in guide.teacher.parameters())
+    assert not torch.equal(guide.teacher.embed.weight, trained.teacher.embed.weight)
+    assert not guide.teacher.moe_blocks and not guide.teacher.training
+
+
+def test_last_layer_means_the_teachers_last_block_for_every_block():
+    _, guide, _, (images, _) = prepared("tgr-k1-last-layer")
+    features = guide.features(images)
+    assert guide.blocks == {1: 2, 2: 2} and torch.equal(features[1], features[2])
+    assert guide(images).keys() == {1, 2}
+
+
+def test_oracle_dispatch_follows_the_teacher_and_not_the_students_router():
+    job, guide, _, (images, _) = prepared("tgr-k1-oracle")
+    asked = guide(images)
+    layers = job.student(images, study.dispatch(job.student, asked)).layers
+    own = job.student(images).layers
+    for b, z in asked.items():
+        assert torch.equal(layers[b].routing.experts[:, 0], z.argmax(dim=1))
+        assert not torch.equal(own[b].routing.experts[:, 0], z.argmax(dim=1))
+
+
+def test_under_oracle_dispatch_the_kl_alone_trains_the_router_and_the_task_no_router_at_all():
+    task, kl = gradients("tgr-k1-oracle", "task"), gradients("tgr-k1-oracle", "guidance")
+    assert not any("router" in name for name in task)
+    assert "blocks.1.mlp.experts.w_in" in task and kl.keys() >= ROUTERS
+
+
+# --- what is measured at the end ---
+
+def test_similarity_is_the_cosine_of_two_experts_and_one_for_copies():
+    moe = train.MoE(6, 5, 2, 1)
+    h = torch.randn(9, 6)
+    f = F.normalize(moe.experts.batched(h.expand(2, 9, 6)), dim=-1)
+    assert study.expert_similarity(moe, h) == pytest.approx(
+        (f[0] * f[1]).sum(-1).mean().item(), abs=1e-6)
+    with torch.no_grad():
+        for p in moe.experts.parameters():
+            p.copy_(p[:1].expand_as(p))
+    assert study.expert_similarity(moe, h) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
+    job, *_, (images, targets) = prepared("moe-k2")
+    for k, same in ((4, True), (2, False)):
+        for b in (1, 2):
+            study.router(job.student, b).k = k
+        cosine = study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2)
+        assert (cosine == pytest.approx(1, abs=1e-4)) is same
+        assert -1 <= cosine <= 1 + 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:topk_softmax")
+def test_a_router_without_gradient_has_no_cosine():
+    job, *_, (images, targets) = prepared("moe-k1-topk-softmax")
+    assert study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2) is None
+
+
+def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
+    job, guide, _, _ = prepared("tgr-k1-oracle")
+    with torch.no_grad():                                   # let the choice of an expert matter
+        for b in (1, 2):
+            job.student.blocks[b - 1].mlp.experts.w_out.mul_(20)
+    images = normalise(SMALL.test.images, SMALL.mean, SMALL.std)
+    sent = study.dispatch(job.student, guide(images))
+    answer = job.student.eval()(images, sent).logits.argmax(dim=1)
+    assert not torch.equal(answer, job.student(images).logits.argmax(dim=1))
+    job = job._replace(sets=job.sets._replace(test=(SMALL.test.images, answer)))
+    assert study.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
+
+
+# --- arithmetic ---
+
+def row(arm, seed, accuracy=0.5, **more):
+    return {"grid": "main", "arm": arm, "scale": "cpu", "seed": seed, "test_accuracy": accuracy,
+            "load_entropy": None, "consistency": {}} | more
+
+
+def test_the_table_of_t_holds_the_quantiles_that_the_density_has():
+    for df, t in enumerate(study.T_975, start=1):
+        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
+        log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        density = math.exp(log) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=4e-5)
+
+
+def test_an_interval_is_what_the_hand_computes():
+    # mean 2, standard deviation 1, three values: 4.303 / sqrt(3) to either side
+    e = interval([1.0, 2.0, 3.0])
+    assert (e.mean, e.n) == (2, 3) and e.high - 2 == pytest.approx(2.4843, abs=1e-4)
+    assert 2 - e.low == pytest.approx(2.4843, abs=1e-4)
+    assert interval([1.0]) == Estimate(1.0, None, None, 1) and interval([]).mean is None
+
+
+def test_arms_are_compared_seed_by_seed_and_a_lone_seed_is_left_out_and_named():
+    rows = [row("tgr-k1", 0, 0.52), row("moe-k1", 1, 0.40), row("tgr-k1", 1, 0.41),
+            row("moe-k1", 0, 0.50), row("moe-k1", 2, 0.99)]
+    e = contrast(rows, "accuracy", ("tgr-k1",), ("moe-k1",))
+    assert e.mean == pytest.approx(1.5) and e.n == 2        # (52 - 50 + 41 - 40) / 2
+    assert e.high - e.mean == pytest.approx(12.706 * 0.5 ** 0.5 / 2 ** 0.5)
+    assert e.left_out == (("moe-k1", 2),)
+    assert "moe-k1 seed 2 in tgr-k1 − moe-k1" in study.unpaired("main", rows)
+
+
+def test_a_value_that_a_run_does_not_have_is_no_zero():
+    rows = [row(arm, s, consistency={} if s == 2 else {"first_quarter_kappa_adjacent": 0.1 * s})
+            for arm in ("tgr-k1", "moe-k1") for s in range(3)]
+    assert contrast(rows, "kappa adjacent, first quarter", ("tgr-k1",), ("moe-k1",)).n == 2
+
+
+def test_a_growing_gain_is_a_difference_of_differences():
+    rows = [row(arm, s, a) for arm, a in (("tgr-k1-E64", 0.5), ("moe-k1-E64", 0.4),
+                                          ("tgr-k1-E4", 0.3), ("moe-k1-E4", 0.27))
+            for s in range(2)]
+    h, = (h for h in HYPOTHESES if "grows" in h.claim)
+    assert contrast(rows, h.metric, h.plus, h.minus).mean == pytest.approx(7)
+
+
+@pytest.mark.parametrize("mean, low, high, least, word", [
+    (1.0, 0.2, 1.8, 0.8, "met"), (1.0, -0.1, 2.1, 0.8, "undecided"),
+    (0.5, 0.1, 0.9, 0.8, "undecided"), (0.3, 0.1, 0.5, 0.8, "not met"),
+    (0.8, 0.1, 1.5, 0.8, "met"), (0.1, 0.05, 0.15, 0, "met"), (0.1, -0.1, 0.3, 0, "undecided"),
+    (-0.3, -0.5, -0.1, 0, "not met"), (-2, -3, -1, -4, "not met")])
+def test_a_verdict_needs_the_threshold_and_an_interval_above_zero(mean, low, high, least, word):
+    assert verdict(Estimate(mean, low, high, 5), least) == word
+
+
+def test_nothing_is_decided_by_one_seed_or_none():
+    assert verdict(interval([3.0]), 1) == "undecided" and verdict(interval([]), 1) == "not run"
+
+
+# --- what was decided in advance hangs together ---
+
+def test_every_hypothesis_and_comparison_names_arms_of_its_grid_and_a_known_metric():
+    for h in HYPOTHESES:
+        assert {*h.plus, *h.minus} <= GRIDS[h.grid].keys() and h.metric in METRICS
+    for arms in GRIDS.values():
+        assert {other for _, other in arms.values()} - {None} <= arms.keys() <= ARMS.keys()
+
+
+def test_every_arm_is_in_a_grid_and_every_control_in_an_arm():
+    assert {arm for arms in GRIDS.values() for arm in arms} == ARMS.keys()
+    controls = {arm.control for arm in ARMS.values()} - {None}
+    assert controls == {*study.LOSSES, *study.SETUPS}
+
+
+@pytest.mark.filterwarnings("ignore:topk_softmax")
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_every_arm_is_a_command_that_train_py_understands_and_no_two_are_the_same(scale):
+    study.SCALES["cpu"] = "--preset tiny --device cpu"
+    seen = set()
+    for flags, control in ARMS.values():
+        words = f"{study.SCALES[scale]} {flags}".replace("BEST", "7").replace("cuda", "cpu")
+        cfg = train.resolve(train.parse(words.split()))
+        seen.add((str(cfg), control))
+    assert len(seen) == len(ARMS)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_the_two_dense_twins_match_v_moe_in_active_flops_and_in_total_parameters(preset):
+    moe, dense, total = (
+        train.build(train.resolve(train.parse([*ARMS[arm].flags.split(), "--preset", preset,
+                                               "--device", "cpu"])), SMALL)
+        for arm in ("moe-k1", "dense", "dense-total"))
+    assert moe.flops() == pytest.approx(dense.flops(), rel=0.05)
+    assert moe.params()[0] == pytest.approx(total.params()[0], rel=0.05)
+
+
+def test_the_teachers_seed_is_no_students():
+    teacher = train.parse(study.TEACHER.split())["seed"]
+    assert all(teacher >= seeds for arms in GRIDS.values() for seeds, _ in arms.values())
+
+
+# --- bookkeeping ---
+
+def rows():
+    return study.read_rows()
+
+
+def go(*flags, grid="main"):
+    return study.main(["run", grid, "--here", *flags])
+
+
+def test_a_run_becomes_one_row_that_names_what_made_it(capsys):
+    assert go("--only", "tgr-k1", "--seed", "3") == 0
+    (r,), path = rows(), Path("results/main.jsonl")
+    assert (r["grid"], r["arm"], r["scale"], r["seed"]) == ("main", "tgr-k1", "cpu", 3)
+    assert r["command"] == ("python notebooks/study.py run main --only tgr-k1 --seed 3 "
+                            "--scale cpu")
+    assert r["teacher_accuracy"] is not None and r["wall_seconds"] > r["seconds"]
+    assert r["commit"] and r["versions"]["torch"] and -1 <= r["similarity"] <= 1
+    before = path.read_bytes()
+    assert go("--only", "tgr-k1", "--seed", "3") == 0       # twice is once
+    study.train_one("main", "tgr-k1", 3, "cpu", "elsewhere", "data")   # another got there first
+    assert path.read_bytes() == before
+    assert "0 runs to do" in capsys.readouterr().out
+
+
+def test_every_arm_and_seed_has_one_row_and_one_teacher_serves_them_all(monkeypatch):
+    trained, original = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda job, *rest, **more: trained.append(
+        (job.cfg.method, job.cfg.seed, job.state is None)) or original(job, *rest, **more))
+    monkeypatch.setitem(GRIDS, "main", {arm: (2, None) for arm in (
+        "dense", "moe-k1-logits", "tgr-k1-oracle", "mode-k2", "tgr-k1-distil-only")})
+    assert go() == 0
+    assert len(rows()) == 10
+    assert trained.count(("dense", 1000, True)) == 1
+    found = {(r["arm"], r["seed"]): r for r in rows()}
+    oracle, mode = found["tgr-k1-oracle", 1], found["mode-k2", 0]
+    assert 0 <= oracle["oracle_accuracy"] <= 1 and "oracle_accuracy" not in mode
+    assert mode["probing"].keys() == {"own", "others", "gate_accuracy"}
+    assert "similarity" not in found["dense", 0]
+    assert found["moe-k1-logits", 0]["teacher_accuracy"] is not None
+    line, *_ = report.read_lines("runs/study/cpu/moe-k1-logits/seed1/metrics.jsonl")
+    assert line.keys() >= {"task", "load", "entropy", "logits"}
+
+
+def test_a_run_that_another_grid_has_done_is_not_done_again():
+    go("--only", "moe-k2", "--seed", "0")
+    assert ("moe-k2", 0) not in study.to_do("alpha", "cpu")
+    assert [r["arm"] for r in study.rows_of("alpha", "cpu")] == ["moe-k2"]
+    assert ("moe-k2", 0) in study.to_do("alpha", "gpu")
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypatch):
+    whole = ["--only", "tgr-k1-random-router", "--seed", "1"]
+    go(*whole, "--out", "whole", grid="guidance")
+
+    def stop(path, content, original=train.save):
+        original(path, content)
+        if content["config"]["method"] == "tgr" and content["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    first, = rows()
+    Path("results/guidance.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", stop)
+        assert go(*whole, "--out", "broken", grid="guidance") == 130
+    assert rows() == []
+    epochs, original = [], train.batches
+    monkeypatch.setattr(train, "batches", lambda cfg, data, sets, epoch: epochs.append(epoch)
+                        or original(cfg, data, sets, epoch))
+    assert go(*whole, "--out", "broken", grid="guidance") == 0
+    again, = rows()
+    routers = torch.load("broken/cpu/tgr-k1-random-router/seed1/checkpoint.pt")["routers"]
+    torch.testing.assert_close(routers["1.weight"].norm(dim=1), torch.full((4,), 4.0))
+    assert epochs == [2] and again["consistency"] == first["consistency"]
+    for name in ("test_accuracy", "similarity", "oracle_cosine"):
+        assert again[name] == first[name]
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_begins_again():
+    folder = Path("runs/study/cpu/dense/seed0")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("half a li")
+    assert go("--only", "dense", "--seed", "0") == 0 and len(rows()) == 1
+
+
+def test_the_teacher_routers_start_from_the_runs_seed(monkeypatch):
+    begun, original = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda job, guide=None, *rest, **more: begun.append(
+        guide and guide.routers["1"].weight.clone()) or original(job, guide, *rest, **more))
+    for seed in (0, 1):
+        study.train_one("main", "tgr-k1", seed, "cpu", "out", "data")
+    study.train_one("main", "tgr-k1-router-alone", 0, "cpu", "out", "data")
+    a, b, c = (w for w in begun if w is not None)
+    assert torch.equal(a, c) and not torch.equal(a, b)
+
+
+def test_a_run_that_ended_without_its_row_is_measured_as_it_was(monkeypatch):
+    seen, original = [], study.closing_look
+    monkeypatch.setattr(study, "closing_look", lambda job, guide, control: seen.append(
+        guide.routers["1"].weight.clone()) or original(job, guide, control))
+    go("--only", "tgr-k1-oracle", "--seed", "0", grid="guidance")
+    first, = rows()
+    Path("results/guidance.jsonl").unlink()
+    go("--only", "tgr-k1-oracle", "--seed", "0", grid="guidance")
+    again, = rows()
+    for name in ("test_accuracy", "oracle_accuracy", "similarity", "seconds"):
+        assert again[name] == first[name]
+    assert again["wall_seconds"] > first["seconds"] and torch.equal(*seen)
+
+
+def test_code_that_is_not_committed_writes_no_row_but_rows_and_texts_may_change(capsys):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *words], check=True,
+                       capture_output=True)
+
+    Path("notebooks/results").mkdir(parents=True)
+    for name in ("code.py", "notebooks/results/main.jsonl", "README.md"):
+        Path(name).write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    for name in ("notebooks/results/main.jsonl", "README.md"):
+        Path(name).write_text("changed")
+    assert study.unclean() == "" and study.commit_of_row(True)[-6:] != "-dirty"
+    Path("code.py").write_text("changed")
+    assert go("--only", "dense", "--seed", "0") == 2
+    said = capsys.readouterr().err
+    assert "code.py" in said and "--dirty" in said and len(said.splitlines()) == 1
+    assert rows() == []
+    assert go("--only", "dense", "--seed", "0", "--dirty") == 0
+    assert rows()[0]["commit"].endswith("-dirty")
+
+
+def test_rows_written_side_by_side_stay_whole():
+    path = Path("results/main.jsonl")
+    threads = [threading.Thread(target=lambda n=n: [
+        study.append(path, row("dense", n * 100 + i, note="x" * 20_000)) for i in range(10)])
+        for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(report.read_lines(path)) == len(rows()) == 40
+
+
+def test_a_folder_is_one_processs_at_a_time():
+    order = []
+
+    def other():
+        with study.locked(Path("folder")):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with study.locked(Path("folder")):
+        thread.start()
+        thread.join(timeout=0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+
+
+def test_the_best_alpha_waits_for_the_whole_sweep_and_is_the_best_mean(monkeypatch):
+    found = [row("mode-k2" if a == "0.01" else f"mode-k2-alpha-{a}", s, 0.5 + 0.1 * (a == "1"))
+             for a in study.ALPHAS for s in range(5)]
+    monkeypatch.setattr(study, "read_rows", lambda: found)
+    assert study.best_alpha("cpu") == "1"
+    lone = row("mode-k2", 7, 9.0)                          # a seed that is not in the sweep
+    monkeypatch.setattr(study, "read_rows", lambda: [*found, lone])
+    assert study.best_alpha("cpu") == "1"
+    monkeypatch.setattr(study, "read_rows", lambda: found[1:])
+    with pytest.raises(ValueError, match=r"alpha-0\.001"):
+        study.best_alpha("cpu")
+    assert study.to_do("alpha", "cpu")[-1][0] == "mode-k8-best-alpha"
+
+
+def test_runs_of_one_seed_come_before_those_of_the_next():
+    assert [s for _, s in study.to_do("main", "cpu")] == sorted(
+        s for seeds, _ in GRIDS["main"].values() for s in range(seeds))
+
+
+# --- many runs ---
+
+class Fake:
+    """A process that takes so many seconds of a clock that only sleeping moves."""
+    def __init__(self, clock, seconds, code=0):
+        self.clock, self.end, self.returncode, self.signals = clock, clock[0] + seconds, code, []
+
+    def poll(self):
+        return self.returncode if self.clock[0] >= self.end else None
+
+    def send_signal(self, number):
+        self.signals.append(number)
+
+    def wait(self):
+        pass
+
+
+def scheduled(seconds, workers, minutes=None, took=(), codes=None):
+    """(runs started, most at once, failed, interrupted) of six runs."""
+    clock, started, most, all_of = [0.0], [], [0], []
+
+    def start(run):
+        started.append(run)
+        all_of.append(Fake(clock, seconds, (codes or {}).get(run, 0)))
+        most[0] = max(most[0], sum(p.poll() is None for p in all_of))
+        return all_of[-1]
+
+    def sleep(s):
+        clock[0] += s
+
+    failed = study.schedule(range(6), start, workers, minutes, took, lambda: clock[0], sleep)
+    return started, most[0], failed, sum(bool(p.signals) for p in all_of)
+
+
+def test_all_runs_are_started_once_so_many_at_a_time_and_failures_are_named():
+    assert scheduled(30, 2, codes={3: 1}) == ([0, 1, 2, 3, 4, 5], 2, [3], 0)
+
+
+def test_no_run_starts_that_would_end_too_late():
+    started, _, _, interrupted = scheduled(50, 2, minutes=2)    # 50 s, 50 s, and 20 s are left
+    assert started == [0, 1, 2, 3] and interrupted == 0
+    assert scheduled(50, 1, minutes=1, took=[55])[0] == [0]
+
+
+def test_runs_longer_than_a_call_are_interrupted_and_carried_on_by_checkpoints():
+    started, _, failed, interrupted = scheduled(200, 2, minutes=1, took=[200])
+    assert started == [0, 1] and interrupted == 2 and failed == []
+
+
+def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
+                        or Fake([9.0], 0))
+    monkeypatch.setattr(study.time, "sleep", lambda s: None)
+    monkeypatch.setattr(study, "schedule", lambda runs, start, *rest: [
+        start(run) for run in runs] and [])
+    study.main(["run", "main", "--only", "soft", "--seed", "4", "--data_dir", "d", "--dirty",
+                "--out", "o"])
+    (words, more), = started
+    assert " ".join(words[2:]) == ("run main --only soft --seed 4 --scale cpu --out o --data_dir d "
+                                   "--here --dirty")
+    assert more["env"]["OMP_NUM_THREADS"] == "1"
+
+
+# --- list and report ---
+
+def test_the_list_counts_what_is_done_and_to_do(monkeypatch):
+    monkeypatch.setattr(study, "read_rows", lambda: [row("moe-k2", s, wall_seconds=3600)
+                                                     for s in range(3)])
+    lines = study.overview().splitlines()
+    assert lines[0] == "main, scale cpu: 3 done, 56 to do, about 28.0 hours with 2 workers"
+    assert "    moe-k2                  3 of 8 seeds" in lines
+
+
+def full(arm, seed, accuracy):
+    """A row with all that a table shows."""
+    return row(arm, seed, accuracy, **{
+        "params_total": 2e6, "params_active": 1e6, "flops_per_image": 3e6, "method": "moe",
+        "images_per_second": 100.0, "seconds": 9.0, "wall_seconds": 10.0, "data": "drawn",
+        "data_md5": "d", "labels": "coarse", "train_images": 64, "test_images": 40,
+        "preset": "tiny", "epochs": 2, "device": "cpu", "versions": {"torch": "2"}, "commit": "c",
+        "teacher_accuracy": None, "config": {"seed": seed, "k": 1, "alpha": 0.01}})
+
+
+def written():
+    found = [full(arm, s, a + 0.01 * (s % 2)) for arm, a in
+             (("dense", 0.3), ("moe-k1", 0.32), ("tgr-k1", 0.32)) for s in range(5)]
+    for r in found:
+        study.append(study.RESULTS / "main.jsonl", r)
+    return found
+
+
+def test_a_report_prints_nulls_like_any_other_result(capsys):
+    written()
+    assert study.main(["report", "main"]) == 0
+    said = capsys.readouterr().out
+    assert "| guidance helps | T | accuracy | tgr-k1 − moe-k1 | 0.8 | +0.00 [+0.00, +0.00] | 5 " \
+           "| not met |" in said
+    assert "| experts help | T | accuracy | moe-k1 − dense | 0.8 | +2.00 [+2.00, +2.00] | 5 " \
+           "| met |" in said
+    assert "| mutual distillation helps | M | accuracy | mode-k2 − moe-k2 | 0.5 | – | 0 " \
+           "| not run |" in said
+    assert "**alpha" not in said and "| load entropy | images/s" in said
+    assert "a fair baseline" not in said                    # 70 points are a goal at scale gpu
+    assert {p.name for p in Path("figures").iterdir()} == {
+        "study-cpu-main-differences.png", "study-cpu-main-agreement.png"}
+
+
+def test_readme_and_rows_agree_until_one_of_them_changes(capsys):
+    Path("README.md").write_text(f"before\n{study.BEGIN}\nyesterday\n{study.END}\nafter\n")
+    written()
+    assert "not what the rows say" in study.check_readme(Path("README.md"))
+    assert study.main(["report", "--readme", "README.md"]) == 0
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
+    assert study.main(["report", "--check", "README.md"]) == 0
+    study.append(study.RESULTS / "main.jsonl", full("soft", 0, 0.4))
+    assert study.main(["report", "--check", "README.md"]) == 2
+    assert "report --readme" in capsys.readouterr().err
+
+
+def test_rows_of_one_arm_with_other_settings_are_refused():
+    written()
+    odd = full("dense", 3, 0.9)
+    odd["config"]["alpha"] = 7
+    study.append(study.RESULTS / "main.jsonl", odd)
+    with pytest.raises(ValueError, match="dense, seed 3"):
+        study.section("main", "cpu")
+
+
+def test_the_figures_show_curves_and_every_alpha(monkeypatch):
+    found = [row(arm, s, 0.3, method="mode" if arm != "moe-k2" else "moe", similarity=0.1 * s,
+                 config={"k": 2, "alpha": alpha},
+                 consistency={"agreement_adjacent": [[0.5]], "agreement_final": [[0.5, 1]]})
+             for arm, alpha in (("moe-k2", 0.01), ("mode-k2", 0.01), ("mode-k2-alpha-100", 100))
+             for s in range(2)]
+    axes = study.plot_alpha(found).axes
+    means = sorted(line.get_xdata()[0] for line in axes[1].lines if line.get_marker() == "o")
+    assert means == [0, 0.01, 100]
+    lines = study.plot_agreement("alpha", found).axes[1].lines
+    assert [line.get_label() for line in lines] == [
+        "moe-k2 (n=2)", "mode-k2 (n=2)", "mode-k2-alpha-100 (n=2)"]
+    assert list(lines[0].get_ydata()) == [50, 100]
+
+
+def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
+    Path("results").mkdir()
+    Path("results/cpu.jsonl").write_text(json.dumps({"method": "moe", "seed": 0}) + "\n")
+    assert rows() == []
