@@ -631,6 +631,17 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
         "study-cpu-main-differences.png", "study-cpu-main-agreement.png"}
 
 
+def test_a_grid_has_a_section_only_when_it_has_run_itself():
+    written()
+    assert study.section("main", "cpu") and not study.section("guidance", "cpu")   # shares tgr-k1
+
+
+def test_an_arm_is_also_tested_as_it_was_dispatched_in_training():
+    metric = METRICS["accuracy, dispatched as in training"]
+    assert metric(row("tgr-k1-oracle", 0, 0.5, oracle_accuracy=0.7)) == pytest.approx(70)
+    assert metric(row("tgr-k1", 0, 0.5)) == 50
+
+
 def test_readme_and_rows_agree_until_one_of_them_changes(capsys):
     Path("README.md").write_text(f"before\n{study.BEGIN}\nyesterday\n{study.END}\nafter\n")
     written()
