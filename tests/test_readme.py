@@ -8,6 +8,7 @@ import pytest
 from mutants import MUTANTS
 
 import report
+from notebooks import study
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,10 @@ def test_the_results_table_is_what_its_rows_say():
 def test_the_table_of_speeds_is_what_its_rows_say():
     between = README.split(bench.BEGIN)[1].split(bench.END)[0]
     assert bench.table(ROOT / "notebooks/results/kernels_cpu.json") in between
+
+
+def test_the_study_says_what_its_rows_say():
+    assert study.check_readme() is None
 
 
 def test_every_row_says_where_it_comes_from():
