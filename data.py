@@ -323,7 +323,7 @@ def erase(images, generator, p=0.25):
     cy, cx = (uniform(len(images), generator, 0, SIZE) for _ in range(2))
     gone = box(cy, cx, (area * aspect).sqrt(), (area / aspect).sqrt())
     gone = gone & (uniform(len(images), generator) < p)                  # (B, 1, 32, 32)
-    # The paper fills with noise per pixel, which would cost more than all the rest of `augment`.
+    # The paper fills with noise per pixel; one colour costs less to draw.
     colour = uniform(len(images), generator, channels=3)
     return torch.where(gone, colour, images)
 

@@ -184,6 +184,11 @@ def pooled(values, form="{:.2f}"):
     return show(mean(known), form) + spread
 
 
+def early_agreement(row):
+    """Adjacent agreement over the first quarter; None without a router or with a single epoch."""
+    return (row.get("consistency") or {}).get("first_quarter_agreement_adjacent")
+
+
 def one_table(groups):
     lines = ["| method | K | params total / active | MFLOPs per image | test accuracy "
              "| agreement adjacent, first quarter | load entropy | seconds | n | device |",
@@ -199,8 +204,7 @@ def one_table(groups):
             f"{row['params_total'] / 1e6:.2f} M / {row['params_active'] / 1e6:.2f} M",
             f"{row['flops_per_image'] / 1e6:.1f}",
             pooled([r["test_accuracy"] for r in group], "{:.1%}"),
-            pooled([(r.get("consistency") or {}).get("first_quarter_agreement_adjacent")
-                    for r in group]),
+            pooled([early_agreement(r) for r in group]),
             pooled([r["load_entropy"] for r in group]),
             f"{mean(r['seconds'] for r in group):.0f}",
             f"{len(group)}",
@@ -227,7 +231,7 @@ def write_readme(readme_path, results_path):
     """Put table and picture of a file of results into the README."""
     def content():
         rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
-        if not any(row.get("consistency") for row in rows):     # a picture needs a router
+        if all(early_agreement(row) is None for row in rows):   # a picture needs a router
             return results_table(rows)
         plot_methods(rows).savefig(picture)
         return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
@@ -237,12 +241,18 @@ def write_readme(readme_path, results_path):
                 f"python report.py --readme {readme_path} {results_path}")
 
 
-def put_between(path, begin, end, content, command):
-    """Write content() and the command that did it between two markers; touch nothing else."""
+def cut(path, begin, end):
+    """The text of a file (before, between, after) its two markers."""
     text = Path(path).read_bytes().decode()                 # bytes: line endings stay as they are
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path} needs one line {begin} and, below it, one line {end}")
-    before, after = text.split(begin)[0], text.split(end)[1]
+    before, rest = text.split(begin)
+    return before, *rest.split(end)
+
+
+def put_between(path, begin, end, content, command):
+    """Write content() and the command that did it between two markers; touch nothing else."""
+    before, _, after = cut(path, begin, end)
     written = f"{before}{begin}\n{content()}\n\nWritten by `{command}`.\n{end}{after}"
     Path(path).write_bytes(written.encode())
 
@@ -361,24 +371,25 @@ def plot_agreement(consistency, layers):
     return fig
 
 
-def plot_methods(rows):
-    """Which method settles first? Mean agreement over the MoE layers, a thin line for each seed."""
+def plot_methods(rows, name=lambda row: f"{row['method']}, K={row['config']['k']}"):
+    """Which method settles first? Mean agreement over the MoE layers, a thin line for each seed.
+
+    Runs of the same name(row) are one method; at least one run needs an `early_agreement`.
+    """
     groups = {}                                             # "tgr, K=1" > runs
     for row in rows:
-        if row.get("consistency"):
-            name = f"{row['method']}, K={row['config']['k']}"
-            groups.setdefault(name, []).append(row["consistency"])
-    early = {name: mean(c["first_quarter_agreement_adjacent"] for c in runs)
-             for name, runs in groups.items()}
+        if early_agreement(row) is not None:
+            groups.setdefault(name(row), []).append(row)
+    early = {group: mean(map(early_agreement, runs)) for group, runs in groups.items()}
     best, worst = max(early, key=early.get), min(early, key=early.get)
     fig, axes = sheet(
         f"In the first quarter of training {early[best]:.0%} of tokens keep their expert from one "
         f"epoch to the next with {best}, {early[worst]:.0%} with {worst}", 1, 2, 10, 4.2)
     panels = {"agreement_adjacent": ("same expert as an epoch ago", 2),
               "agreement_final": ("same expert as at the end", 1)}
-    for axis, (name, (panel, start)) in zip(axes[0], panels.items(), strict=True):
+    for axis, (curve, (panel, start)) in zip(axes[0], panels.items(), strict=True):
         for i, (group, runs) in enumerate(groups.items()):
-            curves = 100 * np.array([np.mean(c[name], axis=0) for c in runs])   # (seeds, steps)
+            curves = 100 * np.array([np.mean(run["consistency"][curve], axis=0) for run in runs])
             epoch, style = np.arange(curves.shape[1]) + start, ["-", "--", ":"][i // 3 % 3]
             axis.plot(epoch, curves.T, style, lw=0.8, alpha=0.5, color=COLOURS[i % 8])
             axis.plot(epoch, curves.mean(axis=0), style, lw=2.5, color=COLOURS[i % 8],

@@ -62,8 +62,8 @@ class TopKRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x):
-        # float32 whatever the autocast: rounding the logits to bfloat16 changes the chosen
-        # experts of up to 1 token in 100.
+        # float32 whatever the autocast: logits rounded to bfloat16 choose other experts for a few
+        # of the tokens.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())           # (T, E)
             return self.route(logits)

@@ -14,6 +14,7 @@ and the augmentation, so they are compared seed by seed. "ours" marks what no pa
 """
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -790,15 +790,16 @@ def section(grid, scale):
         f"the MoDE paper, ours: a control. Met: the estimate is at least the threshold and its "
         f"interval above 0; not met: the interval is below the threshold.")
     pictures = "\n".join(f"![{grid}, {name}]({path.relative_to(ROOT).as_posix()})"
-                         for name, path in picture_paths(grid, scale).items())
+                         for name, path in picture_paths(grid, scale, rows).items())
     return "\n\n".join([
         f"**{grid}, scale {scale}** (`python notebooks/study.py run {grid} --scale {scale}`)",
         arms_table(grid, rows), caption + unpaired(grid, rows),
         hypotheses_table(grid, scale, rows), pictures])
 
 
-def picture_paths(grid, scale):
-    names = ["differences", "agreement", *(["alpha"] if grid == "alpha" else [])]
+def picture_paths(grid, scale, rows):
+    routed = any(report.early_agreement(row) is not None for row in rows)
+    names = ["differences", *["agreement"] * routed, *["alpha"] * (grid == "alpha")]
     return {name: FIGURES / f"study-{scale}-{grid}-{name}.png" for name in names}
 
 
@@ -822,38 +823,19 @@ def plot_differences(grid, rows):
     return fig
 
 
-def plot_agreement(grid, rows):
-    """Which arm's routing settles first? Mean over layers and seeds."""
-    fig, axes = report.sheet("Does a token keep its expert, and has it its last one yet?",
-                             1, 2, 10, 5)
-    panels = {"agreement_adjacent": ("same expert as an epoch ago", 2),
-              "agreement_final": ("same expert as at the end", 1)}
-    for axis, (name, (panel, start)) in zip(axes[0], panels.items(), strict=True):
-        for i, arm in enumerate(GRIDS[grid]):
-            curves = [np.mean(row["consistency"][name], axis=0) for row in rows
-                      if row["arm"] == arm and row["consistency"]]
-            if curves and len(curves[0]):
-                curve = 100 * np.mean(curves, axis=0)
-                axis.plot(range(start, start + len(curve)), curve, ["-", "--", ":"][i // 8],
-                          color=report.COLOURS[i % 8], label=f"{arm} (n={len(curves)})")
-        report.by_epoch(axis, "tokens, %")
-        axis.set_title(panel, fontsize=11)
-    if axes[0, 1].lines:
-        axes[0, 1].legend(fontsize=8)
-    return fig
-
-
 def plot_alpha(rows):
     """Accuracy and expert similarity over alpha at K=2; 0 stands at the left end."""
     arms = [row for row in rows if row["config"]["k"] == 2]
     panels = {ACC: "test accuracy, points", "expert similarity": "mean cosine of two experts"}
-    fig, axes = report.sheet("How much may experts imitate each other?", 1, 2, 9, 3.8)
+    points = {metric: {} for metric in panels}              # metric > alpha > values
+    for metric, row in itertools.product(panels, arms):
+        alpha = row["config"]["alpha"] if row["method"] == "mode" else 0.0
+        points[metric].setdefault(alpha, []).append(METRICS[metric](row))
+    best = max(points[ACC], key=lambda alpha: statistics.fmean(points[ACC][alpha]), default=None)
+    fig, axes = report.sheet(f"Of {len(points[ACC])} alphas, {best:g} has the highest mean accuracy"
+                             if points[ACC] else "No run at K=2 yet", 1, 2, 9, 3.8)
     for axis, (metric, label) in zip(axes[0], panels.items(), strict=True):
-        points = {}
-        for row in arms:
-            alpha = row["config"]["alpha"] if row["method"] == "mode" else 0.0
-            points.setdefault(alpha, []).append(METRICS[metric](row))
-        for alpha, values in sorted(points.items()):
+        for alpha, values in sorted(points[metric].items()):
             e = interval([v for v in values if v is not None])
             axis.plot([alpha] * len(values), values, ".", color="grey", ms=4)
             if e.low is not None:
@@ -868,9 +850,10 @@ def plot_alpha(rows):
 def draw(grid, scale):
     rows = rows_of(grid, scale)
     plots = {"differences": lambda: plot_differences(grid, rows),
-             "agreement": lambda: plot_agreement(grid, rows), "alpha": lambda: plot_alpha(rows)}
+             "agreement": lambda: report.plot_methods(rows, lambda row: row["arm"]),
+             "alpha": lambda: plot_alpha(rows)}
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for name, path in picture_paths(grid, scale).items():
+    for name, path in picture_paths(grid, scale, rows).items():
         plots[name]().savefig(path)
 
 
@@ -882,17 +865,9 @@ def readme_block():
     return "\n\n".join(sections) or "The study has no rows yet."
 
 
-def cut(readme):
-    """(before, between, after) the two markers of a README."""
-    text = Path(readme).read_bytes().decode()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} needs one line {BEGIN} and, below it, one line {END}")
-    return text.split(BEGIN)[0], text.split(BEGIN)[1].split(END)[0], text.split(END)[1]
-
-
 def check_readme(readme=ROOT / "README.md"):
     """Why README and rows disagree, in a sentence; None where they agree."""
-    _, between, _ = cut(readme)
+    _, between, _ = report.cut(readme, BEGIN, END)
     return None if between.strip() == readme_block() else (
         f"{readme} is not what the rows say: run python notebooks/study.py report --readme "
         f"{readme}")
@@ -911,7 +886,7 @@ def tell(args):
             else:
                 print(f"{grid}, scale {scale}: no rows yet")
     if args.readme:
-        before, _, after = cut(args.readme)
+        before, _, after = report.cut(args.readme, BEGIN, END)
         Path(args.readme).write_bytes(f"{before}{BEGIN}\n{readme_block()}\n{END}{after}".encode())
 
 

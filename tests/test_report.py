@@ -247,10 +247,13 @@ def test_the_readme_is_rewritten_between_the_markers_and_nowhere_else(readme):
         assert f"{readme.parent / 'rows.jsonl'}`" in table
 
 
-def test_a_readme_without_routers_needs_no_picture(readme):
-    (readme.parent / "rows.jsonl").write_text(json.dumps(a_row(**DENSE)))
+@pytest.mark.parametrize("row", [
+    a_row(**DENSE), a_row(consistency={"first_quarter_agreement_adjacent": None})],
+    ids=["no router", "a single epoch"])
+def test_a_readme_without_any_agreement_needs_no_picture(readme, row):
+    (readme.parent / "rows.jsonl").write_text(json.dumps(row))
     write_readme(readme, readme.parent / "rows.jsonl")
-    assert "| dense |" in readme.read_text() and "png" not in readme.read_text()
+    assert f"| {row['method']} |" in readme.read_text() and "png" not in readme.read_text()
 
 
 @pytest.mark.parametrize("broken", [

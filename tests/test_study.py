@@ -611,6 +611,9 @@ def written():
     found = [full(arm, s, a + 0.01 * (s % 2)) for arm, a in
              (("dense", 0.3), ("moe-k1", 0.32), ("tgr-k1", 0.32)) for s in range(5)]
     for r in found:
+        if r["arm"] != "dense":
+            r["consistency"] = {"agreement_adjacent": [[0.5]], "agreement_final": [[0.5, 1]],
+                                "first_quarter_agreement_adjacent": 0.5}
         study.append(study.RESULTS / "main.jsonl", r)
     return found
 
@@ -667,16 +670,28 @@ def test_rows_of_one_arm_with_other_settings_are_refused():
 def test_the_figures_show_curves_and_every_alpha(monkeypatch):
     found = [row(arm, s, 0.3, method="mode" if arm != "moe-k2" else "moe", similarity=0.1 * s,
                  config={"k": 2, "alpha": alpha},
-                 consistency={"agreement_adjacent": [[0.5]], "agreement_final": [[0.5, 1]]})
+                 consistency={"agreement_adjacent": [[0.5]], "agreement_final": [[0.5, 1]],
+                              "first_quarter_agreement_adjacent": 0.5})
              for arm, alpha in (("moe-k2", 0.01), ("mode-k2", 0.01), ("mode-k2-alpha-100", 100))
              for s in range(2)]
-    axes = study.plot_alpha(found).axes
+    found[2]["test_accuracy"] = 0.4                         # mode-k2, seed 0
+    figure = study.plot_alpha(found)
+    axes = figure.axes
+    assert figure.get_suptitle() == "Of 3 alphas, 0.01 has the highest mean accuracy"
     means = sorted(line.get_xdata()[0] for line in axes[1].lines if line.get_marker() == "o")
     assert means == [0, 0.01, 100]
-    lines = study.plot_agreement("alpha", found).axes[1].lines
-    assert [line.get_label() for line in lines] == [
-        "moe-k2 (n=2)", "mode-k2 (n=2)", "mode-k2-alpha-100 (n=2)"]
-    assert list(lines[0].get_ydata()) == [50, 100]
+    paths = study.picture_paths("alpha", "cpu", found)
+    assert list(paths) == ["differences", "agreement", "alpha"]
+    assert "agreement" not in study.picture_paths("main", "cpu", [row("dense", 0, 0.3)])
+    monkeypatch.setattr(study, "rows_of", lambda *args: found)
+    monkeypatch.setattr(study, "FIGURES", Path("figures"))
+    monkeypatch.setattr(study, "picture_paths", lambda *args: {"agreement": Path("figures/a.png")})
+    seen, original = [], report.plot_methods
+    monkeypatch.setattr(report, "plot_methods",
+                        lambda *args: seen.append(original(*args)) or seen[-1])
+    study.draw("alpha", "cpu")
+    labels = [text.get_text() for text in seen[0].axes[1].get_legend().texts]
+    assert labels == ["moe-k2 (n=2)", "mode-k2 (n=2)", "mode-k2-alpha-100 (n=2)"]
 
 
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
