@@ -338,8 +338,9 @@ def test_the_two_dense_twins_match_v_moe_in_active_flops_and_in_total_parameters
     assert moe.params()[0] == pytest.approx(total.params()[0], rel=0.05)
 
 
-def test_the_teachers_seed_is_no_students():
-    teacher = train.parse(study.TEACHER.split())["seed"]
+@pytest.mark.parametrize("scale", study.SCALES)
+def test_the_teachers_seed_is_no_students(scale):
+    teacher = train.parse(study.TEACHER[scale].split())["seed"]
     assert all(teacher >= seeds for arms in GRIDS.values() for seeds, _ in arms.values())
 
 
