@@ -83,9 +83,9 @@ def assignments(only=None):
         spec = importlib.util.spec_from_file_location(path.name, path / "assignment.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found.append(SimpleNamespace(number=number, folder=path.name, path=path,
-                                     not_asked={}, **{k.lower(): v for k, v in vars(module).items()
-                                                      if k.isupper()}))
+        manifest = {k.lower(): v for k, v in vars(module).items() if k.isupper()}
+        place = {"number": number, "folder": path.name, "path": path}
+        found.append(SimpleNamespace(**{"not_asked": {}} | manifest | place))
     return found
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 import checking
 import torch
 import torch.nn.functional as F
-import torch.utils.flop_counter
 from checking import Failure, Student, checks_of, generator
 
 HERE = Path(__file__).resolve().parent
