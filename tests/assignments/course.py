@@ -311,6 +311,7 @@ class Worker:
 
 def check(only):
     complete = True
+    print(f"Python {platform.python_version()}, torch {version('torch')}")
     for number, path in folders(only).items():
         print(f"\nAssignment {number}, {path.name.split('_', 1)[1]}")
         with Worker(path.name) as worker:
@@ -418,7 +419,7 @@ def show(report, path):
             elif r["kind"] != "passed":
                 print(message(r))
     for name in report["edited"]:
-        print(f"\nedited by the student, and not used here: {name}")
+        print(f"\nunlike the repository's, and not used here: {name}")
     print(f"\n{report['points']} of {report['of']} points (seed {report['seed']}, "
           f"torch {report['torch']})")
     if path:
