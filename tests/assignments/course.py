@@ -83,9 +83,9 @@ def assignments(only=None):
         spec = importlib.util.spec_from_file_location(path.name, path / "assignment.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found.append(SimpleNamespace(number=number, folder=path.name, path=path,
-                                     not_asked={}, **{k.lower(): v for k, v in vars(module).items()
-                                                      if k.isupper()}))
+        manifest = {k.lower(): v for k, v in vars(module).items() if k.isupper()}
+        place = {"number": number, "folder": path.name, "path": path}
+        found.append(SimpleNamespace(**{"not_asked": {}} | manifest | place))
     return found
 
 
@@ -302,13 +302,16 @@ def check(only):
             results = worker.run(ROOT, seeds=[0], public=True, quiet=False)
         waiting = [r for r in results if waits(r, number)]
         for r in results:
-            mark = "ok   " if r["kind"] == "passed" else "later" if r in waiting else "FAIL "
+            mark = ("ok   " if r["kind"] == "passed" else "later" if r in waiting
+                    else "n/a  " if r["kind"] == "cannot run" else "FAIL ")
             print(f"  {mark} {r['check'].replace('_', ' ')}")
             if r in waiting:
                 print(f"          needs {r['got'].split(':')[0]}, which is still blank here; "
                       f"the grader fills it in")
             elif r["kind"] == "blank":
                 print(f"          not written yet: {r['got']}")
+            elif r["kind"] == "cannot run":
+                print(f"          not run: {r['got']}")
             elif r["kind"] != "passed":
                 print(message(r))
         passed = sum(r["kind"] == "passed" for r in results)
@@ -399,6 +402,8 @@ def show(report, path):
                   f"{r['check'].replace('_', ' ')}")
             if r["kind"] == "blank":
                 print(f"          not written: {r['got']}")
+            elif r["kind"] == "cannot run":
+                print(f"          not graded: {r['got']}")
             elif r["kind"] != "passed":
                 print(message(r))
     for name in report["edited"]:

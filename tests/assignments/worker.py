@@ -29,7 +29,7 @@ import checking
 import torch
 import torch.nn.functional as F
 import torch.utils.flop_counter
-from checking import Failure, Student, checks_of, generator
+from checking import CannotRun, Failure, Student, checks_of, generator
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("kind", "quantity", "expected", "got", "hint")
@@ -58,6 +58,8 @@ def describe(error, check, tree):
     if isinstance(error, Failure):
         return ("failed", str(error.quantity), str(error.expected), str(error.got),
                 error.hint or check.hint)
+    if isinstance(error, CannotRun):
+        return "cannot run", sentence, "what the check needs", str(error), check.hint
     chain, seen = error, set()
     while chain is not None and id(chain) not in seen:      # Triton's interpreter wraps errors
         if isinstance(chain, NotImplementedError):
@@ -192,7 +194,8 @@ def main(folder):
             outcomes = in_a_child([c[:2] for c in group], job)
             seconds = round(time.monotonic() - started, 2)
             for (check, _, public), outcome in zip(group, outcomes, strict=False):
-                results.append({"check": check.__name__, "public": public, "of": check.points,
+                results.append({"check": check.__name__, "public": public,
+                                "of": check.points * (outcome[0] != "cannot run"),
                                 "points": check.points * (outcome[0] == "passed")}
                                | dict(zip(PARTS, outcome, strict=True)) | {"seconds": seconds})
         print(json.dumps(results), flush=True)
