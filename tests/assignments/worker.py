@@ -66,6 +66,8 @@ def describe(error, check, tree):
             return "blank", sentence, "code or an answer of yours", str(chain), check.hint
         seen.add(id(chain))
         chain = chain.__cause__ or chain.__context__
+    while type(error).__name__ == "InterpreterError" and error.__cause__:
+        error = error.__cause__                             # whose traceback leads into the kernel
     frames = [f for f in traceback.extract_tb(error.__traceback__)
               if Path(f.filename).resolve().is_relative_to(tree)]
     if isinstance(error, SyntaxError) and error.filename:

@@ -5,6 +5,7 @@ and masked lanes of a load without other= hold NaN, as they may on a GPU.
 """
 import linecache
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,7 +135,12 @@ class Lanes:
             self.fail(how, "an address before or after all of them")
 
     def fail(self, how, where):
-        self.failure = Failure(f"what {self.kernel} {how}", "elements of its tensors", where,
+        frame = sys._getframe()
+        while frame and not frame.f_code.co_filename.endswith("kernels.py"):
+            frame = frame.f_back
+        place = f"line {frame.f_lineno} of kernels.py" if frame else "a launch"
+        self.failure = Failure(f"what {self.kernel} {how} in {place}", "elements of its tensors",
+                               where,
                                "mask lanes beyond the group's rows, DEPTH, N or M; int64 indices")
         raise self.failure
 
