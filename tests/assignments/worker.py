@@ -28,7 +28,7 @@ from pathlib import Path
 import checking
 import torch
 import torch.nn.functional as F
-from checking import Failure, Student, checks_of, generator
+from checking import CannotRun, Failure, Student, checks_of, generator
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("kind", "quantity", "expected", "got", "hint")
@@ -63,8 +63,13 @@ def describe(error, check, tree):
             return "blank", sentence, "code or an answer of yours", str(chain), check.hint
         seen.add(id(chain))
         chain = chain.__cause__ or chain.__context__
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if Path(f.filename).resolve().is_relative_to(tree)]
+    while type(error).__name__ == "InterpreterError" and error.__cause__:
+        error = error.__cause__                             # whose traceback leads into the kernel
+    files = ((f, Path(f.filename).resolve()) for f in traceback.extract_tb(error.__traceback__))
+    frames = [f for f, path in files if path.is_relative_to(tree)
+              and (path.name == "answers.py" or not path.is_relative_to(HERE))]
+    if isinstance(error, CannotRun) and not frames:         # a submission cannot excuse itself
+        return "cannot run", sentence, "what the check needs", str(error), check.hint
     if isinstance(error, SyntaxError) and error.filename:
         place = f" ({Path(error.filename).name}, line {error.lineno})"
     else:
@@ -193,7 +198,8 @@ def main(folder):
                 job["seconds"] = min(job["seconds"], 3)
             seconds = round(time.monotonic() - started, 2)
             for (check, _, public), outcome in zip(group, outcomes, strict=False):
-                results.append({"check": check.__name__, "public": public, "of": check.points,
+                results.append({"check": check.__name__, "public": public,
+                                "of": check.points * (outcome[0] != "cannot run"),
                                 "points": check.points * (outcome[0] == "passed")}
                                | dict(zip(PARTS, outcome, strict=True)) | {"seconds": seconds})
         print(json.dumps(results), flush=True)
