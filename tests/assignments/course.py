@@ -322,8 +322,8 @@ def check(only):
             results = worker.run(ROOT, seeds=[0], public=True, quiet=False)
         waiting = [r for r in results if waits(r, number)]
         for r in results:
-            mark = ("later" if r in waiting else {
-                "passed": "ok   ", "blank": "to do", "cannot run": "n/a  "}.get(r["kind"], "FAIL "))
+            marks = {"passed": "ok   ", "blank": "to do", "cannot run": "n/a  "}
+            mark = "later" if r in waiting else marks.get(r["kind"], "FAIL ")
             print(f"  {mark} {r['check'].replace('_', ' ')}")
             if r in waiting:
                 print(f"          needs {r['got'].split(':')[0]}, which is still blank here; "

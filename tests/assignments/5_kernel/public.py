@@ -275,7 +275,7 @@ if triton is not None:
         tl.store(SLOPE + i, slope)
 
 
-@check(hint="Phi by tl.math.erf and phi by tl.exp; both are returned, the value first")
+@check(points=2, hint="Phi by tl.math.erf and phi by tl.exp; both are returned, the value first")
 def gelu_comes_with_its_slope(student, g):
     z = random(g, 32).float() * 3
     value, slope = torch.empty(32), torch.empty(32)
