@@ -76,13 +76,11 @@ def describe(error, check, tree):
               and (path.name == "answers.py" or not path.is_relative_to(HERE))]
     if isinstance(error, CannotRun) and not frames:         # a submission cannot excuse itself
         return "cannot run", sentence, "what the check needs", str(error), check.hint
-    if isinstance(error, SyntaxError) and error.filename:
-        place = f" ({Path(error.filename).name}, line {error.lineno})"
-    else:
-        place = "".join(f" ({Path(f.filename).name}, line {f.lineno}, in {f.name})"
-                        for f in frames[-1:])
-    text = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    return "error", sentence, "a result", text[:300] + place, check.hint
+    text = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+    if isinstance(error, SyntaxError):                      # it names its own file and line
+        return "error", sentence, "code that Python can read", text, "write that line again"
+    text += "".join(f" ({Path(f.filename).name}, line {f.lineno}, in {f.name})" for f in frames[-1:])
+    return "error", sentence, "a result", text, check.hint
 
 
 def snapshot(extra):
