@@ -79,7 +79,8 @@ def describe(error, check, tree):
     text = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
     if isinstance(error, SyntaxError):                      # it names its own file and line
         return "error", sentence, "code that Python can read", text, "write that line again"
-    text += "".join(f" ({Path(f.filename).name}, line {f.lineno}, in {f.name})" for f in frames[-1:])
+    for f in frames[-1:]:
+        text += f" ({Path(f.filename).name}, line {f.lineno}, in {f.name})"
     return "error", sentence, "a result", text, check.hint
 
 
