@@ -138,7 +138,7 @@ def gradient(loss, *leaves):
 def brief(value):
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) < 80 else f"{text[:76]} ..."
 
 

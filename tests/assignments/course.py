@@ -23,6 +23,7 @@ import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,19 +79,25 @@ def folders(only=None):
 
 def assignments(only=None):
     """The manifests: what assignment.py says, its number and its folder."""
+    return [a for a in manifests() if a.number in folders(only)]
+
+
+@cache
+def manifests():
     found = []
-    for number, path in folders(only).items():
+    for number, path in folders().items():
         spec = importlib.util.spec_from_file_location(path.name, path / "assignment.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found.append(SimpleNamespace(number=number, folder=path.name, path=path,
-                                     not_asked={}, **{k.lower(): v for k, v in vars(module).items()
-                                                      if k.isupper()}))
+        manifest = {k.lower(): v for k, v in vars(module).items() if k.isupper()}
+        place = {"number": number, "folder": path.name, "path": path}
+        found.append(SimpleNamespace(**{"not_asked": {}} | manifest | place))
     return found
 
 
 # --- a body is some lines of a file ---
 
+@cache
 def functions(source):
     """{"name" or "Class.name": its node} of a module."""
     found = {}
@@ -153,6 +160,7 @@ def blank(assignment, name, hint, indent):
 
 # --- release ---
 
+@cache
 def released():
     """The student tree as {path: bytes}, and the notebooks that would have given a body away."""
     tree, every = {}, assignments()
@@ -178,7 +186,7 @@ def released():
     left_out = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text = path.read_text()
-        if leaks({path.name: text}, every):
+        if leaks({path.name: text}):
             left_out.append(path.name)
         else:
             tree[f"notebooks/{path.name}"] = text
@@ -195,7 +203,7 @@ def release(target):
     if target.exists() and any(target.iterdir()):
         return f"{target} is not empty: name a folder that does not exist yet"
     tree, left_out = released()
-    if found := leaks({path: text.decode() for path, text in tree.items()}, assignments()):
+    if found := leaks({path: text.decode() for path, text in tree.items()}):
         return "nothing was written, for students would find:\n" + "\n".join(found)
     for path, content in tree.items():
         (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -205,31 +213,38 @@ def release(target):
     print(f"{len(tree)} files in {target}; students start with README.md there")
 
 
-def leaks(tree, every):
-    """Where a student tree shows a blanked body: as a syntax tree, or in a telling line."""
-    sources = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-    asked = {file: {n for a in every for n in a.blanks.get(file, ())} for file in sources}
-    public = "".join(with_bodies(s, {n: [] for n in asked[f]}) for f, s in sources.items())
+def leaks(tree):
+    """Where a student tree {path: text} shows a blanked body: its syntax, or a telling line."""
     found = []
-    dumped = {path: dumps(path, text) for path, text in tree.items()
-              if path.endswith((".py", ".ipynb"))}
-    for a in every:
-        for file, names in a.blanks.items():
-            nodes = functions(sources[file])
-            for name in names:
-                body = [ast.dump(s) for s in statements(nodes[name])]
-                for path, (blocks, values) in dumped.items():
-                    if any(block[i:i + len(body)] == body for block in blocks
-                           for i in range(len(block) - len(body) + 1)):
-                        found.append(f"{path} has the body of {name}")
-                    last = statements(nodes[name])[-1]
-                    if len(body) == 1 and isinstance(last, ast.Return) and (
-                            ast.dump(last.value) in values):
-                        found.append(f"{path} has the expression that {name} returns")
-                for line in map(str.strip, bodies_of(sources[file])[name]):
-                    telling = len(line) > 40 and line not in public
-                    found += [f"{path} has a line of {name}: {line}" for path, text in tree.items()
-                              if telling and line in as_text(path, text)]
+    for path, text in tree.items():
+        blocks, values = dumps(path, text) if path.endswith((".py", ".ipynb")) else ([], set())
+        shown = as_text(path, text)
+        for name, body, value, lines in secrets():
+            if any(block[i:i + len(body)] == body for block in blocks
+                   for i in range(len(block) - len(body) + 1)):
+                found.append(f"{path} has the body of {name}")
+            if value in values:
+                found.append(f"{path} has the expression that {name} returns")
+            found += [f"{path} has a line of {name}: {line}" for line in lines if line in shown]
+    return found
+
+
+@cache
+def secrets():
+    """Each blanked body: (its name, its statements, what it returns if that is all, its lines).
+
+    Lines of more than 40 characters that no file has outside the blanked bodies.
+    """
+    sources, found = {path.name: path.read_text() for path in ROOT.glob("*.py")}, []
+    asked = {file: {n for a in manifests() for n in a.blanks.get(file, ())} for file in sources}
+    public = "".join(with_bodies(s, {n: [] for n in asked[f]}) for f, s in sources.items())
+    for file, names in asked.items():
+        for name in names:
+            body = statements(functions(sources[file])[name])
+            lines = map(str.strip, bodies_of(sources[file])[name])
+            value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+            found.append((name, [ast.dump(s) for s in body], value and ast.dump(value),
+                          [line for line in lines if len(line) > 40 and line not in public]))
     return found
 
 
@@ -296,19 +311,21 @@ class Worker:
 
 def check(only):
     complete = True
+    print(f"Python {platform.python_version()}, torch {version('torch')}")
     for number, path in folders(only).items():
         print(f"\nAssignment {number}, {path.name.split('_', 1)[1]}")
         with Worker(path.name) as worker:
             results = worker.run(ROOT, seeds=[0], public=True, quiet=False)
         waiting = [r for r in results if waits(r, number)]
         for r in results:
-            mark = "ok   " if r["kind"] == "passed" else "later" if r in waiting else "FAIL "
+            mark = ("later" if r in waiting else {"passed": "ok   ", "blank": "to do"}.get(
+                r["kind"], "FAIL "))
             print(f"  {mark} {r['check'].replace('_', ' ')}")
             if r in waiting:
                 print(f"          needs {r['got'].split(':')[0]}, which is still blank here; "
                       f"the grader fills it in")
             elif r["kind"] == "blank":
-                print(f"          not written yet: {r['got']}")
+                print(f"          {r['got']}")
             elif r["kind"] != "passed":
                 print(message(r))
         passed = sum(r["kind"] == "passed" for r in results)
@@ -340,7 +357,7 @@ def message(r):
 
 def graded_tree(source, target, number):
     """Copy what is graded of a student tree; blanks of *other* assignments become the reference."""
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.py")):
         text = path.read_text(errors="replace")
         for a in assignments():
@@ -350,7 +367,7 @@ def graded_tree(source, target, number):
     folder = folders()[number].name
     answers = source / TOOL / folder / "answers.py"
     if answers.exists():
-        (target / TOOL / folder).mkdir(parents=True)
+        (target / TOOL / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(answers, target / TOOL / folder / "answers.py")
     return target
 
@@ -402,7 +419,7 @@ def show(report, path):
             elif r["kind"] != "passed":
                 print(message(r))
     for name in report["edited"]:
-        print(f"\nedited by the student, and not used here: {name}")
+        print(f"\nunlike the repository's, and not used here: {name}")
     print(f"\n{report['points']} of {report['of']} points (seed {report['seed']}, "
           f"torch {report['torch']})")
     if path:

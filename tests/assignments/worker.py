@@ -28,7 +28,6 @@ from pathlib import Path
 import checking
 import torch
 import torch.nn.functional as F
-import torch.utils.flop_counter
 from checking import Failure, Student, checks_of, generator
 
 HERE = Path(__file__).resolve().parent
@@ -190,6 +189,8 @@ def main(folder):
         for group in [checks] if job["together"] else [[c] for c in checks]:
             started = time.monotonic()
             outcomes = in_a_child([c[:2] for c in group], job)
+            if outcomes[-1][0] == "timeout":         # an endless loop may stand in the way of all
+                job["seconds"] = min(job["seconds"], 3)
             seconds = round(time.monotonic() - started, 2)
             for (check, _, public), outcome in zip(group, outcomes, strict=False):
                 results.append({"check": check.__name__, "public": public, "of": check.points,

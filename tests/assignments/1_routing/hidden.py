@@ -60,10 +60,10 @@ def the_task_loss_reaches_the_logits_as_the_gate_says(student, g):
 @check(points=2, hint="with noise, order and gates both come from the noisy logits")
 def noise_has_a_standard_deviation_of_noise_over_e(student, g):
     # sigmoid gates of all experts give the noisy logits back
-    noisy = route(student, torch.zeros(8000, E), E, "sigmoid", True, noise=2.0).gates.logit()
+    noisy = route(student, torch.zeros(2000, E), E, "sigmoid", True, noise=2.0).gates.logit()
     require(abs(noisy.std().item() * E / 2 - 1) < 0.05, "standard deviation of the noise, noise=2",
             f"{2 / E:.3f} within 5 %", f"{noisy.std():.3f}", "V-MoE: 1/E for noise=1")
-    require(abs(noisy.mean().item()) < 0.02, "mean of the noise", "0 within 0.02",
+    require(abs(noisy.mean().item()) < 0.025, "mean of the noise", "0 within 0.025",
             f"{noisy.mean():.3f}", "normal noise, not uniform")
     z = random(g, T, E)
     routing = route(student, z, E, "softmax_topk", True, noise=5.0)
@@ -86,7 +86,8 @@ def a_choice_that_finds_its_expert_full_gets_gate_0_and_is_counted(student, g):
     student.router.within_capacity = within_capacity
     for factor in (0.75, 0.0):
         free, full = route(student, z), route(student, z, capacity_factor=factor)
-        same("arguments n_experts, capacity_factor", asked[-1:], [(E, factor)])
+        same("(n_experts, capacity_factor) that within_capacity was called with", asked[-1:],
+             [(E, factor)], "call it wherever self.capacity_factor is not None, 0 included")
         same("experts with a capacity", full.experts, free.experts)
         same("gates with a capacity", full.gates, torch.where(kept, free.gates, 0.0))
         require(isinstance(full.dropped, torch.Tensor), "dropped", "a tensor", repr(full.dropped))
