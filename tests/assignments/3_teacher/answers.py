@@ -1,12 +1,12 @@
 """Assignment 3, part E: who learns what from whom? Replace every None.
 
-A student with two sparse blocks, 2 and 5, top-1 routing, the gate softmax_topk, and a `Guide` with a
-frozen teacher. "Gets a gradient" means one that is not zero for every input.
+A student with two sparse blocks, 2 and 5, top-1 routing and the gate softmax_topk, and a `Guide`
+with a frozen teacher. "Gets a gradient" means one that is not zero for every input.
 """
 
 # E1. Which parameters get a gradient from which loss? True or False.
 #     "router" and "experts" are those of block 5, the student's last sparse block; "trunk" is the
-#     student's patch embedding; "teacher router" is the one of block 5; "teacher" the teacher's weights.
+#     student's patch embedding; "teacher router" is block 5's; "teacher" is the teacher's weights.
 from_the_task = {"router": None, "experts": None, "trunk": None, "teacher router": None,
                  "teacher": None}
 from_the_guidance = {"router": None, "experts": None, "trunk": None, "teacher router": None,
@@ -19,8 +19,8 @@ from_the_teacher_router_losses = {"router": None, "experts": None, "trunk": None
 gradient_on_logits = [None, None, None, None]
 
 # E3. In training the loss is L_task + 5 / |S| * (sum of guidance_loss over the |S| sparse blocks).
-#     |S| = 2 and a batch has T = 10 tokens. What is the gradient of the *guidance terms* on the logit
-#     of an expert that was NOT selected, for a token with p = 0.25 there and p_teacher = 0.5?
+#     |S| = 2 and a batch has T = 10 tokens. What is the gradient of the *guidance terms* on the
+#     logit of an expert that was NOT selected, for a token with p = 0.25 and p_teacher = 0.5 there?
 gradient_on_an_unselected_logit = None
 # Does it change when that expert's output changes? True or False
 depends_on_the_experts_output = None

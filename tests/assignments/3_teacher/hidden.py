@@ -12,7 +12,8 @@ N = 10              # tokens of an image of 24 x 24 pixels in patches of 8, with
 
 def divergences(t, z):
     """KL(softmax(t) || softmax(z)) of each token, from two logits (T, E)."""
-    return (t.softmax(1) * (torch.logsumexp(z, 1, True) - z - torch.logsumexp(t, 1, True) + t)).sum(1)
+    log_t, log_p = (v - torch.logsumexp(v, 1, keepdim=True) for v in (t, z))
+    return (log_t.exp() * (log_t - log_p)).sum(dim=1)
 
 
 def load(probs):
@@ -192,7 +193,7 @@ def a_teacher_that_cuts_images_into_other_patches_is_refused(student, g):
                 repr(str(error)), "say how many tokens each of the two has")
 
 
-@check(points=2, hint="the teacher runs without a graph; the teacher routers do not; see handout, C")
+@check(points=2, hint="the teacher runs without a graph, the teacher routers with one; handout, C")
 def the_teacher_learns_from_nothing_and_its_routers_from_their_own_losses(student, g):
     stand_ins(student)
     guide = student.teacher.Guide(vit(student), pupil(student), E)
@@ -219,7 +220,7 @@ def the_teacher_learns_from_nothing_and_its_routers_from_their_own_losses(studen
 
 # --- D: the measures ---
 
-@check(points=2, hint="None only where chance alone always agrees: both routings on the same expert")
+@check(points=2, hint="None where chance always agrees, both routings on the same expert; else not")
 def kappa_is_undefined_where_chance_always_agrees_and_nowhere_else(student, g):
     kappa = student.report.kappa
     one, other = torch.full((T,), 3).numpy(), torch.full((T,), 1).numpy()
@@ -334,7 +335,7 @@ def which_routers_can_start_from_zero(student, g):
 def where_the_two_losses_of_a_teacher_router_end(student, g):
     sure = 1000.0 * torch.eye(8, dtype=torch.float64)
     ends = {"even and unsure": 0 * sure, "sure and collapsed": sure[[0] * 8], "sure and even": sure}
-    found = answered(student, "load_and_entropy", dict.fromkeys(ends, [0.5, 0.5]))
+    found = answered(student, "load_and_entropy", {end: [0.5, 0.5] for end in ends})
     for name, z in ends.items():
         for i, what, value in ((0, "L_load", load(z.softmax(1)).item()),
                                (1, "L_ent", entropy(z).item())):

@@ -107,7 +107,7 @@ def a_teacher_router_is_one_linear_map(student, g):
     same("logits of a TeacherRouter", router(h), expected, scale=10.0)
 
 
-@check(points=2, hint="a pair: L_load from probabilities, L_ent from logits, each a sum over blocks")
+@check(points=2, hint="a pair: L_load from probs, L_ent from logits, each a sum over the blocks")
 def the_teacher_routers_losses_are_two_sums_over_the_blocks(student, g):
     losses = stand_ins(student)
     targets = {2: random(g, T, E), 5: 3 * random(g, T, E), 6: random(g, T, E) / 2}
@@ -122,8 +122,8 @@ def the_teacher_routers_losses_are_two_sums_over_the_blocks(student, g):
 
 # --- C: the guide ---
 
-@check(points=2, hint="requires_grad_(False) and eval() on the teacher; its routers are new modules "
-                      "and do learn")
+@check(points=2, hint="requires_grad_(False) and eval() on the teacher; its routers are new and "
+                      "do learn")
 def a_guide_freezes_its_teacher_and_not_its_teacher_routers(student, g):
     dense = vit(student)
     guide = student.teacher.Guide(dense, pupil(student), E)
@@ -225,7 +225,7 @@ def every_question_has_an_answer_of_the_right_form(student, g):
         "teacher router, from L_load", "teacher router, from L_ent",
         "student's router, from the guidance"), True))
     ends = ("even and unsure", "sure and collapsed", "sure and even")
-    answered(student, "load_and_entropy", dict.fromkeys(ends, [0.5, 0.5]))
+    answered(student, "load_and_entropy", {end: [0.5, 0.5] for end in ends})
     four = ("coin", "swapped", "collapsed", "wandering")
     answered(student, "agreement_of", dict.fromkeys(four, 0.5))
     answered(student, "kappa_of", dict.fromkeys(("coin", "swapped", "wandering"), 0.5))

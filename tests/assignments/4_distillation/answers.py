@@ -1,11 +1,11 @@
-"""Assignment 4, part E: who is taught, how loudly, and what do the measures hide? Replace every None.
+"""Assignment 4, part E: who is taught, how loudly, what do measures hide? Replace every None.
 
 L_md is the mutual distillation loss of one token, unless it says otherwise; e_i are the experts'
 outputs before gating.
 """
 
-# E1. Four experts, K = 2: the router chose experts 3 and 1. Which experts' weights get a gradient from
-#     L_md? True or False for experts 0, 1, 2, 3
+# E1. Four experts, K = 2: the router chose experts 3 and 1. Which experts' weights get a gradient
+#     from L_md? True or False for experts 0, 1, 2, 3
 taught_at_k2 = [None, None, None, None]
 # And with K = 1, when it chose expert 3?
 taught_at_k1 = [None, None, None, None]

@@ -80,8 +80,8 @@ def with_one_expert(student, vit, block, e):
 
 # --- A: the loss ---
 
-@check(points=2, hint="the gradient is 2 / (K D T) (e_i - mean): the mean is not a constant, but its "
-                      "own slope cancels; divide by K, not K - 1")
+@check(points=2, hint="the gradient on e_i is 2 / (K D T) (e_i - mean): no detach is needed, and a "
+                      "variance over K, not over K - 1")
 def every_one_of_three_or_more_is_pulled_to_the_mean_of_all(student, g):
     for K in (3, 4, E):
         raw = random(g, T, K, D, dtype=torch.float32)
@@ -151,7 +151,7 @@ def the_classes_may_be_few_or_absent(student, g):
 
 # --- C: probing ---
 
-@check(points=2, hint="the block is given by its number, from 1; T is images times tokens per image")
+@check(points=2, hint="blocks are numbered from 1; all T = images * vit.n_tokens tokens are forced")
 def a_forced_expert_is_the_blocks_plain_mlp(student, g):
     vit, images, labels = small_vit(student, g)
     for block in (1, 2):
@@ -207,7 +207,7 @@ def a_gate_with_nothing_to_solve_has_no_accuracy(student, g):
     gate = student.distill.gate_accuracy
     domain = torch.randint(E, (T,), generator=g)
     got = gate(torch.zeros(E, T, dtype=torch.bool), domain)
-    require(isinstance(got, float) and math.isnan(got), "gate_accuracy where no expert is ever right",
+    require(isinstance(got, float) and math.isnan(got), "gate_accuracy if no expert is right",
             "nan, a float", repr(got))
     one = torch.rand(1, T, generator=g) < 0.5
     for name, correct in (("random experts", torch.rand(E, T, generator=g) < 0.3),
@@ -219,7 +219,7 @@ def a_gate_with_nothing_to_solve_has_no_accuracy(student, g):
 
 # --- D: narrow vision ---
 
-@check(points=2, hint="all four weights of each expert; norm = root of the sum of all their squares")
+@check(points=2, hint="all four weights of an expert; the root of the sum of all their squares")
 def the_norm_is_over_all_parameters_of_an_expert_in_a_real_vit(student, g):
     vit, images, labels = small_vit(student, g)
     norms = student.distill.expert_gradient_norms(vit, images, labels, 2)
@@ -265,7 +265,7 @@ def whom_the_loss_teaches(student, g):
              router_learns)
 
 
-@check(points=3, hint="E2: differentiate the mean over the experts; E3: gates rescale; E4: factor 4")
+@check(points=3, hint="E2: differentiate the loss by hand; E3: gates rescale; E4: 4 at K = 2")
 def how_strong_the_pull_is(student, g):
     for name, said in (("pull", [0.0, 0.0, 0.0, 4.0]), ("pull_of_two", [0.0, 4.0])):
         slope = gradient(spread, torch.tensor(said, dtype=torch.float64)[None, :, None]).flatten()

@@ -83,7 +83,7 @@ def a_toy(student, g, n=12):
 
 # --- A: the loss ---
 
-@check(points=2, hint="K=2: the MSE of the two; K>2: the mean over experts of the MSE to their mean")
+@check(points=2, hint="K=2: the MSE of the two; K>2: mean over experts of the MSE to their mean")
 def the_loss_in_its_cases_by_hand(student, g):
     loss = student.distill.mutual_distillation_loss
     two = torch.tensor([[[1.0, 2.0], [4.0, 0.0]], [[5.0, 5.0], [5.0, 6.0]]])    # (T=2, K=2, D=2)
@@ -179,7 +179,7 @@ def probing_asks_each_expert_in_turn(student, g):
     same("correct", correct, torch.stack(expected))
 
 
-@check(points=2, hint="of the images with domain j, the share that expert i gets right; 0 / 0 is NaN")
+@check(points=2, hint="of the images of domain j, the share that expert i gets right; 0/0 is NaN")
 def accuracy_is_counted_expert_by_domain(student, g):
     correct, domain = torch.rand(E, T, generator=g) < 0.4, dominant(g, T)
     rows = correct.tolist()
@@ -200,7 +200,7 @@ def own_and_others_are_the_diagonal_and_the_rest_of_each_row(student, g):
                                          for i in range(E)]))
 
 
-@check(hint="among the images with at least one True in their column, how often is expert d(x) right?")
+@check(hint="of the images with a True in their column, the share for which expert d(x) is right")
 def a_gate_is_not_blamed_for_images_that_no_expert_gets_right(student, g):
     correct, domain = torch.rand(E, T, generator=g) < 0.2, torch.randint(E, (T,), generator=g)
     correct[:, 0], correct[:, 1] = False, True
@@ -214,7 +214,7 @@ def a_gate_is_not_blamed_for_images_that_no_expert_gets_right(student, g):
 
 # --- D: narrow vision ---
 
-@check(points=2, hint="per image one backward; per expert the norm over all its parameters together")
+@check(points=2, hint="per image one backward; per expert the norm over all its parameters")
 def gradient_norms_are_per_image_and_per_expert(student, g):
     toy, images, labels, x = a_toy(student, g)
     norms = student.distill.expert_gradient_norms(toy, images, labels, 2)

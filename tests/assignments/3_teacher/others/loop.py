@@ -1,8 +1,9 @@
 """Assignment 3, solved token by token, with a hook for the features."""
+import numpy as np
 import torch
+from torch import nn
 
 from router import entropy_loss, load_loss
-from teacher import TeacherRouter
 
 
 def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):

@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from distill import _warn_that_one_expert_is_alone
 from router import Routing
 
 

@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from distill import _warn_that_one_expert_is_alone
 from router import Routing
 
 
@@ -68,7 +69,7 @@ def expert_gradient_norms(vit, images, labels, block):
     import copy
     calm = copy.deepcopy(vit).eval()
     experts, rows = calm.blocks[block - 1].mlp.experts, []
-    for image, label in zip(images.split(1), labels.split(1)):
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
         calm.zero_grad()
         F.nll_loss(calm(image).logits.log_softmax(dim=1), label).backward()
         rows.append(torch.cat([p.grad.flatten(1) for p in experts.parameters()], dim=1).norm(dim=1))
