@@ -123,6 +123,8 @@ def it_is_computed_in_float32_from_bfloat16_outputs(student, g):
             warnings.simplefilter("ignore")
             got = student.distill.mutual_distillation_loss(raw)
         same(f"L_md of bfloat16 outputs, K={K}", got, expected)
+        require(got.dtype == torch.float32, f"dtype of L_md of bfloat16 outputs, K={K}",
+                torch.float32, got.dtype)
 
 
 # --- B: domains ---
