@@ -277,9 +277,9 @@ if triton is not None:
 
 @check(points=2, hint="Phi by tl.math.erf and phi by tl.exp; both are returned, the value first")
 def gelu_comes_with_its_slope(student, g):
-    z = random(g, 32).float() * 3
+    z, gelu = random(g, 32).float() * 3, kernels(student).gelu
     value, slope = torch.empty(32), torch.empty(32)
-    twice[(1,)](z, value, slope, kernels(student).gelu)
+    twice[(1,)](z, value, slope, gelu)
     Phi = torch.tensor([(1 + math.erf(v / math.sqrt(2))) / 2 for v in z.tolist()])
     phi = torch.tensor([math.exp(-v * v / 2) / math.sqrt(2 * math.pi) for v in z.tolist()])
     same("gelu(z)", value, z * Phi)
