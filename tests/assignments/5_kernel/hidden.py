@@ -136,7 +136,7 @@ def the_backward_makes_four_products_and_none_of_the_forward_again(student, g):
             f"four products of all choices (at most {int(4.8 * one)})", work)
 
 
-@check(points=2, hint="d(gate) is a sum of products: torch.promote_types(x.dtype, torch.float32)")
+@check(points=2, hint="torch.promote_types(x.dtype, torch.float32) for d(gate), a sum of products")
 def the_backward_by_hand_is_as_exact_in_bfloat16_as_autograds(student, g):
     the_rung_is_as_exact(kernels(student, launches=False).lean, g, torch.bfloat16, "lean")
 

@@ -104,8 +104,8 @@ class Watched:
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            tensors = {name: v for name, v in zip(self.kernel.arg_names, args, strict=False)
-                       if isinstance(v, torch.Tensor)}
+            named = dict(zip(self.kernel.arg_names, args, strict=False)) | options
+            tensors = {name: v for name, v in named.items() if isinstance(v, torch.Tensor)}
             with Lanes(self.kernel.__name__, tensors):
                 self.kernel[grid](*args, **options)
         return launch
