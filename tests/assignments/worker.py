@@ -57,8 +57,6 @@ def describe(error, check, tree):
     if isinstance(error, Failure):
         return ("failed", str(error.quantity), str(error.expected), str(error.got),
                 error.hint or check.hint)
-    if isinstance(error, CannotRun):
-        return "cannot run", sentence, "what the check needs", str(error), check.hint
     chain, seen = error, set()
     while chain is not None and id(chain) not in seen:      # Triton's interpreter wraps errors
         if isinstance(chain, NotImplementedError):
@@ -67,8 +65,11 @@ def describe(error, check, tree):
         chain = chain.__cause__ or chain.__context__
     while type(error).__name__ == "InterpreterError" and error.__cause__:
         error = error.__cause__                             # whose traceback leads into the kernel
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if Path(f.filename).resolve().is_relative_to(tree)]
+    files = ((f, Path(f.filename).resolve()) for f in traceback.extract_tb(error.__traceback__))
+    frames = [f for f, path in files if path.is_relative_to(tree)
+              and (path.name == "answers.py" or not path.is_relative_to(HERE))]
+    if isinstance(error, CannotRun) and not frames:         # a submission cannot excuse itself
+        return "cannot run", sentence, "what the check needs", str(error), check.hint
     if isinstance(error, SyntaxError) and error.filename:
         place = f" ({Path(error.filename).name}, line {error.lineno})"
     else:

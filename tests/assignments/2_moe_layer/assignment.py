@@ -21,6 +21,7 @@ BLANKS = {
 CHECKS = (13, 13)
 HARD_CODED = ("router.py", "within_capacity")
 NOT_ASKED = {
+    "w_in)": "which of two equal products is the faster one here: tests/test_kernels.py",
     "[w_in[e] for e in range(len(w_in))], b_in.unbind()":
         "the same numbers; what it costs in memory is in tests/test_kernels.py",
 }

@@ -1,0 +1,150 @@
+"""Do the notebooks run from top to bottom, and can a check tell right from plausible and wrong?
+
+Every exercise is tried three times in the notebook's own kernel: as the reader finds it, with the
+wrong answer that the page itself folds away, and with its solution.
+"""
+import itertools
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+pytestmark = pytest.mark.notebook
+
+HERE = Path(__file__).parent.parent / "notebooks"
+NAMES = ("01_gradient_blocking", "02_teacher_guided_routing", "03_mutual_distillation",
+         "04_fast_dispatch")
+NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins
+
+
+def cells(path, kind=None):
+    return [c for c in nbformat.read(path, as_version=4).cells if kind in (None, c.cell_type)]
+
+
+def exercises(page):
+    """(index of the check, {"wrong": code, "right": code}) of every exercise of a list of cells.
+
+    An exercise is a heading "### Exercise", its stub, its check, and what is folded below it.
+    """
+    found = []
+    for start, cell in enumerate(page):
+        if cell.cell_type == "markdown" and "### Exercise" in cell.source:
+            after = range(start + 1, len(page))
+            _, check = [i for i in after if page[i].cell_type == "code"][:2]
+            folded = "\n".join(c.source for c in page[check + 1:check + 3]
+                               if c.cell_type == "markdown")
+            code = {}
+            for name, summary in ATTEMPTS.items():
+                block = re.search(rf"<summary>{summary}.*?```python\n(.*?)```", folded,
+                                  flags=re.S | re.I)
+                assert block, f"the exercise in cell {start} folds no {summary!r} with python code"
+                code[name] = block[1]
+            found.append((check, code))
+    return found
+
+
+def printed(cell):
+    return "".join(out.text for out in cell.outputs if out.output_type == "stream")
+
+
+def verdicts(cell):
+    return re.findall(r"^(yes|no|not yet):", printed(cell), flags=re.M)
+
+
+@each
+def test_it_runs_and_its_checks_refuse_the_stub_and_a_wrong_answer_and_accept_the_solution(
+        path, monkeypatch):
+    monkeypatch.setenv("SMOKE_TEST", "1")
+    page = nbformat.read(path, as_version=4)
+    tried, original = {}, list(page.cells)
+    for number, (check, code) in enumerate(exercises(original), start=1):
+        tried[number] = {"stub": original[check]}
+        at = page.cells.index(original[check]) + 1
+        for name in ATTEMPTS:
+            again = nbformat.v4.new_code_cell(original[check].source)
+            page.cells[at:at] = [nbformat.v4.new_code_cell(code[name]), again]
+            tried[number][name] = again
+            at += 2
+    NotebookClient(page, timeout=300, kernel_name="python3",
+                   resources={"metadata": {"path": str(HERE)}}).execute()
+    assert len(tried) == 3
+    for number, attempt in tried.items():
+        said = {name: verdicts(cell) for name, cell in attempt.items()}
+        where = f"exercise {number} of {path.name}: {said}"
+        assert said["stub"] and set(said["stub"]) == {"not yet"}, where
+        assert "no" in said["wrong"] and "raised" not in printed(attempt["wrong"]), where
+        assert len(said["right"]) == len(said["stub"]) and set(said["right"]) == {"yes"}, where
+
+
+@each
+def test_what_is_committed_was_run_once_from_top_to_bottom_without_an_error(path):
+    code = cells(path, "code")
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not any(out.output_type == "error" for c in code for out in c.outputs)
+    assert "widgets" not in nbformat.read(path, as_version=4).metadata
+
+
+@each
+def test_it_is_small_and_names_no_path_of_the_machine_that_ran_it(path):
+    assert path.stat().st_size < 1.5e6
+    assert re.findall(r"/(?:home|root|tmp|work|Users)/\w+", path.read_text()) == []
+
+
+@each
+def test_it_reads_as_a_lesson(path):
+    page = cells(path)
+    text = "\n".join(c.source for c in page if c.cell_type == "markdown")
+    code = [c.source for c in page if c.cell_type == "code"]
+    assert 20 <= len(page) <= 45
+    assert max(len(source.splitlines()) for source in code) <= 15
+    kinds = [c.cell_type for c in page]
+    assert ("code", "code") not in itertools.pairwise(kinds), "two without a sentence"
+    assert "will be able to" in page[0].source or "will be able to" in page[1].source
+    assert sum(source.count("predict(") for source in code) >= 3
+    assert len(re.findall(r"^#+ .*break it", text, flags=re.M | re.I)) == 1
+    assert len(re.findall(r"^### Exercise \d.*\d+ minutes, (?:easy|medium|hard)", text,
+                          flags=re.M)) == 3
+
+
+@each
+def test_every_figure_is_also_said_in_words(path):
+    figures = [out for c in cells(path, "code") for out in c.outputs
+               if "image/png" in out.get("data", {})]
+    assert len(figures) >= 3
+    assert all(len(out.metadata["image/png"]["alt"].split()) > 4 for out in figures)
+
+
+def test_all_begin_with_the_same_first_cell():
+    first = {cells(path, "code")[0].source for path in NOTEBOOKS}
+    assert len(first) == 1
+    assert len(first.pop().splitlines()) <= 8
+
+
+def test_every_measured_file_says_who_measured_it():
+    from notebooks import lesson
+    for path in sorted((HERE / "results").glob("*.npz")):
+        about = lesson.read(path.stem)["about"]
+        assert all(about[key] for key in ("command", "commit", "device", "versions")), path.name
+        assert "dirty" not in about["commit"], path.name
+
+
+def test_the_folder_stays_light():
+    files = [path for path in HERE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 10e6
+    assert sum(path.suffix == ".pt" for path in files) <= 2
+
+
+def test_what_an_operator_moves_is_what_it_reads_and_what_it_writes_and_a_view_moves_nothing():
+    import torch
+
+    from notebooks import lesson
+    a, b = torch.ones(10, 20), torch.ones(20, 30)
+    assert lesson.moved(lambda: a @ b) == 10 * 20 + 20 * 30 + 10 * 30
+    assert lesson.moved(lambda: a.t()[3:].detach()) == 0
+    assert lesson.moved(lambda: torch.empty_like(a).copy_(a)) == 2 * 200
+    assert lesson.moved(lambda: a.add_(a)) == 3 * 200
+    assert lesson.moved(lambda: a.new_zeros(7)) == 7
