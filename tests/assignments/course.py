@@ -352,6 +352,8 @@ def check(only):
         complete &= passed == len(results)
         print(f"  {passed} of {len(results)} public checks passed", end="")
         print(f", {len(waiting)} wait for other assignments" if waiting else "", end="")
+        here = sum(r["kind"] == "cannot run" for r in results)
+        print(f", {here} cannot run here" if here else "", end="")
         if (path / "hidden.py").exists():
             print(".")
             continue

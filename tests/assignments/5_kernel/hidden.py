@@ -17,13 +17,16 @@ D, H, E, K, kernels, a_world, loop = (public.D, public.H, public.E, public.K, pu
 
 
 def as_good_as_the_loop(quantity, got, plain, true):
-    """FlashAttention's rule: at most twice the error of the plain code in the same precision."""
+    """At most twice the error of the plain code in the same precision, root mean square.
+
+    FlashAttention's rule takes the largest error, which for so few numbers is luck.
+    """
     same(f"{quantity}, shape and dtype", (tuple(got.shape), got.dtype),
          (tuple(plain.shape), plain.dtype))
-    error, noise = ((v.detach().double() - true).abs().max().item() for v in (got, plain))
-    # sums in another order; and the largest of few errors says little
-    bound = (2 if got.numel() > 100 else 4) * noise + 1e-6 * true.abs().max().item()
-    require(error <= bound, f"largest error of {quantity}", f"at most {bound:.3g}, from the "
+    error, noise = ((v.detach().double() - true).square().mean().sqrt().item()
+                    for v in (got, plain))
+    bound = 2 * noise + 1e-6 * true.abs().max().item()              # sums in another order
+    require(error <= bound, f"error of {quantity}", f"at most {bound:.3g}, from the "
             f"{noise:.3g} of plain torch in {got.dtype}", f"{error:.3g}",
             "add products up in float32 and round once, when the result is stored")
 
@@ -136,13 +139,15 @@ def the_backward_makes_four_products_and_none_of_the_forward_again(student, g):
             f"four products of all choices (at most {int(4.8 * one)})", work)
 
 
-@check(points=2, hint="d(gate) is a sum of products: torch.promote_types(x.dtype, torch.float32)")
+@check(points=2, hint="torch.promote_types(x.dtype, torch.float32) for d(gate), a sum of products")
 def the_backward_by_hand_is_as_exact_in_bfloat16_as_autograds(student, g):
-    the_rung_is_as_exact(kernels(student, launches=False).lean, g, torch.bfloat16, "lean")
+    the_rung_is_as_exact(kernels(student, launches=False).lean, g, (90, 0, 130, 20),
+                         torch.bfloat16, "lean")
 
 
-def the_rung_is_as_exact(rung, g, dtype, name, forward=False):
-    world, d = a_world(g, (9, 0, 13, 2), dtype=dtype), random(g, 12, D).to(dtype).double()
+def the_rung_is_as_exact(rung, g, sizes, dtype, name, forward=False):
+    world = a_world(g, sizes, dtype=dtype)
+    d = random(g, len(world[0]), D).to(dtype).double()
     true = public.gradients(lambda *w: loop(*w)[0], public.doubles(world), d)
     plain = public.gradients(lambda *w: loop(*w)[0], world, d)
     for of, a, b, c in zip(public.NAMES, public.gradients(rung, world, d), plain, true,
@@ -274,4 +279,5 @@ def idle_experts_get_zeros_from_dirty_memory(student, g):
 
 @check(points=2, hint="accumulate in tl.float32; convert with .to(dtype) only what is stored")
 def the_triton_rung_is_as_exact_in_float16_as_plain_torch(student, g):
-    the_rung_is_as_exact(kernels(student).fused, g, torch.float16, "the triton rung", forward=True)
+    the_rung_is_as_exact(kernels(student).fused, g, (9, 0, 13, 2), torch.float16,
+                         "the triton rung", forward=True)

@@ -104,8 +104,8 @@ class Watched:
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            tensors = {name: v for name, v in zip(self.kernel.arg_names, args, strict=False)
-                       if isinstance(v, torch.Tensor)}
+            named = dict(zip(self.kernel.arg_names, args, strict=False)) | options
+            tensors = {name: v for name, v in named.items() if isinstance(v, torch.Tensor)}
             with Lanes(self.kernel.__name__, tensors):
                 self.kernel[grid](*args, **options)
         return launch
@@ -277,9 +277,9 @@ if triton is not None:
 
 @check(points=2, hint="Phi by tl.math.erf and phi by tl.exp; both are returned, the value first")
 def gelu_comes_with_its_slope(student, g):
-    z = random(g, 32).float() * 3
+    z, gelu = random(g, 32).float() * 3, kernels(student).gelu
     value, slope = torch.empty(32), torch.empty(32)
-    twice[(1,)](z, value, slope, kernels(student).gelu)
+    twice[(1,)](z, value, slope, gelu)
     Phi = torch.tensor([(1 + math.erf(v / math.sqrt(2))) / 2 for v in z.tolist()])
     phi = torch.tensor([math.exp(-v * v / 2) / math.sqrt(2 * math.pi) for v in z.tolist()])
     same("gelu(z)", value, z * Phi)
