@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 import train
 from data import normalise
+from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
 SMOKE = bool(os.environ.get("SMOKE_TEST"))      # set by the tests: live cells stay small
@@ -129,3 +130,11 @@ def rebuild(config, weights, names):
     vit = train.build(train.Config(**config | {"device": "cpu"}), classes)
     vit.load_state_dict({key: w.float() for key, w in weights.items()})
     return vit.eval()
+
+
+def guide_of(student, state):
+    """The frozen teacher of a kept student and its teacher routers, as training left them."""
+    teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
+    guide = Guide(teacher, student, state["config"]["n_experts"])
+    guide.routers.load_state_dict({key: w.float() for key, w in state["routers"].items()})
+    return guide.requires_grad_(False)

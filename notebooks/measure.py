@@ -1,6 +1,7 @@
 """measure.py -- how are the numbers made that the notebooks show and the study's rows do not hold?
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
+    python notebooks/measure.py classes                       whom the kept students' experts serve
 
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import train  # noqa: E402
+from notebooks.lesson import guide_of, trained  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "results"
 
@@ -72,7 +74,69 @@ def keep(args):
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
 
 
-MEASURES = {"keep": keep}
+# --- whom does an expert serve? ---
+
+def mutual_information(counts):
+    """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
+    joint = counts / counts.sum()
+    alone = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0                                        # 0 log 0 = 0
+    return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
+
+
+def exchanges(B, N):
+    """Orders (B*N,) in which tokens take over each other's experts."""
+    other = torch.randperm(B)[:, None] * N + torch.arange(N)
+    return {"own": torch.arange(B * N), "same place, other image": other.flatten(),
+            "any other token": torch.randperm(B * N)}
+
+
+@torch.no_grad()
+def classes(args):
+    """Whom does each expert serve, and does it matter? Every test image, both kept students.
+
+    counts (router, block, class, token, expert) for the routers of V-MoE, of TGR and of TGR's
+    teacher; token 0 is the class token. `dealt` is the same, summed over patches, with the classes
+    dealt out anew among the images: the information that chance alone would show. `right` counts
+    the images that a student classifies right when its tokens keep or exchange their experts
+    (their gates stay their own), and when the teacher routers send them.
+    """
+    torch.manual_seed(0)
+    vmoe, _ = trained("vmoe")
+    tgr, state = trained("tgr")
+    guide, routers = guide_of(tgr, state), ("vmoe", "tgr", "teacher")
+    images = data.load("cifar100", args.data_dir)
+    labels, N, E = images.test.coarse, tgr.n_tokens, guide.routers["2"].weight.shape[0]
+    anew = labels[torch.randperm(len(labels))]
+    counts = np.zeros((len(routers), len(guide.blocks), len(images.coarse_names), N, E), np.int32)
+    dealt, right = np.zeros_like(counts[:, :, :, 0]), {}
+    for some in torch.arange(len(labels)).split(500):
+        x, y = data.normalise(images.test.images[some], images.mean, images.std), labels[some]
+        targets = guide(x)
+        sent = {b: tgr.blocks[b - 1].mlp.router.route(z) for b, z in targets.items()}
+        routings = {"teacher": sent}
+        orders = exchanges(len(x), N)
+        for name, student in (("vmoe", vmoe), ("tgr", tgr)):
+            layers = student(x).layers
+            own = routings[name] = {b: layers[b].routing for b in sent}
+            trials = {how: {b: r._replace(experts=r.experts[order]) for b, r in own.items()}
+                      for how, order in orders.items()}
+            trials |= {"the teacher routers'": sent} if name == "tgr" else {}
+            for how, trial in trials.items():
+                hits = (student(x, trial).logits.argmax(dim=1) == y).sum().item()
+                right[name, how] = right.get((name, how), 0) + hits
+        for r, name in enumerate(routers):
+            for i, routing in enumerate(routings[name].values()):
+                chosen = routing.experts[:, 0].view(-1, N).numpy()      # (B, N)
+                np.add.at(counts[r, i], (y.numpy()[:, None], np.arange(N), chosen), 1)
+                np.add.at(dealt[r, i], (anew[some].numpy()[:, None], chosen[:, 1:]), 1)
+    write("classes", about("python notebooks/measure.py classes", 0), counts=counts, dealt=dealt,
+          routers=np.array(routers), blocks=np.array(list(guide.blocks)),
+          names=np.array(images.coarse_names), right=np.array(list(right.values())),
+          trials=np.array([f"{name}: {how}" for name, how in right]))
+
+
+MEASURES = {"keep": keep, "classes": classes}
 
 
 def main(argv=None):
