@@ -2,6 +2,7 @@
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
     python notebooks/measure.py classes                       whom the kept students' experts serve
+    python notebooks/measure.py features_alone                guidance that reaches no router
 
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
@@ -14,13 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import report  # noqa: E402
 import train  # noqa: E402
-from notebooks.lesson import guide_of, trained  # noqa: E402
+from notebooks import study  # noqa: E402
+from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
+from router import TopKRouter  # noqa: E402
+from teacher import Guide, guidance_loss, teacher_router_losses  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "results"
 
@@ -136,7 +142,52 @@ def classes(args):
           trials=np.array([f"{name}: {how}" for name, how in right]))
 
 
-MEASURES = {"keep": keep, "classes": classes}
+# --- does guidance need a router at all? ---
+
+def guide_the_features_alone(cfg, student, guide, images, targets):
+    """TGR's KL on linear heads that look at h like a router and dispatch nothing (ours).
+
+    The backbone is pulled as in TGR; a router that the student may have learns as in V-MoE.
+    """
+    output, asked = student(images), guide(images)
+    terms = train.objective(cfg, output, targets)
+    load, entropy = teacher_router_losses(asked)
+    kl = sum(guidance_loss(z, student.heads[b](output.layers[int(b)].h).logits)
+             for b, z in ((str(b), z) for b, z in asked.items()))
+    return terms | {"teacher_load": cfg.load_weight * load,
+                    "teacher_entropy": cfg.entropy_weight * entropy,
+                    "guidance": cfg.guide_weight / len(asked) * kl}
+
+
+def features_alone(args):
+    """Two controls of ours, thought of after the first rows: V-MoE and a dense ViT with such heads.
+
+    Recipe, scale and seeds are the study's, so they are paired with its rows by seed.
+    """
+    _, state = trained("tgr")
+    flags, results = {"moe": "--method moe --k 1", "dense": "--method dense"}, {}
+    for seed in range(3):
+        origin = about("python notebooks/measure.py features_alone", seed)
+        for arm, words in flags.items():
+            _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *words.split(), "--seed",
+                                             str(seed), "--data_dir", args.data_dir]))
+            teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
+            torch.manual_seed(seed)                        # the teacher routers' own weights
+            blocks = {int(b): int(b) for b in job.cfg.moe_blocks.split(",")}
+            guide = Guide(teacher, job.student, job.cfg.n_experts, blocks)
+            job.student.heads = nn.ModuleDict({
+                str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in blocks})
+            results[arm, seed] = train.fit(job, guide, origin["command"], guide_the_features_alone)
+
+        def table(value, n=seed + 1):                       # (arms, seeds)
+            return np.array([[value(results[arm, s]) for s in range(n)] for arm in flags], float)
+
+        write("features_alone", origin | {"seed": list(range(seed + 1))}, arms=np.array([*flags]),
+              accuracy=table(lambda result: 100 * result["test_accuracy"]),
+              agreement=table(report.early_agreement))
+
+
+MEASURES = {"keep": keep, "classes": classes, "features_alone": features_alone}
 
 
 def main(argv=None):
