@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from IPython.display import Image, display
+from matplotlib.colors import to_rgb
 from tqdm.auto import tqdm as bar
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before kernels.py imports triton
 
+import report
 import train
 from data import normalise
 from teacher import Guide
@@ -82,6 +84,23 @@ def show(fig, alt):
     png = io.BytesIO()
     fig.savefig(png, format="png", dpi=80)
     display(Image(png.getvalue(), alt=alt))
+
+
+def patch_map(axis, image, experts=None, strength=None, title=""):
+    """Draw an image (3, 32, 32) in bytes; or, pale below them, the expert of each of 16 patches.
+
+    Colour and number say which expert; strength (16,), 0 to 1, how strong the colour is.
+    """
+    axis.set(xticks=[], yticks=[], title=title)
+    if experts is None:
+        return axis.imshow(image.permute(1, 2, 0))
+    palette = np.array([to_rgb(colour) for colour in report.COLOURS])               # (8, 3)
+    tiles = np.concatenate([palette[experts], np.asarray(strength)[:, None]], axis=1)
+    axis.imshow(image.float().mean(dim=0), cmap="gray", vmin=-100, vmax=255)
+    axis.imshow(tiles.reshape(4, 4, 4), extent=(0, 32, 32, 0), interpolation="nearest")
+    for place, (expert, s) in enumerate(zip(experts.tolist(), strength, strict=True)):
+        axis.text(4 + place % 4 * 8, 4 + place // 4 * 8, expert, ha="center", va="center",
+                  color="white" if expert == 7 and s > 0.5 else "black", fontsize=9)
 
 
 # --- what was measured before, and by whom ---
