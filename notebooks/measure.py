@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import report  # noqa: E402
 import train  # noqa: E402
 from notebooks import study  # noqa: E402
 from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
@@ -67,8 +66,8 @@ def keep(args):
     histories = {name: np.load(run / "routing.npz")["experts"].astype(np.int8)
                  for name, run in runs.items()}             # (epochs, L, B, N, K)
     both = " and ".join(origin["command"] for origin in origins.values())
-    write("routing", origins["tgr"] | {"command": both}, layers=np.load(runs["tgr"] / "routing.npz")["layers"],
-          **histories)
+    write("routing", origins["tgr"] | {"command": both},
+          layers=np.load(runs["tgr"] / "routing.npz")["layers"], **histories)
     for name, run in runs.items():
         state = train.read(run / "checkpoint.pt")
         kept = {"config": state["config"], "names": list(names), "about": origins[name],
@@ -163,14 +162,12 @@ def guide_the_features_alone(cfg, student, guide, images, targets):
 def features_alone(args):
     """Two controls of ours, thought of after the first rows: V-MoE and a dense ViT with such heads.
 
-    Recipe, scale and seeds are the study's, so they are paired with its rows by seed.
+    Recipe, scale and seeds are the study's, so the rows are paired with its own by seed.
     """
     _, state = trained("tgr")
-    flags, results = {"moe": "--method moe --k 1", "dense": "--method dense"}, {}
     for seed in range(3):
-        origin = about("python notebooks/measure.py features_alone", seed)
-        for arm, words in flags.items():
-            _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *words.split(), "--seed",
+        for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
+            _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *flags.split(), "--seed",
                                              str(seed), "--data_dir", args.data_dir]))
             teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
             torch.manual_seed(seed)                        # the teacher routers' own weights
@@ -178,14 +175,11 @@ def features_alone(args):
             guide = Guide(teacher, job.student, job.cfg.n_experts, blocks)
             job.student.heads = nn.ModuleDict({
                 str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in blocks})
-            results[arm, seed] = train.fit(job, guide, origin["command"], guide_the_features_alone)
-
-        def table(value, n=seed + 1):                       # (arms, seeds)
-            return np.array([[value(results[arm, s]) for s in range(n)] for arm in flags], float)
-
-        write("features_alone", origin | {"seed": list(range(seed + 1))}, arms=np.array([*flags]),
-              accuracy=table(lambda result: 100 * result["test_accuracy"]),
-              agreement=table(report.early_agreement))
+            result = train.fit(job, guide, "python notebooks/measure.py features_alone",
+                               guide_the_features_alone)
+            study.append(RESULTS / "features_alone.jsonl", {
+                "arm": f"{arm}-features-alone", "scale": "cpu", "wall_seconds": result["seconds"]}
+                | result)
 
 
 MEASURES = {"keep": keep, "classes": classes, "features_alone": features_alone}
