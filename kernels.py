@@ -92,12 +92,26 @@ def sliced_mlp(rows, p, w_in, b_in, w_out, b_out):
 
 
 def grouped_mm_mlp(rows, p, w_in, b_in, w_out, b_out):
-    """The same in two launches, with no group size known to the host."""
-    one_hot = F.one_hot(p.ids, len(w_in)).to(rows.dtype)             # (S, E)
+    """The same in two launches, with no group size known to the host; grouped_mm has no bias."""
     ends = p.offsets[1:].int()
-    # grouped_mm has no bias; as a product with the one-hot rows its gradient is a product too
-    z = torch.addmm(F.grouped_mm(rows, w_in, offs=ends), one_hot, b_in)             # (S, H)
-    return torch.addmm(F.grouped_mm(F.gelu(z), w_out, offs=ends), one_hot, b_out)   # (S, D)
+    z = OwnBias.apply(F.grouped_mm(rows, w_in, offs=ends), b_in, p.ids)             # (S, H)
+    return OwnBias.apply(F.grouped_mm(F.gelu(z), w_out, offs=ends), b_out, p.ids)   # (S, D)
+
+
+class OwnBias(torch.autograd.Function):
+    """out (S, n) plus the bias of each row's own expert, b (E, n) at ids (S,)."""
+
+    @staticmethod
+    def forward(ctx, out, b, ids):
+        ctx.E = len(b)
+        ctx.save_for_backward(ids)
+        return out + b.index_select(0, ids)
+
+    @staticmethod
+    def backward(ctx, d):
+        ids, = ctx.saved_tensors
+        # autograd would add row by row, in any order on a GPU; a product with one-hot rows does not
+        return d, F.one_hot(ids, ctx.E).to(d.dtype).mT @ d, None
 
 
 # On a CPU a slice per expert is the faster one, unless an expert has so few rows that calling costs

@@ -249,7 +249,7 @@ def test_weights_that_nobody_visits_could_be_anything(way, go):
     experts = without(2)
     layer = an_mlp_layer(E, experts, f32, D, H, device)
     before = everything(backend, layer, experts, asked=False)
-    for name in ("w_in", "w_out"):
+    for name in ("w_in", "b_in", "w_out", "b_out"):
         layer[name][2] = torch.nan
     for name, after in everything(backend, layer, experts, asked=False).items():
         assert torch.equal(after, before[name])
