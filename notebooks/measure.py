@@ -1,6 +1,7 @@
 """measure.py -- how are the numbers made that the notebooks show and the study's rows do not hold?
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
+    python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
     python notebooks/measure.py classes                       whom the kept students' experts serve
     python notebooks/measure.py features_alone                guidance that reaches no router
 
@@ -10,6 +11,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,50 @@ def keep(args):
                      "teacher_config": teacher["config"]}
         train.save(RESULTS / f"{name}.pt", kept)
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
+
+
+def gradients(args):
+    """cosine (runs, epochs + 1, L) of each router's task gradient with the oracle's, seed 0.
+
+    Epoch 0 is the first weights. The oracle is study.oracle_cosine's, on the 256 probe images; NaN
+    where the sparse gradient is 0. The runs are the study's own, bit for bit: it only looks.
+    """
+    arms = {"softmax, then top-1": study.ARMS["moe-k1"].flags,
+            "softmax, then top-2": study.ARMS["moe-k2"].flags,
+            "top-2, then softmax": study.ARMS["moe-k2-topk-softmax"].flags,
+            "sigmoid, top-2": study.ARMS["moe-k2-sigmoid"].flags,
+            "sigmoid, top-1": "--method moe --k 1 --gate sigmoid"}
+    origin, curves = about("python notebooks/measure.py gradients", seed=0), []
+    for name, flags in arms.items():
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            curves.append(cosines(f"{study.SCALES['cpu']} {flags}", folder, args.data_dir))
+        write("gradients", origin, names=np.array(list(arms)[:len(curves)]),
+              cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
+
+
+def cosines(flags, folder, data_dir):
+    """Train one run; (epochs + 1, L) cosines, from the first step of every epoch and the end."""
+    _, job = study.prepare(flags, Path(folder), data_dir, seed=0)
+    x = data.normalise(job.sets.probe[0], job.data.mean, job.data.std)
+    step, found = 0, []
+
+    def look(student):
+        student.eval()
+        found.append([study.oracle_cosine(student, x, job.sets.probe[1], block)
+                      for block in student.moe_blocks])
+        student.train()
+
+    def losses(cfg, student, guide, images, targets):
+        nonlocal step
+        if step % train.steps_per_epoch(cfg, job.sets) == 0:
+            look(student)
+        step += 1
+        return train.losses(cfg, student, guide, images, targets)
+
+    train.fit(job, own_losses=losses)
+    look(job.student)
+    return found
 
 
 # --- whom does an expert serve? ---
@@ -182,7 +228,8 @@ def features_alone(args):
                 | result)
 
 
-MEASURES = {"keep": keep, "classes": classes, "features_alone": features_alone}
+MEASURES = {"keep": keep, "gradients": gradients, "classes": classes,
+            "features_alone": features_alone}
 
 
 def main(argv=None):
