@@ -1,6 +1,7 @@
 """measure.py -- how are the numbers made that the notebooks show and the study's rows do not hold?
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
+    python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
 
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import distill  # noqa: E402
 import train  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "results"
@@ -72,7 +75,73 @@ def keep(args):
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
 
 
-MEASURES = {"keep": keep}
+# --- what does each expert know, and from whom does it hear? (notebook 3) ---
+
+# those of them that have ended; the first one's gate gives the partition that all share
+EXPERTS_OF = ("moe-k2", "mode-k2", "mode-k2-alpha-1", "mode-k2-alpha-100", "tgr+mode-k2")
+PROBED, HEARD = 2_000, 400     # test images: experts are forced on these, gradients taken on those
+
+
+def pulls(vit, images, labels):
+    """(L, 2): mean size of what the task and mutual distillation with alpha = 1 send to an expert's
+    output for a token, as one training step of `train.objective` would, for L MoE blocks."""
+    output = vit(images)
+    raws = [output.layers[b].raw for b in vit.moe_blocks]               # L of (T, K, D)
+    mutual = sum(distill.mutual_distillation_loss(raw) for raw in raws) / len(raws)
+    sent = [torch.autograd.grad(loss, raws, retain_graph=True)
+            for loss in (F.cross_entropy(output.logits, labels), mutual)]
+    return torch.stack([torch.stack([g.norm(dim=-1).mean() for g in grads])
+                        for grads in sent], dim=1)
+
+
+def experts(args):
+    """Force every expert, take gradients, count who meets whom; one entry per arm of EXPERTS_OF."""
+    runs = {arm: Path(args.runs, arm, "seed0") for arm in EXPERTS_OF}
+    runs = {arm: run for arm, run in runs.items() if (run / "result.json").exists()}
+    kept = {name: [] for name in ("domain", "correct", "served", "norms", "meet", "first_share",
+                                  "pulls", "alpha")}
+    trained_by = {}
+    for arm, run in runs.items():
+        result = json.loads((run / "result.json").read_text())
+        trained_by[arm] = {key: result[key] for key in ("command", "commit", "device")}
+        cfg = train.Config(**result["config"] | {"device": "cpu"})
+        images = data.load(cfg.data, args.data_dir)
+        vit = train.build(cfg, images)
+        train.restore(vit, train.read(run / "checkpoint.pt")["student"], run / "checkpoint.pt")
+        vit.eval()
+        for b in vit.moe_blocks:
+            vit.blocks[b - 1].mlp.keep_raw = True
+        sets = train.split(cfg, images)
+        x = data.normalise(sets.test[0][:PROBED], images.mean, images.std)
+        y = sets.test[1][:PROBED]
+        E, N, blocks = cfg.n_experts, vit.n_tokens, vit.moe_blocks
+
+        with torch.no_grad():
+            output = vit(x)
+        routings = [output.layers[b].routing for b in blocks]
+        pairs = [F.one_hot(r.experts, E).sum(dim=1).float() for r in routings]      # (T, E) 0 or 1
+        share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
+        probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
+        found = {
+            "alpha": torch.tensor(cfg.alpha if "mode" in cfg.method else 0.0),
+            "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
+            "served": output.logits.argmax(dim=1) == y,
+            "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
+            "norms": torch.stack([distill.expert_gradient_norms(vit, x[:HEARD], y[:HEARD], b)
+                                  for b in blocks]),
+            "meet": torch.stack([p.T @ p for p in pairs]).int(),        # tokens that e and f share
+            "first_share": torch.stack([s.mean() for s in share]),
+            "pulls": pulls(vit, *probe)}
+        for name, value in found.items():
+            kept[name].append(value.numpy())
+        print(arm, flush=True)
+    origin = about(f"python notebooks/measure.py experts --runs {args.runs}", 0)
+    write("experts", origin | {"trained_by": trained_by}, arms=np.array(list(runs)),
+          blocks=np.array(blocks), labels=y.numpy().astype(np.int8),
+          **{name: np.stack(values) for name, values in kept.items()})
+
+
+MEASURES = {"keep": keep, "experts": experts}
 
 
 def main(argv=None):
