@@ -786,7 +786,7 @@ def section(grid, scale):
     caption = (
         f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
         f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
-        f"{first['preset']}; epochs: {first['epochs']}; dense teacher: "
+        f"{first['preset']}; epochs: {first['epochs']}; dense teacher (`{TEACHER[scale]}`): "
         f"{report.show(report.mean(taught), '{:.1%}')}; device: {all_of(lambda r: r['device'])}; "
         f"torch {all_of(lambda r: r['versions']['torch'])}; commit "
         f"{all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation over n "
