@@ -95,15 +95,16 @@ def pulls(vit, images, labels):
 
 
 def experts(args):
-    """Force every expert, take gradients, count who meets whom; one entry per arm of EXPERTS_OF."""
-    runs = {arm: Path(args.runs, arm, "seed0") for arm in EXPERTS_OF}
-    runs = {arm: run for arm, run in runs.items() if (run / "result.json").exists()}
-    kept = {name: [] for name in ("domain", "correct", "served", "norms", "meet", "first_share",
-                                  "pulls", "alpha")}
+    """Force every expert, take gradients, count who meets whom; one entry per run that has ended."""
+    runs = [(arm, run) for arm in EXPERTS_OF for run in sorted(Path(args.runs, arm).glob("seed*"))
+            if (run / "result.json").exists()]
+    kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "served", "norms", "meet",
+                                  "first_share", "pulls")}
     trained_by = {}
-    for arm, run in runs.items():
+    for arm, run in runs:
         result = json.loads((run / "result.json").read_text())
-        trained_by[arm] = {key: result[key] for key in ("command", "commit", "device")}
+        trained_by[f"{arm}, seed {result['seed']}"] = {
+            key: result[key] for key in ("command", "commit", "device")}
         cfg = train.Config(**result["config"] | {"device": "cpu"})
         images = data.load(cfg.data, args.data_dir)
         vit = train.build(cfg, images)
@@ -123,7 +124,7 @@ def experts(args):
         share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
         probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
         found = {
-            "alpha": torch.tensor(cfg.alpha if "mode" in cfg.method else 0.0),
+            "arms": arm, "seeds": result["seed"],
             "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
             "served": output.logits.argmax(dim=1) == y,
             "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
@@ -133,11 +134,12 @@ def experts(args):
             "first_share": torch.stack([s.mean() for s in share]),
             "pulls": pulls(vit, *probe)}
         for name, value in found.items():
-            kept[name].append(value.numpy())
-        print(arm, flush=True)
-    origin = about(f"python notebooks/measure.py experts --runs {args.runs}", 0)
-    write("experts", origin | {"trained_by": trained_by}, arms=np.array(list(runs)),
-          blocks=np.array(blocks), labels=y.numpy().astype(np.int8),
+            kept[name].append(np.asarray(value))
+        print(list(trained_by)[-1], flush=True)
+    origin = about(f"python notebooks/measure.py experts --runs {args.runs}",
+                   sorted({int(seed) for seed in kept["seeds"]}))
+    write("experts", origin | {"trained_by": trained_by}, blocks=np.array(blocks),
+          labels=y.numpy().astype(np.int8),
           **{name: np.stack(values) for name, values in kept.items()})
 
 
