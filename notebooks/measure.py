@@ -95,7 +95,8 @@ def pulls(vit, images, labels):
 
 
 def experts(args):
-    """Force every expert, take gradients, count who meets whom; one entry per run that has ended."""
+    """Force every expert, take gradients, count who meets whom, in every run that has ended."""
+    commit = train.commit()                # before the minutes in which a file may be edited
     runs = [(arm, run) for arm in EXPERTS_OF for run in sorted(Path(args.runs, arm).glob("seed*"))
             if (run / "result.json").exists()]
     kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "served", "norms", "meet",
@@ -137,7 +138,7 @@ def experts(args):
             kept[name].append(np.asarray(value))
         print(list(trained_by)[-1], flush=True)
     origin = about(f"python notebooks/measure.py experts --runs {args.runs}",
-                   sorted({int(seed) for seed in kept["seeds"]}))
+                   sorted({int(seed) for seed in kept["seeds"]}), commit)
     write("experts", origin | {"trained_by": trained_by}, blocks=np.array(blocks),
           labels=y.numpy().astype(np.int8),
           **{name: np.stack(values) for name, values in kept.items()})
