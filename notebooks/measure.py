@@ -2,6 +2,7 @@
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
     python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
+    python notebooks/measure.py sweep                         14 short runs over alpha, K=2
 
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
@@ -144,7 +145,47 @@ def experts(args):
           **{name: np.stack(values) for name, values in kept.items()})
 
 
-MEASURES = {"keep": keep, "experts": experts}
+# --- what does alpha do, in runs short enough to repeat before lunch? (notebook 3) ---
+
+SHORT = 4                                   # epochs instead of the study's 12, all else the same
+SWEEP = (0, 100, 0.01, 1, 10, 0.1, 0.001)   # 0 is the plain V-MoE; ends first
+
+
+def sweep(args):
+    """Accuracy, expert similarity and the gate at every alpha; block 4, 1,000 images probed."""
+    import study
+    origin = about("python notebooks/measure.py sweep", [0, 1])
+    found = []
+    for seed in (0, 1):
+        for alpha in SWEEP:
+            method = f"mode --alpha {alpha}" if alpha else "moe"
+            flags = f"{study.SCALES['cpu']} --epochs {SHORT} --k 2 --method {method}"
+            folder = ROOT / "runs" / "sweep" / f"alpha{alpha}-seed{seed}"
+            _, job = study.prepare(flags, folder, args.data_dir, seed)
+            result = train.fit(job, command=origin["command"])
+            vit, sets = job.student.eval(), job.sets
+
+            def images(part, n, job=job):
+                return data.normalise(part[0][:n], job.data.mean, job.data.std), part[1][:n]
+
+            with torch.no_grad():
+                layers = vit(images(sets.probe, 256)[0]).layers
+            x, y = images(sets.test, 1_000)
+            correct = distill.probe(vit, x, y, 4)                       # (E, 1000)
+            with torch.no_grad():
+                domain = distill.domains(vit(x).layers[4].routing.probs, vit.n_tokens)
+            each = [distill.gate_accuracy(correct, torch.full_like(domain, e)) for e in range(8)]
+            found.append((seed, alpha, result["test_accuracy"],
+                          np.mean([study.expert_similarity(vit.blocks[b - 1].mlp, layers[b].h)
+                                   for b in vit.moe_blocks]),
+                          distill.gate_accuracy(correct, domain), np.mean(each)))
+            print(*found[-1], flush=True)
+            write("sweep", origin, epochs=SHORT, **dict(zip(
+                ("seed", "alpha", "accuracy", "similarity", "gate", "blind"),
+                np.array(found).T, strict=True)))
+
+
+MEASURES = {"keep": keep, "experts": experts, "sweep": sweep}
 
 
 def main(argv=None):
