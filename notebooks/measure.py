@@ -96,13 +96,20 @@ def pulls(vit, images, labels):
                         for grads in sent], dim=1)
 
 
+def colleagues(raws):
+    """(cosine of two experts' outputs for a token that both serve, their length), from L raw
+    outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
+    alike = [F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean() for raw in raws]
+    return sum(alike) / len(raws), sum(raw.norm(dim=-1).mean() for raw in raws) / len(raws)
+
+
 def experts(args):
     """Force every expert, take gradients, count who meets whom, in every run that has ended."""
     commit = train.commit()                # before the minutes in which a file may be edited
     runs = [(arm, run) for arm in EXPERTS_OF for run in sorted(Path(args.runs, arm).glob("seed*"))
             if (run / "result.json").exists()]
     kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "served", "norms", "meet",
-                                  "first_share", "pulls")}
+                                  "first_share", "pulls", "colleagues")}
     trained_by = {}
     for arm, run in runs:
         result = json.loads((run / "result.json").read_text())
@@ -135,7 +142,8 @@ def experts(args):
                                   for b in blocks]),
             "meet": torch.stack([p.T @ p for p in pairs]).int(),        # tokens that e and f share
             "first_share": torch.stack([s.mean() for s in share]),
-            "pulls": pulls(vit, *probe)}
+            "pulls": pulls(vit, *probe),
+            "colleagues": torch.stack(colleagues([output.layers[b].raw for b in blocks]))}
         for name, value in found.items():
             kept[name].append(np.asarray(value))
         print(list(trained_by)[-1], flush=True)
@@ -157,7 +165,7 @@ def sweep(args):
     """Accuracy, expert similarity and the gate at every alpha; block 4, 1,000 images probed."""
     import study
     origin = about("python notebooks/measure.py sweep", list(range(SEEDS)))
-    names = ("accuracy", "similarity", "gate", "blind")
+    names = ("accuracy", "similarity", "colleagues", "length", "gate", "blind")
     found = {name: np.full((len(SWEEP), SEEDS), np.nan) for name in names}  # NaN: not run yet
     for seed, at in itertools.product(range(SEEDS), ENDS_FIRST):
         method = f"mode --alpha {SWEEP[at]}" if at else "moe"
@@ -166,6 +174,8 @@ def sweep(args):
         _, job = study.prepare(flags, folder, args.data_dir, seed)
         result = train.fit(job, command=origin["command"])
         vit, images = job.student.eval(), job.data
+        for b in vit.moe_blocks:
+            vit.blocks[b - 1].mlp.keep_raw = True
 
         x = data.normalise(job.sets.test[0][:1_000], images.mean, images.std)
         correct = distill.probe(vit, x, job.sets.test[1][:1_000], 4)        # (E, 1000)
@@ -176,11 +186,12 @@ def sweep(args):
         values = (result["test_accuracy"],
                   np.mean([study.expert_similarity(vit.blocks[b - 1].mlp, layers[b].h)
                            for b in vit.moe_blocks]),
+                  *colleagues([layers[b].raw for b in vit.moe_blocks]),
                   distill.gate_accuracy(correct, domain),
                   np.mean([distill.gate_accuracy(correct, d) for d in stubborn]))
         for name, value in zip(names, values, strict=True):
             found[name][at, seed] = value
-        print(SWEEP[at], seed, *values, flush=True)
+        print(SWEEP[at], seed, *map(float, values), flush=True)
         write("sweep", origin, alpha=SWEEP, epochs=SHORT, **found)
 
 
