@@ -165,7 +165,7 @@ def sweep(args):
     """Accuracy, expert similarity and the gate at every alpha; block 4, 1,000 images probed."""
     import study
     origin = about("python notebooks/measure.py sweep", list(range(SEEDS)))
-    names = ("accuracy", "similarity", "colleagues", "length", "gate", "blind")
+    names = ("accuracy", "similarity", "colleagues", "length", "strangers", "gate", "blind")
     found = {name: np.full((len(SWEEP), SEEDS), np.nan) for name in names}  # NaN: not run yet
     for seed, at in itertools.product(range(SEEDS), ENDS_FIRST):
         method = f"mode --alpha {SWEEP[at]}" if at else "moe"
@@ -182,11 +182,13 @@ def sweep(args):
         with torch.no_grad():
             layers = vit(data.normalise(job.sets.probe[0], images.mean, images.std)).layers
             domain = distill.domains(vit(x).layers[4].routing.probs, vit.n_tokens)
+        both = F.one_hot(layers[4].routing.experts, len(correct)).sum(dim=1).float()    # (T, E)
+        rare = both.T @ both < 0.01 * len(both)             # pairs that share < 1 % of the tokens
         stubborn = [torch.full_like(domain, e) for e in range(len(correct))]
         values = (result["test_accuracy"],
                   np.mean([study.expert_similarity(vit.blocks[b - 1].mlp, layers[b].h)
                            for b in vit.moe_blocks]),
-                  *colleagues([layers[b].raw for b in vit.moe_blocks]),
+                  *colleagues([layers[b].raw for b in vit.moe_blocks]), rare.triu(1).sum(),
                   distill.gate_accuracy(correct, domain),
                   np.mean([distill.gate_accuracy(correct, d) for d in stubborn]))
         for name, value in zip(names, values, strict=True):
