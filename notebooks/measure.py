@@ -96,20 +96,13 @@ def pulls(vit, images, labels):
                         for grads in sent], dim=1)
 
 
-def colleagues(raws):
-    """(cosine of two experts' outputs for a token that both serve, their length), from L raw
-    outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
-    alike = [F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean() for raw in raws]
-    return sum(alike) / len(raws), sum(raw.norm(dim=-1).mean() for raw in raws) / len(raws)
-
-
 def experts(args):
     """Force every expert, take gradients, count who meets whom, in every run that has ended."""
     commit = train.commit()                # before the minutes in which a file may be edited
     runs = [(arm, run) for arm in EXPERTS_OF for run in sorted(Path(args.runs, arm).glob("seed*"))
             if (run / "result.json").exists()]
-    kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "served", "norms", "meet",
-                                  "first_share", "pulls", "colleagues")}
+    kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "norms", "meet",
+                                  "first_share", "pulls")}
     trained_by = {}
     for arm, run in runs:
         result = json.loads((run / "result.json").read_text())
@@ -128,29 +121,26 @@ def experts(args):
         E, N, blocks = cfg.n_experts, vit.n_tokens, vit.moe_blocks
 
         with torch.no_grad():
-            output = vit(x)
-        routings = [output.layers[b].routing for b in blocks]
+            layers = vit(x).layers
+        routings = [layers[b].routing for b in blocks]
         pairs = [F.one_hot(r.experts, E).sum(dim=1).float() for r in routings]      # (T, E) 0 or 1
         share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
         probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
         found = {
             "arms": arm, "seeds": result["seed"],
             "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
-            "served": output.logits.argmax(dim=1) == y,
             "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
             "norms": torch.stack([distill.expert_gradient_norms(vit, x[:HEARD], y[:HEARD], b)
                                   for b in blocks]),
             "meet": torch.stack([p.T @ p for p in pairs]).int(),        # tokens that e and f share
             "first_share": torch.stack([s.mean() for s in share]),
-            "pulls": pulls(vit, *probe),
-            "colleagues": torch.stack(colleagues([output.layers[b].raw for b in blocks]))}
+            "pulls": pulls(vit, *probe)}
         for name, value in found.items():
             kept[name].append(np.asarray(value))
         print(list(trained_by)[-1], flush=True)
     origin = about(f"python notebooks/measure.py experts --runs {args.runs}",
                    sorted({int(seed) for seed in kept["seeds"]}), commit)
     write("experts", origin | {"trained_by": trained_by}, blocks=np.array(blocks),
-          labels=y.numpy().astype(np.int8),
           **{name: np.stack(values) for name, values in kept.items()})
 
 
@@ -159,6 +149,13 @@ def experts(args):
 SHORT, SEEDS = 4, 2                     # epochs instead of the study's 12; all else is the same
 SWEEP = (0, 0.001, 0.01, 0.1, 1, 10, 100)               # 0 is the plain V-MoE
 ENDS_FIRST = (0, 6, 2, 4, 5, 3, 1)                      # so that an interrupted sweep says most
+
+
+def colleagues(raws):
+    """(cosine of two experts' outputs for a token that both serve, their length), from L raw
+    outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
+    alike = [F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean() for raw in raws]
+    return sum(alike) / len(raws), sum(raw.norm(dim=-1).mean() for raw in raws) / len(raws)
 
 
 def sweep(args):
