@@ -2,7 +2,7 @@
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
     python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
-    python notebooks/measure.py sweep                         14 short runs over alpha, K=2
+    python notebooks/measure.py sweep                         short runs over alpha, K=2
 
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
@@ -146,7 +146,7 @@ def experts(args):
 
 # --- what does alpha do, in runs short enough to repeat before lunch? (notebook 3) ---
 
-SHORT, SEEDS = 4, 2                     # epochs instead of the study's 12; all else is the same
+SHORT, SEEDS = 4, 1                     # epochs instead of the study's 12; all else is the same
 SWEEP = (0, 0.001, 0.01, 0.1, 1, 10, 100)               # 0 is the plain V-MoE
 ENDS_FIRST = (0, 6, 2, 4, 5, 3, 1)                      # so that an interrupted sweep says most
 
