@@ -73,7 +73,7 @@ def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
     p = plan(experts, len(w_in))
     # index_select, not x[...]: the same rows, but a faster backward on a CPU
     rows = x.index_select(0, p.order // K)                              # (S, D)
-    mlp = grouped_mm_mlp if _grouped_mm_takes(x, w_in) else sliced_mlp
+    mlp = grouped_mm_mlp if _grouped_mm_takes(rows, w_in, FEW_ROWS) else sliced_mlp
     out = mlp(rows, p, w_in, b_in, w_out, b_out)                  # (S, D) still by expert
     undo = torch.empty_like(p.order).scatter_(0, p.order, torch.arange(T * K, device=x.device))
     raw = out.index_select(0, undo).view(T, K, x.shape[1])
@@ -100,14 +100,18 @@ def grouped_mm_mlp(rows, p, w_in, b_in, w_out, b_out):
     return torch.addmm(F.grouped_mm(F.gelu(z), w_out, offs=ends), one_hot, b_out)   # (S, D)
 
 
-def _grouped_mm_takes(x, w_in):
-    """Whether grouped_mm is the better product here and accepts these tensors."""
-    aligned = all(n * x.element_size() % 16 == 0 for n in w_in.shape[1:])   # rows of 16 bytes
-    compiling = torch.compiler.is_compiling()
-    # on a CPU the slices win where an expert has many rows and lose where it has few
-    fast = x.is_cuda or compiling
-    half = x.dtype in (torch.bfloat16, torch.float16)      # all that it takes while compiling
-    return fast and aligned and (half or (x.dtype == torch.float32 and not compiling))
+# On a CPU a slice per expert is the faster one, unless an expert has so few rows that calling costs
+# more than multiplying; `lean`, which has fewer calls to save, gains nothing there.
+FEW_ROWS = 200
+
+
+def _grouped_mm_takes(rows, w_in, few_rows=0):
+    """Whether grouped_mm is the better product for rows (S, D) and accepts these tensors."""
+    aligned = all(n * rows.element_size() % 16 == 0 for n in w_in.shape[1:])  # rows of 16 bytes
+    compiling, E = torch.compiler.is_compiling(), len(w_in)
+    fast = rows.is_cuda or compiling or (E > 1 and len(rows) < few_rows * E)
+    half = rows.dtype in (torch.bfloat16, torch.float16)   # all that it takes while compiling
+    return fast and aligned and (half or (rows.dtype == torch.float32 and not compiling))
 
 
 # --- 3. the same products, and a backward by hand that keeps less ---
@@ -138,7 +142,7 @@ class Lean(torch.autograd.Function):
         ctx.K = K                                                       # len(z) / T, were T not 0
         rows = x.index_select(0, p.order // K)                          # (S, D)
         z, out = rows.new_empty(len(rows), w_in.shape[2]), torch.empty_like(rows)
-        for r, e, b, mm, _ in groups(p, x, w_in):
+        for r, e, b, mm, _ in groups(p, rows, w_in):
             z[r] = mm(rows[r], w_in[e]).add_(b_in[b])                   # (S, H)
             out[r] = mm(F.gelu(z[r]), w_out[e]).add_(b_out[b])          # (S, D) still by expert
         raw = torch.empty_like(out).index_copy_(0, p.order, out).view(T, K, x.shape[1])
@@ -158,7 +162,7 @@ class Lean(torch.autograd.Function):
         dx, dgate = torch.empty_like(rows), rows.new_empty(len(rows), dtype=wide)
         dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
         db_in, db_out = w_in.new_empty(w_in.shape[::2]), torch.empty_like(b_out)
-        for r, e, b, mm, per_expert in groups(p, x, w_in):
+        for r, e, b, mm, per_expert in groups(p, rows, w_in):
             a, da, dr = F.gelu(z[r]), mm(d[r], w_out[e].mT), d[r]       # (S, H), (S, H), (S, D)
             if not choices:
                 dgate[r] = (da.to(wide) * a).sum(dim=1) + (dr.to(wide) * b_out[b]).sum(dim=1)
@@ -173,13 +177,13 @@ class Lean(torch.autograd.Function):
         return dx, None, None if choices else dgate.to(gates.dtype), dw_in, db_in, dw_out, db_out
 
 
-def groups(p, x, w_in):
+def groups(p, rows, w_in):
     """What is multiplied at once? All rows by grouped_mm, or else one expert's after another's.
 
     Yields (which rows, which matrices, which bias for each row, the product, sums per expert).
     """
-    if _grouped_mm_takes(x, w_in):
-        one_hot = F.one_hot(p.ids, len(w_in)).to(x.dtype)               # (S, E)
+    if _grouped_mm_takes(rows, w_in):
+        one_hot = F.one_hot(p.ids, len(w_in)).to(rows.dtype)            # (S, E)
         product = partial(F.grouped_mm, offs=p.offsets[1:].int())
         yield slice(None), slice(None), p.ids, product, partial(torch.mm, one_hot.mT)
     else:

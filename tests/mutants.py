@@ -222,6 +222,10 @@ MUTANTS = [
     ("kernels.py", "F.grouped_mm(F.gelu(z)", "F.grouped_mm(F.gelu(z, approximate='tanh')"),
     ("kernels.py", "% 16 == 0", "% 8 == 0"),
     ("kernels.py", "fast and aligned", "aligned"),
+    ("kernels.py", "E > 1 and len(rows) < few_rows * E", "len(rows) < few_rows * E"),
+    ("kernels.py", "E > 1 and len(rows) < few_rows * E", "E > 1 and len(rows) < few_rows"),
+    ("kernels.py", "E > 1 and len(rows) < few_rows * E", "E > 1 and len(rows) <= few_rows * E"),
+    ("kernels.py", "w_in, FEW_ROWS)", "w_in)"),
     ("kernels.py", "fast and aligned", "fast"),
 
     # kernels.py: lean

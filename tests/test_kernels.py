@@ -292,11 +292,25 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     w, odd = torch.zeros(E, D, 44), torch.zeros(E, D, 45)
     x = torch.zeros(T, D)
     assert not kernels._grouped_mm_takes(x, w)                      # a CPU needs no grouped_mm
+    few = kernels.FEW_ROWS                  # ... unless experts are many, and short of rows
+    assert kernels._grouped_mm_takes(torch.zeros(few * E - 1, D), w, few)
+    assert not kernels._grouped_mm_takes(torch.zeros(few * E, D), w, few)
+    assert not kernels._grouped_mm_takes(x[:1], w[:1], few)         # one expert is a plain MLP
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels._grouped_mm_takes(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
     assert not kernels._grouped_mm_takes(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
     assert not kernels._grouped_mm_takes(x, odd) and not kernels._grouped_mm_takes(x.double(), w)
     assert not kernels._grouped_mm_takes(x, w)                      # float32 compiles to slices
+
+
+def test_experts_with_few_rows_are_multiplied_in_one_call(monkeypatch):
+    seen = []
+    for name in ("grouped_mm_mlp", "sliced_mlp"):
+        monkeypatch.setattr(kernels, name, lambda rows, *_, name=name: seen.append(name) or rows)
+    w = [torch.zeros(E, D, 44), torch.zeros(E, 44), torch.zeros(E, 44, D), torch.zeros(E, D)]
+    for T in (kernels.FEW_ROWS * E - 1, kernels.FEW_ROWS * E):
+        kernels.grouped(torch.zeros(T, D), torch.zeros(T, 1).long(), torch.ones(T, 1), *w)
+    assert seen == ["grouped_mm_mlp", "sliced_mlp"]
 
 
 def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_sizes():
