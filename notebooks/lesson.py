@@ -25,6 +25,7 @@ import kernels
 import train
 from data import normalise
 from report import COLOURS
+from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
 SMOKE = bool(os.environ.get("SMOKE_TEST"))      # set by the tests: live cells stay small
@@ -104,6 +105,23 @@ def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
     if found.low is not None:
         axis.plot([at, at], [found.low, found.high], lw=1.2, color=colour)
     return found
+
+
+def patch_map(axis, image, experts=None, strength=None, title=""):
+    """Draw an image (3, 32, 32) in bytes; or, pale below them, the expert of each of 16 patches.
+
+    Colour and number say which expert; strength (16,), 0 to 1, how strong the colour is.
+    """
+    axis.set(xticks=[], yticks=[], title=title)
+    if experts is None:
+        return axis.imshow(image.permute(1, 2, 0))
+    palette = np.array([to_rgb(colour) for colour in COLOURS])               # (8, 3)
+    tiles = np.concatenate([palette[experts], np.asarray(strength)[:, None]], axis=1)
+    axis.imshow(image.float().mean(dim=0), cmap="gray", vmin=-100, vmax=255)
+    axis.imshow(tiles.reshape(4, 4, 4), extent=(0, 32, 32, 0), interpolation="nearest")
+    for place, (expert, s) in enumerate(zip(experts.tolist(), strength, strict=True)):
+        axis.text(4 + place % 4 * 8, 4 + place // 4 * 8, expert, ha="center", va="center",
+                  color="white" if expert == 7 and s > 0.5 else "black", fontsize=9)
 
 
 def box(axis, x, y, width, height, text, colour, size=8):
@@ -281,3 +299,11 @@ def rebuild(config, weights, names):
     vit = train.build(train.Config(**config | {"device": "cpu"}), classes)
     vit.load_state_dict({key: w.float() for key, w in weights.items()})
     return vit.eval()
+
+
+def guide_of(student, state):
+    """The frozen teacher of a kept student and its teacher routers, as training left them."""
+    teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
+    guide = Guide(teacher, student, state["config"]["n_experts"])
+    guide.routers.load_state_dict({key: w.float() for key, w in state["routers"].items()})
+    return guide.requires_grad_(False)

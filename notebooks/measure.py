@@ -3,6 +3,9 @@
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
     python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
     python notebooks/measure.py sweep                         short runs over alpha, K=2
+    python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
+    python notebooks/measure.py classes                       whom the kept students' experts serve
+    python notebooks/measure.py features_alone                guidance that reaches no router
 
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
@@ -11,12 +14,14 @@ import itertools
 import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +29,10 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import distill  # noqa: E402
 import train  # noqa: E402
+from notebooks import study  # noqa: E402
+from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
+from router import TopKRouter  # noqa: E402
+from teacher import Guide, guidance_loss, teacher_router_losses  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "results"
 
@@ -64,8 +73,8 @@ def keep(args):
     histories = {name: np.load(run / "routing.npz")["experts"].astype(np.int8)
                  for name, run in runs.items()}             # (epochs, L, B, N, K)
     both = " and ".join(origin["command"] for origin in origins.values())
-    write("routing", origins["tgr"] | {"command": both}, layers=np.load(runs["tgr"] / "routing.npz")["layers"],
-          **histories)
+    write("routing", origins["tgr"] | {"command": both},
+          layers=np.load(runs["tgr"] / "routing.npz")["layers"], **histories)
     for name, run in runs.items():
         state = train.read(run / "checkpoint.pt")
         kept = {"config": state["config"], "names": list(names), "about": origins[name],
@@ -161,7 +170,6 @@ def colleagues(raws):
 
 def sweep(args):
     """Accuracy, expert similarity and the gate at every alpha; block 4, 1,000 images probed."""
-    import study
     origin = about("python notebooks/measure.py sweep", list(range(SEEDS)))
     names = ("accuracy", "similarity", "colleagues", "length", "strangers", "gate", "blind")
     found = {name: np.full((len(SWEEP), SEEDS), np.nan) for name in names}  # NaN: not run yet
@@ -195,7 +203,154 @@ def sweep(args):
         write("sweep", origin, alpha=SWEEP, epochs=SHORT, **found)
 
 
-MEASURES = {"keep": keep, "experts": experts, "sweep": sweep}
+def gradients(args):
+    """cosine (runs, epochs + 1, L) of each router's task gradient with the oracle's, seed 0.
+
+    Epoch 0 is the first weights. The oracle is study.oracle_cosine's, on the 256 probe images; NaN
+    where the sparse gradient is 0. The runs are the study's own, bit for bit: it only looks.
+    """
+    arms = {"softmax, then top-1": study.ARMS["moe-k1"].flags,
+            "softmax, then top-2": study.ARMS["moe-k2"].flags,
+            "top-2, then softmax": study.ARMS["moe-k2-topk-softmax"].flags,
+            "sigmoid, top-2": study.ARMS["moe-k2-sigmoid"].flags,
+            "sigmoid, top-1": "--method moe --k 1 --gate sigmoid"}
+    origin, curves = about("python notebooks/measure.py gradients", seed=0), []
+    for name, flags in arms.items():
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            curves.append(cosines(f"{study.SCALES['cpu']} {flags}", folder, args.data_dir))
+        write("gradients", origin, names=np.array(list(arms)[:len(curves)]),
+              cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
+
+
+def cosines(flags, folder, data_dir):
+    """Train one run; (epochs + 1, L) cosines, from the first step of every epoch and the end."""
+    _, job = study.prepare(flags, Path(folder), data_dir, seed=0)
+    x = data.normalise(job.sets.probe[0], job.data.mean, job.data.std)
+    step, found = 0, []
+
+    def look(student):
+        student.eval()
+        found.append([study.oracle_cosine(student, x, job.sets.probe[1], block)
+                      for block in student.moe_blocks])
+        student.train()
+
+    def losses(cfg, student, guide, images, targets):
+        nonlocal step
+        if step % train.steps_per_epoch(cfg, job.sets) == 0:
+            look(student)
+        step += 1
+        return train.losses(cfg, student, guide, images, targets)
+
+    train.fit(job, own_losses=losses)
+    look(job.student)
+    return found
+
+
+# --- whom does an expert serve? ---
+
+def mutual_information(counts):
+    """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
+    joint = counts / counts.sum()
+    alone = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0                                        # 0 log 0 = 0
+    return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
+
+
+def exchanges(B, N):
+    """Orders (B*N,) in which tokens take over each other's experts."""
+    other = torch.randperm(B)[:, None] * N + torch.arange(N)
+    return {"own": torch.arange(B * N), "same place, other image": other.flatten(),
+            "any other token": torch.randperm(B * N)}
+
+
+@torch.no_grad()
+def classes(args):
+    """Whom does each expert serve, and does it matter? Every test image, both kept students.
+
+    counts (router, block, class, token, expert) for the routers of V-MoE, of TGR and of TGR's
+    teacher; token 0 is the class token. `dealt` is the same, summed over patches, with the classes
+    dealt out anew among the images: the information that chance alone would show. `right` counts
+    the images that a student classifies right when its tokens keep or exchange their experts
+    (their gates stay their own), and when the teacher routers send them.
+    """
+    torch.manual_seed(0)
+    vmoe, _ = trained("vmoe")
+    tgr, state = trained("tgr")
+    guide, routers = guide_of(tgr, state), ("vmoe", "tgr", "teacher")
+    images = data.load("cifar100", args.data_dir)
+    labels, N, E = images.test.coarse, tgr.n_tokens, guide.routers["2"].weight.shape[0]
+    anew = labels[torch.randperm(len(labels))]
+    counts = np.zeros((len(routers), len(guide.blocks), len(images.coarse_names), N, E), np.int32)
+    dealt, right = np.zeros_like(counts[:, :, :, 0]), {}
+    for some in torch.arange(len(labels)).split(500):
+        x, y = data.normalise(images.test.images[some], images.mean, images.std), labels[some]
+        targets = guide(x)
+        sent = {b: tgr.blocks[b - 1].mlp.router.route(z) for b, z in targets.items()}
+        routings = {"teacher": sent}
+        orders = exchanges(len(x), N)
+        for name, student in (("vmoe", vmoe), ("tgr", tgr)):
+            layers = student(x).layers
+            own = routings[name] = {b: layers[b].routing for b in sent}
+            trials = {how: {b: r._replace(experts=r.experts[order]) for b, r in own.items()}
+                      for how, order in orders.items()}
+            trials |= {"the teacher routers'": sent} if name == "tgr" else {}
+            for how, trial in trials.items():
+                hits = (student(x, trial).logits.argmax(dim=1) == y).sum().item()
+                right[name, how] = right.get((name, how), 0) + hits
+        for r, name in enumerate(routers):
+            for i, routing in enumerate(routings[name].values()):
+                chosen = routing.experts[:, 0].view(-1, N).numpy()      # (B, N)
+                np.add.at(counts[r, i], (y.numpy()[:, None], np.arange(N), chosen), 1)
+                np.add.at(dealt[r, i], (anew[some].numpy()[:, None], chosen[:, 1:]), 1)
+    write("classes", about("python notebooks/measure.py classes", 0), counts=counts, dealt=dealt,
+          routers=np.array(routers), blocks=np.array(list(guide.blocks)),
+          names=np.array(images.coarse_names), right=np.array(list(right.values())),
+          trials=np.array([f"{name}: {how}" for name, how in right]))
+
+
+# --- does guidance need a router at all? ---
+
+def guide_the_features_alone(cfg, student, guide, images, targets):
+    """TGR's KL on linear heads that look at h like a router and dispatch nothing (ours).
+
+    The backbone is pulled as in TGR; a router that the student may have learns as in V-MoE.
+    """
+    output, asked = student(images), guide(images)
+    terms = train.objective(cfg, output, targets)
+    load, entropy = teacher_router_losses(asked)
+    kl = sum(guidance_loss(z, student.heads[b](output.layers[int(b)].h).logits)
+             for b, z in ((str(b), z) for b, z in asked.items()))
+    return terms | {"teacher_load": cfg.load_weight * load,
+                    "teacher_entropy": cfg.entropy_weight * entropy,
+                    "guidance": cfg.guide_weight / len(asked) * kl}
+
+
+def features_alone(args):
+    """Two controls of ours, thought of after the first rows: V-MoE and a dense ViT with such heads.
+
+    Recipe, scale and seeds are the study's, so the rows are paired with its own by seed.
+    """
+    _, state = trained("tgr")
+    for seed in range(3):
+        for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
+            _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *flags.split(), "--seed",
+                                             str(seed), "--data_dir", args.data_dir]))
+            teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
+            torch.manual_seed(seed)                        # the teacher routers' own weights
+            blocks = {int(b): int(b) for b in job.cfg.moe_blocks.split(",")}
+            guide = Guide(teacher, job.student, job.cfg.n_experts, blocks)
+            job.student.heads = nn.ModuleDict({
+                str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in blocks})
+            result = train.fit(job, guide, "python notebooks/measure.py features_alone",
+                               guide_the_features_alone)
+            study.append(RESULTS / "features_alone.jsonl", {
+                "arm": f"{arm}-features-alone", "scale": "cpu", "wall_seconds": result["seconds"]}
+                | result)
+
+
+MEASURES = {"keep": keep, "gradients": gradients, "classes": classes,
+            "features_alone": features_alone, "experts": experts, "sweep": sweep}
 
 
 def main(argv=None):

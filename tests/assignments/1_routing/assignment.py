@@ -1,0 +1,15 @@
+"""Assignment 1: who is chosen, how much it counts, and what the router can learn from that."""
+TITLE = "Routing"
+NOTEBOOK = "notebooks/01_gradient_blocking.ipynb"
+BLANKS = {
+    "router.py": {
+        "TopKRouter.route": "sort, choose K, weigh them; handout.md, part A, and the docstring of "
+                            "the class",
+        "load_loss": "its docstring has the formula; handout.md, part B",
+        "entropy_loss": "its docstring says from what and why; handout.md, part B",
+        "balance_loss": "its docstring has the formula; handout.md, part B",
+        "z_loss": "its docstring names the paper's equation; handout.md, part B",
+    },
+}
+CHECKS = (10, 13)            # public, hidden
+HARD_CODED = ("router.py", "load_loss")      # what the cheat that looks values up pretends to be

@@ -1,0 +1,223 @@
+"""The hidden checks of assignment 1: gradients, edges, and the answers measured."""
+import math
+
+import torch
+import torch.nn.functional as F
+from checking import D, E, K, T, answered, check, gradient, raises, random, require, same
+
+GATES = ("softmax_topk", "topk_softmax", "sigmoid")
+
+
+def route(student, logits, k=K, gate="softmax_topk", training=False, **options):
+    router = student.router.TopKRouter(D, logits.shape[1], k, gate, **options)
+    return router.train(training).route(logits)
+
+
+# --- what is expected, written down without the student's code ---
+
+def weights(z, k, gate):
+    """(T, E) gates of the chosen experts and 0 elsewhere, ties to the lowest index."""
+    ranks = [sorted(range(len(row)), key=lambda e: (-row[e], e))[:k] for row in z.tolist()]
+    chosen = torch.zeros_like(z).scatter(1, torch.tensor(ranks), 1.0)
+    if gate == "sigmoid":
+        return chosen / (1 + (-z).exp())
+    over = torch.ones_like(z) if gate == "softmax_topk" else chosen
+    power = (z - z.detach().amax(dim=1, keepdim=True)).exp() * over
+    return chosen * power / power.sum(dim=1, keepdim=True)
+
+
+def task_gradient(z, f, dy, k, gate):
+    """dL/dz of a loss whose gradient on y = sum_i w_i f_i is dy."""
+    return gradient(lambda z: torch.einsum("te,ted,td->", weights(z, k, gate), f, dy), z)
+
+
+def a_world(g, tokens=1, experts=E):
+    return random(g, tokens, experts), random(g, tokens, experts, D), random(g, tokens, D)
+
+
+def a_worlds_zeros(g, k, gate):
+    """Which entries of the gradient are zero in each of 20 random worlds? (20, E) and the choice"""
+    z, f, dy = a_world(g, 20)
+    grad = task_gradient(z, f, dy, k, gate)
+    return grad.abs() < 1e-15, weights(z, k, gate) > 0
+
+
+# --- the code ---
+
+@check(points=2, hint="gates must be differentiable, and the K of softmax_topk are not rescaled")
+def the_task_loss_reaches_the_logits_as_the_gate_says(student, g):
+    z, f, dy = a_world(g, T)
+    for gate in GATES:
+        for k in (1, 2, E):
+            def loss(z, k=k, gate=gate):
+                routing = route(student, z, k, gate)
+                picked = f.gather(1, routing.experts[..., None].expand(-1, -1, D))
+                return torch.einsum("tk,tkd,td->", routing.gates, picked, dy)
+            same(f"dL/dlogits of {gate}, K={k}", gradient(loss, z),
+                 task_gradient(z, f, dy, k, gate), scale=10.0)
+
+
+@check(points=2, hint="with noise, order and gates both come from the noisy logits")
+def noise_has_a_standard_deviation_of_noise_over_e(student, g):
+    # sigmoid gates of all experts give the noisy logits back
+    noisy = route(student, torch.zeros(2000, E), E, "sigmoid", True, noise=2.0).gates.logit()
+    require(abs(noisy.std().item() * E / 2 - 1) < 0.05, "standard deviation of the noise, noise=2",
+            f"{2 / E:.3f} within 5 %", f"{noisy.std():.3f}", "V-MoE: 1/E for noise=1")
+    require(abs(noisy.mean().item()) < 0.025, "mean of the noise", "0 within 0.025",
+            f"{noisy.mean():.3f}", "normal noise, not uniform")
+    z = random(g, T, E)
+    routing = route(student, z, E, "softmax_topk", True, noise=5.0)
+    require((routing.gates.diff(dim=1) <= 0).all(), "gates in training with noise=5",
+            "the favourite's first, so falling from left to right", "a gate larger than the one "
+            "before it", "choose and weigh by the same noisy logits")
+    same("sum of the gates of all experts", routing.gates.sum(dim=1),
+         torch.ones(T, dtype=torch.float64))
+
+
+@check(points=2, hint="a full expert keeps its place in experts; only its gate becomes 0")
+def a_choice_that_finds_its_expert_full_gets_gate_0_and_is_counted(student, g):
+    z = random(g, T, E)
+    kept = torch.rand(T, K, generator=g) < 0.6
+    asked = []
+
+    def within_capacity(experts, n_experts, capacity_factor):     # assignment 2 writes the real one
+        asked.append((n_experts, capacity_factor))
+        return kept
+    student.router.within_capacity = within_capacity
+    for factor in (0.75, 0.0):
+        free, full = route(student, z), route(student, z, capacity_factor=factor)
+        same("(n_experts, capacity_factor) that within_capacity was called with", asked[-1:],
+             [(E, factor)], "call it wherever self.capacity_factor is not None, 0 included")
+        same("experts with a capacity", full.experts, free.experts)
+        same("gates with a capacity", full.gates, torch.where(kept, free.gates, 0.0))
+        require(isinstance(full.dropped, torch.Tensor), "dropped", "a tensor", repr(full.dropped))
+        same("dropped", int(full.dropped), T * K - int(kept.sum()))
+    same("dropped without a capacity", int(route(student, z).dropped), 0)
+
+
+@check(hint="softmax(NaN) chooses an expert as if nothing had happened, so look at logits first")
+def logits_that_are_not_finite_stop_with_the_number_of_tokens(student, g):
+    for value in (math.nan, math.inf, -math.inf):
+        z = random(g, T, E)
+        z[3, 1] = z[3, 2] = z[8, 0] = value
+        router = student.router.TopKRouter(D, E, K)
+        router.name = "the router of block 7"
+        error = raises(f"logits with {value}", FloatingPointError, lambda z=z, r=router: r.route(z))
+        for part in (router.name, f"2 of {T}"):
+            require(part in str(error), f"the message for logits with {value} in 2 tokens",
+                    f"something with {part!r}", repr(str(error)),
+                    "name self.name and how many tokens, not entries, are affected")
+
+
+@check(hint="use shapes, not constants: T may be 0, and K may be E")
+def the_edges_no_token_and_every_expert(student, g):
+    routing = route(student, torch.zeros(0, E))
+    same("experts of no token", routing.experts, torch.zeros(0, K, dtype=torch.long))
+    same("gates of no token", routing.gates, torch.zeros(0, K))
+    z = random(g, T, 1)
+    same("the gate of the only expert", route(student, z, 1).gates,
+         torch.ones(T, 1, dtype=torch.float64))
+    z = -3 * random(g, T, E).abs() - 20
+    same("gates of K=E, logits near -20", route(student, z, E).gates,
+         weights(z, E, "softmax_topk").sort(dim=1, descending=True).values)
+
+
+@check(points=2, hint="variance over squared mean, not (std / mean)^2: a square root has slope "
+                      "infinity at 0")
+def load_loss_has_a_finite_slope_at_perfect_balance(student, g):
+    loss = student.router.load_loss
+    even = torch.full((T, E), 1 / E, dtype=torch.float64)
+    same("gradient of load_loss at perfect balance", gradient(loss, even), torch.zeros_like(even),
+         scale=1.0)
+    probs = random(g, T, E).softmax(dim=1)
+    imp = probs.sum(dim=0) / T
+    mean = imp.sum() / E
+    same("load_loss of random probs", loss(probs), (imp * imp).sum() / E / mean ** 2 - 1, scale=1.0)
+    expected = (2 / (E * T * mean ** 2) * (imp - (imp * imp).sum() / mean / E)).expand(T, E)
+    same("gradient of load_loss", gradient(loss, probs), expected, scale=1.0)
+
+
+@check(points=2, hint="log_softmax of the logits: log(p) is -inf where p underflows to 0")
+def entropy_loss_stays_finite_where_a_probability_underflows(student, g):
+    z = torch.tensor([[0.0, -200.0, -1.0], [300.0, 0.0, 0.0]])
+    p = math.exp(-1) / (1 + math.exp(-1))
+    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p)) / 2
+    same("entropy_loss with a p of 0", student.router.entropy_loss(z), torch.tensor(entropy))
+    slope = gradient(student.router.entropy_loss, z)
+    require(slope.isfinite().all(), "gradient of entropy_loss with a p of 0", "finite numbers",
+            f"{int((~slope.isfinite()).sum())} entries that are not")
+    same("gradient of entropy_loss on the middle logits", slope[0, 2],
+         torch.tensor(p * (1 - p) / 2))
+
+
+@check(points=2, hint="F.one_hot has no gradient and needs none: P, over all tokens, has it")
+def balance_loss_moves_every_logit_through_the_mean_probability(student, g):
+    z = random(g, T, E)
+    experts = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
+    share = torch.tensor([sum(row.count(e) for row in experts.tolist()) / (T * K)
+                          for e in range(E)], dtype=torch.float64)
+    p = z.softmax(dim=1).float()
+    same("balance_loss of random choices", student.router.balance_loss(p, experts),
+         E * (p.double().sum(dim=0) / T @ share).float())
+    same("gradient of balance_loss on probs",
+         gradient(lambda p: student.router.balance_loss(p, experts), p),
+         (E * share.expand(T, E) / T).float())
+
+
+@check(hint="square after the log-sum-exp, average after the square; logsumexp does not overflow")
+def z_loss_pulls_every_logit_and_does_not_overflow(student, g):
+    z = random(g, T, E)
+    lse = z.exp().sum(dim=1, keepdim=True).log()
+    same("z_loss of random logits", student.router.z_loss(z), (lse * lse).sum() / T)
+    same("gradient of z_loss", gradient(student.router.z_loss, z), 2 * lse * z.softmax(dim=1) / T)
+    same("z_loss of logits 500", student.router.z_loss(torch.full((T, 1), 500.0)),
+         torch.tensor(250000.0))
+
+
+# --- the answers, measured ---
+
+@check(points=2, hint="in which of the gates does a chosen weight depend on an unchosen logit?")
+def which_unchosen_logits_get_a_gradient(student, g):
+    found = answered(student, "unchosen_logit_gets_zero", dict.fromkeys(GATES, True))
+    for gate in GATES:
+        zero, chosen = a_worlds_zeros(g, 2, gate)
+        same(f"C1, {gate}: the unchosen logits' gradient is zero", found[gate],
+             bool(zero[~chosen].all()))
+
+
+@check(points=2, hint="with K = 1, which gate is a constant? Notebook 01")
+def which_routers_learn_nothing_from_one_choice(student, g):
+    found = answered(student, "whole_router_gets_zero", dict.fromkeys(GATES, True))
+    for gate in GATES:
+        same(f"C2, {gate}: the whole gradient is zero", found[gate],
+             bool(a_worlds_zeros(g, 1, gate)[0].all()))
+
+
+@check(points=2, hint="is an unchosen expert ever computed? Then can its output be in a gradient?")
+def whether_a_better_unchosen_expert_is_noticed(student, g):
+    found = answered(student, "better_unchosen_expert_is_noticed", dict.fromkeys(GATES, True))
+    for gate in GATES:
+        z, f, dy = a_world(g, 20)
+        better = torch.where((weights(z, 2, gate) > 0)[..., None], f, -50 * dy[:, None])
+        changed = task_gradient(z, f, dy, 2, gate) != task_gradient(z, better, dy, 2, gate)
+        same(f"C3, {gate}: some entry of dL/dz changes", found[gate], bool(changed.any()))
+
+
+@check(points=3, hint="C4: who is chosen, ties included? C5: over what is P a mean? C6: E sum f P")
+def what_the_losses_reach_and_where_they_end(student, g):
+    z = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 3.0]],
+                     dtype=torch.float64)
+    _, f, dy = a_world(g, 3, 4)
+    reached = torch.tensor(answered(student, "reached", [[1] * 4] * 3))
+    same("C4, reached", reached.long(), (task_gradient(z, f, dy, 2, "topk_softmax") != 0).long())
+    unchosen = weights(z, 2, "topk_softmax") == 0
+    share = F.normalize((~unchosen).double().sum(dim=0), p=1, dim=0)
+    balance = gradient(lambda z: 4 * (share * z.softmax(dim=1)).sum() / 3, z)
+    squares = gradient(lambda z: (z.exp().sum(dim=1).log() ** 2).sum() / 3, z)
+    for name, grad in (("balance_loss", balance), ("z_loss", squares)):
+        found = answered(student, f"{name}_skips_the_unchosen", True)
+        same(f"C5, {name} skips the unchosen", found, bool((grad[unchosen].abs() < 1e-15).all()))
+    for end, expected in (("even", 8 * sum(1 / 8 * 1 / 8 for _ in range(8))),
+                          ("collapsed", 8 * (1 / 2 * 1))):
+        same(f"C6, balance_loss when {end}",
+             float(answered(student, f"balance_loss_when_{end}", 1.0)), float(expected))

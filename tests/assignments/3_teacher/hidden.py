@@ -1,0 +1,363 @@
+"""The hidden checks of assignment 3: edges, who learns from what, and the answers measured."""
+import math
+from types import SimpleNamespace
+
+import torch
+from checking import D, E, T, answered, check, gradient, raises, random, require, same
+
+N = 10              # tokens of an image of 24 x 24 pixels in patches of 8, with the class token
+
+
+# --- what is expected, written down without the student's code ---
+
+def divergences(t, z):
+    """KL(softmax(t) || softmax(z)) of each token, from two logits (T, E)."""
+    log_t, log_p = (v - torch.logsumexp(v, 1, keepdim=True) for v in (t, z))
+    return (log_t.exp() * (log_t - log_p)).sum(dim=1)
+
+
+def load(probs):
+    even = probs.sum(dim=0) * probs.shape[1] / probs.sum()
+    return (even * even).sum() / len(even) - 1
+
+
+def entropy(logits):
+    surprise = torch.logsumexp(logits, 1, keepdim=True) - logits
+    return ((-surprise).exp() * surprise).sum() / len(logits)
+
+
+def cohen(a, b, n_experts):
+    """(agreement, chance) of two lists of experts."""
+    together = sum(p == q for p, q in zip(a, b, strict=True)) / len(a)
+    return together, sum(a.count(e) * b.count(e) for e in range(n_experts)) / len(a) ** 2
+
+
+# --- what is given to the student's code ---
+
+def vit(student, depth=6, dim=D, patch=8, **options):
+    return student.moe.ViT(dim, depth, heads=2, hidden=24, patch=patch, n_classes=3, image_size=24,
+                           **options)
+
+
+def pupil(student, moe_blocks=(2, 5)):
+    return vit(student, 6, 16, moe_blocks=moe_blocks,
+               make_sparse=lambda: student.moe.MoE(16, 24, E, k=1))
+
+
+def pictures(g, n=3):
+    return random(g, n, 3, 24, 24, dtype=torch.float32)
+
+
+def stand_ins(student):
+    """load_loss and entropy_loss belong to assignment 1 and may be wrong in a student's tree."""
+    for module in (student.router, student.teacher):
+        module.load_loss, module.entropy_loss = load, entropy
+
+
+# --- A: the guidance ---
+
+@check(hint="0 log 0 is 0: F.kl_div knows it, p * p.log() does not")
+def a_teacher_may_rule_an_expert_out(student, g):
+    learner = random(g, T, E)
+    for no in (-math.inf, -2000.0):                 # the softmax of the second underflows to 0
+        t = random(g, T, E)
+        t[:, 1] = no
+        rest = [0, 2, 3, 4]
+        of_all = learner.softmax(1)[:, rest].sum(1)         # what the student leaves to the others
+        expected = (divergences(t[:, rest], learner[:, rest]) - of_all.log()).sum() / T
+        same(f"guidance_loss with a teacher's logit of {no}",
+             student.teacher.guidance_loss(t, learner), expected)
+        slope = gradient(lambda z, t=t: student.teacher.guidance_loss(t, z), learner)
+        same(f"its gradient with a teacher's logit of {no}", slope,
+             (learner.softmax(1) - t.softmax(1)) / T)
+
+
+@check(hint="log_softmax of the student's logits: the log of a softmax is -inf where it "
+                      "underflows")
+def a_student_that_ruled_an_expert_out_is_guided_back(student, g):
+    t, z = random(g, T, E), random(g, T, E)
+    z[:, 3] = -2000.0
+    same("guidance_loss with a student's logit of -2000", student.teacher.guidance_loss(t, z),
+         divergences(t, z).sum() / T)
+    slope = gradient(lambda z: student.teacher.guidance_loss(t, z), z)
+    same("its gradient", slope, (z.softmax(1) - t.softmax(1)) / T)
+
+
+@check(hint="reshape the T tokens to (images, n_tokens), then take the first or leave it out")
+def the_tokens_that_are_not_asked_about_get_no_gradient(student, g):
+    B = 3
+    t, z = random(g, B * N, E), random(g, B * N, E)
+    is_class = torch.tensor([i % N == 0 for i in range(B * N)])
+    for tokens, asked in (("class", is_class), ("patches", ~is_class)):
+        slope = gradient(lambda z, k=tokens: student.teacher.guidance_loss(t, z, k, N), z)
+        expected = (z.softmax(1) - t.softmax(1)) * asked[:, None] / asked.sum()
+        same(f"gradient with tokens={tokens!r}", slope, expected)
+
+
+@check(hint="a mean, not a sum; softmax over the experts (the last axis), at temperature 1")
+def guidance_is_silent_where_the_student_agrees_and_no_louder_for_more_tokens(student, g):
+    guidance = student.teacher.guidance_loss
+    t, z = random(g, T, E), random(g, T, E)
+    same("guidance_loss of logits that differ by a constant", guidance(t, t + 3),
+         torch.tensor(0.0, dtype=torch.float64), scale=10.0)
+    expected = divergences(t, z).sum() / T
+    same("guidance_loss of every token twice", guidance(t.repeat(2, 1), z.repeat(2, 1)), expected)
+    for c in (0.1, 4.0):
+        same(f"guidance_loss of logits times {c}", guidance(c * t, c * z),
+             divergences(c * t, c * z).sum() / T, scale=10.0)
+
+
+@check(hint="raise ValueError with a sentence that names what was given")
+def what_cannot_be_compared_is_refused(student, g):
+    z = random(g, 2 * N, E)
+    for shape in ((1, E), (2 * N, 1), (N, E)):
+        t = random(g, *shape)
+        error = raises(f"guidance_loss of logits {shape} and {(2 * N, E)}", ValueError,
+                       lambda t=t: student.teacher.guidance_loss(t, z))
+        require(str(shape) in str(error), "the message for a wrong shape",
+                f"something with {shape}", repr(str(error)), "name both shapes as tuples")
+    error = raises("guidance_loss with tokens='cls'", ValueError,
+                   lambda: student.teacher.guidance_loss(z, z, "cls", N))
+    require("cls" in str(error), "the message for tokens='cls'", "something with 'cls'",
+            repr(str(error)), "say what was given and what can be chosen")
+
+
+# --- B: the teacher's routers ---
+
+@check(hint="switch autocast off around the product and make both sides float32")
+def targets_are_float32_whatever_the_autocast(student, g):
+    router = student.teacher.TeacherRouter(D, E)
+    h, weight = random(g, T, D, dtype=torch.float32).bfloat16(), random(g, E, D)
+    with torch.no_grad():
+        router.weight.copy_(weight)
+    expected = torch.einsum("td,ed->te", h.double(), weight.float().double()).float()
+    same("logits of bfloat16 features", router(h), expected, scale=10.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        same("logits of bfloat16 features under autocast", router(h), expected, scale=10.0)
+        same("logits of float32 features under autocast", router(h.float()), expected, scale=10.0)
+
+
+@check(points=2, hint="no detach, no mean over the blocks, the signs of router.py")
+def both_losses_of_the_teacher_routers_have_a_gradient(student, g):
+    stand_ins(student)
+    zs = [random(g, T, E), random(g, T, E), 2 * random(g, T + 3, E)]
+    for which, name, loss in ((0, "L_load", lambda z: load(z.softmax(1))), (1, "L_ent", entropy)):
+        got = gradient(lambda *zs, i=which: student.teacher.teacher_router_losses(
+            dict(zip((1, 4, 6), zs, strict=True)))[i], *zs)
+        expected = gradient(lambda *zs, loss=loss: sum(map(loss, zs)), *zs)
+        for block, mine, theirs in zip((1, 4, 6), got, expected, strict=True):
+            same(f"gradient of {name} on the logits of block {block}", mine, theirs, scale=1.0)
+
+
+# --- C: the guide ---
+
+@check(hint="each sparse block has a TeacherRouter of its own, on its own features")
+def every_block_gets_targets_from_its_own_router(student, g):
+    guide = student.teacher.Guide(vit(student, 12), pupil(student), E)
+    x = pictures(g)
+    weights = {b: random(g, E, D, dtype=torch.float32) for b in (2, 5)}
+    require(not torch.equal(guide.routers["2"].weight, guide.routers["5"].weight),
+            "the first weights of two teacher routers", "different ones", "the same")
+    with torch.no_grad():
+        for b, weight in weights.items():
+            guide.routers[str(b)].weight.copy_(weight)
+    h, z = guide.features(x), guide(x)
+    same("the blocks with targets", sorted(z), [2, 5])
+    for b in (2, 5):
+        expected = torch.einsum("td,ed->te", h[b].double(), weights[b].double()).float()
+        same(f"targets of block {b}", z[b], expected, scale=30.0)
+    alone = guide(x[2:])
+    same("targets of the third image, sent alone", alone[5], z[5][2 * N:], scale=30.0)
+
+
+@check(hint="`blocks` given replaces the alignment: {student block: teacher block}")
+def another_alignment_is_followed(student, g):
+    dense = vit(student, 12)
+    guide = student.teacher.Guide(dense, pupil(student), E, blocks={2: 12, 5: 3})
+    x = pictures(g)
+    layers = dense(x).layers
+    h = guide.features(x)
+    for mine, theirs in ((2, 12), (5, 3)):
+        same(f"features for block {mine} with blocks={{2: 12, 5: 3}}", h[mine],
+             layers[theirs].h.detach())
+    same("the blocks with targets", sorted(guide(x)), [2, 5])
+
+
+@check(hint="compare teacher.n_tokens with student.n_tokens and raise ValueError")
+def a_teacher_that_cuts_images_into_other_patches_is_refused(student, g):
+    student.teacher.Guide(vit(student), pupil(student), E)
+    error = raises("a teacher of 5 tokens for a student of 10", ValueError,
+                   lambda: student.teacher.Guide(vit(student, patch=12), pupil(student), E))
+    for count in ("5", "10"):
+        require(count in str(error), "the message for 5 and 10 tokens", f"something with {count}",
+                repr(str(error)), "say how many tokens each of the two has")
+
+
+@check(points=2, hint="the teacher runs without a graph, the teacher routers with one; handout, C")
+def the_teacher_learns_from_nothing_and_its_routers_from_their_own_losses(student, g):
+    stand_ins(student)
+    guide = student.teacher.Guide(vit(student), pupil(student), E)
+    x = pictures(g)
+    guide.teacher.requires_grad_(True)              # somebody thaws it: still no graph is kept
+    require(not any(h.requires_grad for h in guide.features(x).values()),
+            "features of a teacher that somebody thawed", "no graph", "a graph")
+    guide.teacher.requires_grad_(False)
+    mine = random(g, E, 16, dtype=torch.float32).requires_grad_()       # a student's router
+    logits = random(g, 3 * N, 16, dtype=torch.float32) @ mine.T
+    targets = guide(x)
+    sum(student.teacher.guidance_loss(z, logits) for z in targets.values()).backward()
+    require(mine.grad is not None and mine.grad.abs().max() > 1e-4,
+            "gradient of the guidance on the student's router", "not zero", "none")
+    taught = [name for name, p in guide.named_parameters()
+              if p.grad is not None and p.grad.abs().max() > 0]
+    require(not taught, "parameters of the guide with a gradient from the guidance", "none",
+            ", ".join(taught))
+    sum(student.teacher.teacher_router_losses(guide(x))).backward()
+    taught = sorted(name for name, p in guide.named_parameters() if p.grad is not None)
+    same("parameters of the guide with a gradient from the teacher routers' losses", taught,
+         ["routers.2.weight", "routers.5.weight"])
+
+
+# --- D: the measures ---
+
+@check(points=2, hint="None where chance always agrees, both routings on the same expert; else not")
+def kappa_is_undefined_where_chance_always_agrees_and_nowhere_else(student, g):
+    kappa = student.report.kappa
+    one, other = torch.full((T,), 3).numpy(), torch.full((T,), 1).numpy()
+    same("kappa of a router that is collapsed on expert 3 in both epochs", kappa(one, one, E), None)
+    same("agreement of that router", student.report.agreement(one, one), 1.0)
+    for name, a, b in (("collapsed on 3, then on 1", one, other),
+                       ("collapsed on 3, then random", one, torch.randint(
+                           E, (T,), generator=g).numpy()),
+                       ("random, twice the same", *2 * [torch.arange(T).remainder(E).numpy()])):
+        together, chance = cohen(a.tolist(), b.tolist(), E)
+        got, expected = kappa(a, b, E), (together - chance) / (1 - chance)
+        require(isinstance(got, float) and abs(got - expected) < 1e-12, f"kappa of {name}",
+                f"{expected:.9g}", repr(got))
+    # images and tokens, and an expert that nobody visits
+    a, b = torch.randint(E - 1, (2, 4, T), generator=g)
+    together, chance = cohen(a.flatten().tolist(), b.flatten().tolist(), E)
+    got = kappa(a.numpy(), b.numpy(), E)
+    require(isinstance(got, float) and abs(got - (together - chance) / (1 - chance)) < 1e-12,
+            "kappa of assignments (4, 37)", f"{(together - chance) / (1 - chance):.9g}", repr(got))
+
+
+@check(hint="one number per token, whatever the axes after the first")
+def a_history_may_have_images_and_tokens(student, g):
+    history = torch.randint(3, (5, 4, N), generator=g)
+    history[:, 0, 0] = 2                            # a token that never moves
+    expected = torch.zeros(4, N, dtype=torch.long)
+    for t in range(5):
+        expected[history[t] != history[4]] = t + 1
+    got = torch.as_tensor(student.report.last_fluctuation(history.numpy()))
+    same("last_fluctuation of a history (5, 4, 10)", got, expected)
+    got = torch.as_tensor(student.report.last_fluctuation(history[4:].numpy()))
+    same("last_fluctuation of one epoch", got, torch.zeros(4, N, dtype=torch.long))
+
+
+# --- the answers, measured ---
+
+def a_world(g):
+    """The losses of a two-block student and its guide, and their parameters, in plain tensors."""
+    names = ("trunk", "router 2", "experts 2", "router", "experts", "teacher", "teacher router 2",
+             "teacher router")
+    shapes = ((D, D), (E, D), (E, D, D), (E, D), (E, D, D), (D, D), (E, D), (E, D))
+    values = [random(g, *shape) / D ** 0.5 for shape in shapes]
+    x, goal = random(g, T, D), random(g, T, D)
+
+    def losses(*values):
+        w = dict(zip(names, values, strict=True))
+        h, guidance, own = x @ w["trunk"], 0, 0
+        for block in (" 2", ""):
+            z = h @ w["router" + block].T
+            p, first = z.softmax(1).max(dim=1)
+            y = torch.einsum("td,tdf->tf", h, w["experts" + block][first])
+            with torch.no_grad():
+                feature = x @ w["teacher"]
+            t = feature @ w["teacher router" + block].T
+            guidance = guidance + divergences(t.detach(), z).sum() / T
+            own = own + load(t.softmax(1)) + entropy(t)
+            h = h + p[:, None] * y
+        return SimpleNamespace(task=((h - goal) ** 2).sum(), guidance=guidance,
+                               teacher_router_losses=own)
+    return names, values, losses
+
+
+@check(points=3, hint="follow each loss back: what was it computed from, and where is a detach?")
+def who_gets_a_gradient_from_which_loss(student, g):
+    names, values, losses = a_world(g)
+    parts = ("router", "experts", "trunk", "teacher router", "teacher")
+    for loss in ("task", "guidance", "teacher_router_losses"):
+        found = answered(student, f"from_the_{loss}", dict.fromkeys(parts, True))
+        grads = gradient(lambda *v, loss=loss: getattr(losses(*v), loss), *values)
+        reached = {n: bool(v.abs().max() > 0) for n, v in zip(names, grads, strict=True)}
+        for part in parts:
+            same(f"E1, from_the_{loss}: {part} gets a gradient", found[part], reached[part])
+
+
+@check(points=2, hint="p - p_teacher for one token; then the mean over T and the weight 5 / |S|")
+def what_an_unselected_expert_gets(student, g):
+    p, q = torch.tensor([[4.0, 2.0, 1.0, 1.0], [1.0, 1.0, 4.0, 2.0]], dtype=torch.float64) / 8
+    slope = gradient(lambda z: divergences(q.log()[None], z).sum(), p.log()[None])[0]
+    found = answered(student, "gradient_on_logits", [0.5] * 4)
+    for e in range(4):
+        require(abs(found[e] - slope[e]) < 1e-6, f"E2, gradient on the logit of expert {e}",
+                f"{slope[e]:.4f}", found[e])
+    t, z = random(g, 10, 4), random(g, 10, 4)
+    t[7], z[7] = torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), torch.tensor(
+        [0.25, 0.5, 0.125, 0.125]).log()
+    slope = gradient(lambda z: 5 / 2 * divergences(t, z).mean(), z)[7, 0].item()
+    found = answered(student, "gradient_on_an_unselected_logit", 0.5)
+    require(abs(found - slope) < 1e-6, "E3, gradient on an unselected logit", f"{slope:.4f}", found)
+    names, values, losses = a_world(g)
+    others = [2 * v if name == "experts" else v for name, v in zip(names, values, strict=True)]
+    here, there = (gradient(lambda *v: losses(*v).guidance, *v)[names.index("router")]
+                   for v in (values, others))
+    same("E3, depends on the expert's output", answered(
+        student, "depends_on_the_experts_output", True), not torch.equal(here, there))
+
+
+@check(points=2, hint="weight 0 makes every p 1/E. Where do L_load and L_ent have their extrema?")
+def which_routers_can_start_from_zero(student, g):
+    h, t, zero = random(g, T, D), random(g, T, E), torch.zeros(E, D, dtype=torch.float64)
+    measured = {
+        "teacher router, from L_load": gradient(lambda w: load((h @ w.T).softmax(1)), zero),
+        "teacher router, from L_ent": gradient(lambda w: entropy(h @ w.T), zero),
+        "student's router, from the guidance": gradient(
+            lambda w: divergences(t, h @ w.T).sum() / T, zero),
+    }
+    found = answered(student, "zero_start_gets_a_gradient", dict.fromkeys(measured, True))
+    for name, slope in measured.items():
+        same(f"E4, {name}", found[name], bool(slope.abs().max() > 1e-12))
+
+
+@check(hint="L_load is 0 when even and E - 1 when collapsed; L_ent is between 0 and log E")
+def where_the_two_losses_of_a_teacher_router_end(student, g):
+    sure = 1000.0 * torch.eye(8, dtype=torch.float64)
+    ends = {"even and unsure": 0 * sure, "sure and collapsed": sure[[0] * 8], "sure and even": sure}
+    found = answered(student, "load_and_entropy", {end: [0.5, 0.5] for end in ends})
+    for name, z in ends.items():
+        for i, what, value in ((0, "L_load", load(z.softmax(1)).item()),
+                               (1, "L_ent", entropy(z).item())):
+            require(abs(found[name][i] - value) < 0.01, f"E5, {what} when {name}", f"{value:.2f}",
+                    found[name][i])
+
+
+@check(points=2, hint="chance is the sum over experts of the product of its two loads")
+def which_routers_agree_and_which_agree_beyond_chance(student, g):
+    # as many tokens as there are chances: 100 for the coin's four cases
+    routers = {"coin": ([0] * 90 + [1] * 10, [0] * 81 + [1] * 9 + [0] * 9 + [1]),
+               "swapped": ([0, 1] * 50, [1, 0] * 50),
+               "collapsed": ([3] * 100, [3] * 100), "wandering": ([3] * 100, [1] * 100)}
+    agree = answered(student, "agreement_of", dict.fromkeys(routers, 0.5))
+    undefined = answered(student, "kappa_is_undefined", dict.fromkeys(routers, True))
+    beyond = answered(student, "kappa_of", {n: 0.5 for n in routers if n != "collapsed"})
+    for name, (a, b) in routers.items():
+        together, chance = cohen(a, b, 4)
+        require(abs(agree[name] - together) < 1e-6, f"E6, agreement of {name}", together,
+                agree[name])
+        same(f"E6, kappa of {name} is undefined", undefined[name], chance == 1)
+        if chance < 1:
+            kappa = (together - chance) / (1 - chance)
+            require(abs(beyond[name] - kappa) < 1e-6, f"E6, kappa of {name}", f"{kappa:.2f}",
+                    beyond[name])

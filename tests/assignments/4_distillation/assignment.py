@@ -1,0 +1,19 @@
+"""Assignment 4: experts that learn from each other, and how to see what each one knows."""
+TITLE = "Mutual distillation"
+NOTEBOOK = "notebooks/03_mutual_distillation.ipynb"
+BLANKS = {
+    "distill.py": {
+        "mutual_distillation_loss": "its docstring has the three cases; handout.md, part A",
+        "domains": "its docstring; handout.md, part B",
+        "class_domains": "its docstring; handout.md, part B",
+        "forced": "what a Routing of router.py holds; handout.md, part C",
+        "probe": "its docstring, and the one of ViT in moe.py; handout.md, part C",
+        "accuracy_matrix": "its docstring; handout.md, part C",
+        "own_and_others": "its docstring; handout.md, part C",
+        "gate_accuracy": "its docstring; handout.md, part C",
+        "expert_gradient_norms": "its docstring; handout.md, part D",
+        "narrow_vision": "its docstring; handout.md, part D",
+    },
+}
+CHECKS = (13, 17)            # public, hidden
+HARD_CODED = ("distill.py", "mutual_distillation_loss")
