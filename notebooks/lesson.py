@@ -91,6 +91,22 @@ def show(fig, alt):
     display(Image(png.getvalue(), alt=alt))
 
 
+def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
+    """Draw sum(plus) - sum(minus) of the study's arms above `at`: a ring per seed that all of them
+    have, a bar at the mean, a line over its 95 % interval. Returns the study's Estimate."""
+    import study
+    found = study.contrast(rows, metric, plus, minus)
+    each = [study.contrast([r for r in rows if r["seed"] == seed], metric, plus, minus).mean
+            for seed in sorted({r["seed"] for r in rows})]
+    each = [value for value in each if value is not None]
+    axis.plot([at] * len(each), each, "o", ms=7, mfc="none", mew=1.5, color=colour)
+    if each:
+        axis.plot(at, found.mean, "_", ms=18, mew=3, color=colour)
+    if found.low is not None:
+        axis.plot([at, at], [found.low, found.high], lw=1.2, color=colour)
+    return found
+
+
 def patch_map(axis, image, experts=None, strength=None, title=""):
     """Draw an image (3, 32, 32) in bytes; or, pale below them, the expert of each of 16 patches.
 

@@ -1,6 +1,8 @@
 """measure.py -- how are the numbers made that the notebooks show and the study's rows do not hold?
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
+    python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
+    python notebooks/measure.py sweep                         short runs over alpha, K=2
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
     python notebooks/measure.py classes                       whom the kept students' experts serve
     python notebooks/measure.py features_alone                guidance that reaches no router
@@ -8,6 +10,7 @@
 Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
 """
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -23,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import distill  # noqa: E402
 import train  # noqa: E402
 from notebooks import study  # noqa: E402
 from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
@@ -80,6 +85,122 @@ def keep(args):
                      "teacher_config": teacher["config"]}
         train.save(RESULTS / f"{name}.pt", kept)
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
+
+
+# --- what does each expert know, and from whom does it hear? (notebook 3) ---
+
+# those of them that have ended; the first one's gate gives the partition that all share
+EXPERTS_OF = ("moe-k2", "mode-k2", "mode-k2-alpha-1", "mode-k2-alpha-100", "tgr+mode-k2")
+PROBED, HEARD = 2_000, 400     # test images: experts are forced on these, gradients taken on those
+
+
+def pulls(vit, images, labels):
+    """(L, 2): mean size of what the task and mutual distillation with alpha = 1 send to an expert's
+    output for a token, as one training step of `train.objective` would, for L MoE blocks."""
+    output = vit(images)
+    raws = [output.layers[b].raw for b in vit.moe_blocks]               # L of (T, K, D)
+    mutual = sum(distill.mutual_distillation_loss(raw) for raw in raws) / len(raws)
+    sent = [torch.autograd.grad(loss, raws, retain_graph=True)
+            for loss in (F.cross_entropy(output.logits, labels), mutual)]
+    return torch.stack([torch.stack([g.norm(dim=-1).mean() for g in grads])
+                        for grads in sent], dim=1)
+
+
+def experts(args):
+    """Force every expert, take gradients, count who meets whom, in every run that has ended."""
+    commit = train.commit()                # before the minutes in which a file may be edited
+    runs = [(arm, run) for arm in EXPERTS_OF for run in sorted(Path(args.runs, arm).glob("seed*"))
+            if (run / "result.json").exists()]
+    kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "norms", "meet",
+                                  "first_share", "pulls")}
+    trained_by = {}
+    for arm, run in runs:
+        result = json.loads((run / "result.json").read_text())
+        trained_by[f"{arm}, seed {result['seed']}"] = {
+            key: result[key] for key in ("command", "commit", "device")}
+        cfg = train.Config(**result["config"] | {"device": "cpu"})
+        images = data.load(cfg.data, args.data_dir)
+        vit = train.build(cfg, images)
+        train.restore(vit, train.read(run / "checkpoint.pt")["student"], run / "checkpoint.pt")
+        vit.eval()
+        for b in vit.moe_blocks:
+            vit.blocks[b - 1].mlp.keep_raw = True
+        sets = train.split(cfg, images)
+        x = data.normalise(sets.test[0][:PROBED], images.mean, images.std)
+        y = sets.test[1][:PROBED]
+        E, N, blocks = cfg.n_experts, vit.n_tokens, vit.moe_blocks
+
+        with torch.no_grad():
+            layers = vit(x).layers
+        routings = [layers[b].routing for b in blocks]
+        pairs = [F.one_hot(r.experts, E).sum(dim=1).float() for r in routings]      # (T, E) 0 or 1
+        share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
+        probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
+        found = {
+            "arms": arm, "seeds": result["seed"],
+            "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
+            "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
+            "norms": torch.stack([distill.expert_gradient_norms(vit, x[:HEARD], y[:HEARD], b)
+                                  for b in blocks]),
+            "meet": torch.stack([p.T @ p for p in pairs]).int(),        # tokens that e and f share
+            "first_share": torch.stack([s.mean() for s in share]),
+            "pulls": pulls(vit, *probe)}
+        for name, value in found.items():
+            kept[name].append(np.asarray(value))
+        print(list(trained_by)[-1], flush=True)
+    origin = about(f"python notebooks/measure.py experts --runs {args.runs}",
+                   sorted({int(seed) for seed in kept["seeds"]}), commit)
+    write("experts", origin | {"trained_by": trained_by}, blocks=np.array(blocks),
+          **{name: np.stack(values) for name, values in kept.items()})
+
+
+# --- what does alpha do, in runs short enough to repeat before lunch? (notebook 3) ---
+
+SHORT, SEEDS = 4, 1                     # epochs instead of the study's 12; all else is the same
+SWEEP = (0, 0.001, 0.01, 0.1, 1, 10, 100)               # 0 is the plain V-MoE
+ENDS_FIRST = (0, 6, 2, 4, 5, 3, 1)                      # so that an interrupted sweep says most
+
+
+def colleagues(raws):
+    """(cosine of two experts' outputs for a token that both serve, their length), from L raw
+    outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
+    alike = [F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean() for raw in raws]
+    return sum(alike) / len(raws), sum(raw.norm(dim=-1).mean() for raw in raws) / len(raws)
+
+
+def sweep(args):
+    """Accuracy, expert similarity and the gate at every alpha; block 4, 1,000 images probed."""
+    origin = about("python notebooks/measure.py sweep", list(range(SEEDS)))
+    names = ("accuracy", "similarity", "colleagues", "length", "strangers", "gate", "blind")
+    found = {name: np.full((len(SWEEP), SEEDS), np.nan) for name in names}  # NaN: not run yet
+    for seed, at in itertools.product(range(SEEDS), ENDS_FIRST):
+        method = f"mode --alpha {SWEEP[at]}" if at else "moe"
+        flags = f"{study.SCALES['cpu']} --epochs {SHORT} --k 2 --method {method}"
+        folder = ROOT / "runs" / "sweep" / f"alpha{SWEEP[at]}-seed{seed}"
+        _, job = study.prepare(flags, folder, args.data_dir, seed)
+        result = train.fit(job, command=origin["command"])
+        vit, images = job.student.eval(), job.data
+        for b in vit.moe_blocks:
+            vit.blocks[b - 1].mlp.keep_raw = True
+
+        x = data.normalise(job.sets.test[0][:1_000], images.mean, images.std)
+        correct = distill.probe(vit, x, job.sets.test[1][:1_000], 4)        # (E, 1000)
+        with torch.no_grad():
+            layers = vit(data.normalise(job.sets.probe[0], images.mean, images.std)).layers
+            domain = distill.domains(vit(x).layers[4].routing.probs, vit.n_tokens)
+        both = F.one_hot(layers[4].routing.experts, len(correct)).sum(dim=1).float()    # (T, E)
+        rare = both.T @ both < 0.01 * len(both)             # pairs that share < 1 % of the tokens
+        stubborn = [torch.full_like(domain, e) for e in range(len(correct))]
+        values = (result["test_accuracy"],
+                  np.mean([study.expert_similarity(vit.blocks[b - 1].mlp, layers[b].h)
+                           for b in vit.moe_blocks]),
+                  *colleagues([layers[b].raw for b in vit.moe_blocks]), rare.triu(1).sum(),
+                  distill.gate_accuracy(correct, domain),
+                  np.mean([distill.gate_accuracy(correct, d) for d in stubborn]))
+        for name, value in zip(names, values, strict=True):
+            found[name][at, seed] = value
+        print(SWEEP[at], seed, *map(float, values), flush=True)
+        write("sweep", origin, alpha=SWEEP, epochs=SHORT, **found)
 
 
 def gradients(args):
@@ -229,7 +350,7 @@ def features_alone(args):
 
 
 MEASURES = {"keep": keep, "gradients": gradients, "classes": classes,
-            "features_alone": features_alone}
+            "features_alone": features_alone, "experts": experts, "sweep": sweep}
 
 
 def main(argv=None):
