@@ -203,7 +203,6 @@ def sweep(args):
         write("sweep", origin, alpha=SWEEP, epochs=SHORT, **found)
 
 
-
 def gradients(args):
     """cosine (runs, epochs + 1, L) of each router's task gradient with the oracle's, seed 0.
 
