@@ -58,7 +58,8 @@ def keep(args):
           mean=images.mean, std=images.std)
     histories = {name: np.load(run / "routing.npz")["experts"].astype(np.int8)
                  for name, run in runs.items()}             # (epochs, L, B, N, K)
-    write("routing", origins["tgr"], layers=np.load(runs["tgr"] / "routing.npz")["layers"],
+    both = " and ".join(origin["command"] for origin in origins.values())
+    write("routing", origins["tgr"] | {"command": both}, layers=np.load(runs["tgr"] / "routing.npz")["layers"],
           **histories)
     for name, run in runs.items():
         state = train.read(run / "checkpoint.pt")

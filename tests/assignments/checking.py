@@ -22,6 +22,10 @@ class Failure(AssertionError):
         self.quantity, self.expected, self.got, self.hint = quantity, expected, got, hint
 
 
+class CannotRun(Exception):
+    """Why a check cannot run on this machine: it counts neither for the student nor against."""
+
+
 def check(points=1, hint=""):
     """Make a function a check that is worth `points`; `hint` is for failures without one."""
     def mark(function):

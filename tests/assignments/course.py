@@ -162,7 +162,7 @@ def blank(assignment, name, hint, indent):
 
 @cache
 def released():
-    """The student tree as {path: bytes}, and the notebooks that would have given a body away."""
+    """The student tree as {path: bytes}, and what was left out, for it shows a blanked body."""
     tree, every = {}, assignments()
     for path in sorted(ROOT.glob("*.py")):
         source = path.read_text()
@@ -183,14 +183,29 @@ def released():
     tree["README.md"] = (HERE / "student.md").read_text()
     for name in ("requirements.txt", "pyproject.toml", "LICENSE"):
         tree[name] = (ROOT / name).read_text()
-    left_out = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        text = path.read_text()
-        if leaks({path.name: text}):
-            left_out.append(path.name)
-        else:
-            tree[f"notebooks/{path.name}"] = text
-    return {path: text.encode() for path, text in tree.items()}, left_out
+    tree, left_out = {path: text.encode() for path, text in tree.items()}, []
+    for path in sorted((ROOT / "notebooks").rglob("*")):     # with the results that they read
+        name = str(path.relative_to(ROOT))
+        if path.is_file() and not re.search(r"/[._]", name):
+            content = path.read_bytes()
+            if path.suffix == ".ipynb":
+                content = without_telling_outputs(content)
+            if leaks({name: content}):
+                left_out.append(name)
+            else:
+                tree[name] = content
+    return tree, left_out
+
+
+def without_telling_outputs(content):
+    """A notebook without the outputs that print a blanked body; in a student's hands it prints
+    the student's own."""
+    notebook = json.loads(content)
+    told = [cell for cell in notebook["cells"] if cell.get("outputs") and leaks(
+        {"cell.ipynb": json.dumps({"cells": [cell | {"source": []}]}).encode()})]
+    for cell in told:
+        cell["outputs"] = []
+    return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode() if told else content
 
 
 def is_check(node):
@@ -203,20 +218,23 @@ def release(target):
     if target.exists() and any(target.iterdir()):
         return f"{target} is not empty: name a folder that does not exist yet"
     tree, left_out = released()
-    if found := leaks({path: text.decode() for path, text in tree.items()}):
+    if found := leaks(tree):
         return "nothing was written, for students would find:\n" + "\n".join(found)
     for path, content in tree.items():
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (target / path).write_bytes(content)
     for name in left_out:
-        print(f"left out, for it shows a solution: notebooks/{name}")
+        print(f"left out, for it shows a solution: {name}")
     print(f"{len(tree)} files in {target}; students start with README.md there")
 
 
 def leaks(tree):
-    """Where a student tree {path: text} shows a blanked body: its syntax, or a telling line."""
+    """Where a student tree {path: bytes} shows a blanked body: its syntax, or a telling line."""
     found = []
-    for path, text in tree.items():
+    for path, content in tree.items():
+        if b"\0" in content:         # weights and pictures
+            continue
+        text = content.decode(errors="replace")
         blocks, values = dumps(path, text) if path.endswith((".py", ".ipynb")) else ([], set())
         shown = as_text(path, text)
         for name, body, value, lines in secrets():
@@ -318,14 +336,16 @@ def check(only):
             results = worker.run(ROOT, seeds=[0], public=True, quiet=False)
         waiting = [r for r in results if waits(r, number)]
         for r in results:
-            mark = ("later" if r in waiting else {"passed": "ok   ", "blank": "to do"}.get(
-                r["kind"], "FAIL "))
+            marks = {"passed": "ok   ", "blank": "to do", "cannot run": "n/a  "}
+            mark = "later" if r in waiting else marks.get(r["kind"], "FAIL ")
             print(f"  {mark} {r['check'].replace('_', ' ')}")
             if r in waiting:
                 print(f"          needs {r['got'].split(':')[0]}, which is still blank here; "
                       f"the grader fills it in")
             elif r["kind"] == "blank":
                 print(f"          {r['got']}")
+            elif r["kind"] == "cannot run":
+                print(f"          not run: {r['got']}")
             elif r["kind"] != "passed":
                 print(message(r))
         passed = sum(r["kind"] == "passed" for r in results)
@@ -416,6 +436,8 @@ def show(report, path):
                   f"{r['check'].replace('_', ' ')}")
             if r["kind"] == "blank":
                 print(f"          not written: {r['got']}")
+            elif r["kind"] == "cannot run":
+                print(f"          not graded: {r['got']}")
             elif r["kind"] != "passed":
                 print(message(r))
     for name in report["edited"]:

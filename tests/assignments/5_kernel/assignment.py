@@ -1,0 +1,20 @@
+"""Assignment 5: a grouped GEMM, from the list of tiles to the kernels and the gradients."""
+TITLE = "A kernel"
+NOTEBOOK = "notebooks/04_fast_dispatch.ipynb"
+BLANKS = {
+    "kernels.py": {
+        "over_choices": "what a token's choices add up to; handout.md, part A",
+        "plan_tiles": "no tile has rows of two experts; handout.md, part A, and the docstring",
+        "Lean.backward": "the docstring of Lean has the formulas; handout.md, part B",
+        "gelu": "its docstring has both formulas; handout.md, part C",
+        "grouped_gemm": "its signature and the table of part 4 say what is where; handout.md, "
+                        "part D",
+        "grouped_dw": "one expert's a^T b, summed over its rows; handout.md, part E",
+    },
+}
+CHECKS = (9, 15)             # public, hidden
+HARD_CODED = ("kernels.py", "over_choices")
+NOT_ASKED = {
+    "slot = tl.load(ORDER + r, mask=alive)\n    row":
+        "the slots of masked lanes are only ever addresses in masked lanes",
+}

@@ -1,0 +1,136 @@
+"""Assignment 5, solved row by row in torch, and in the kernels without tl.dot."""
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from kernels import Tiles
+
+
+def over_choices(rows, K):
+    return torch.stack([rows[k::K] for k in range(K)]).sum(dim=0)
+
+
+def plan_tiles(offsets, S, rows):
+    expert, start = [], []
+    for e in range(len(offsets) - 1):
+        first, end = offsets[e].item(), offsets[e + 1].item()
+        while first < end:
+            expert.append(e)
+            start.append(first)
+            first += rows
+    E = len(offsets) - 1
+    missing = -(-S // rows) + E - len(expert)
+    return Tiles(torch.tensor([E] * missing + expert), torch.tensor([0] * missing + start))
+
+
+class Lean:
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, gates, z, ids, order, _, w_in, w_out, b_out = ctx.saved_tensors
+        K = ctx.K
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dx = torch.zeros(x.shape, dtype=wide)
+        dgates = None if gates is None else torch.zeros(gates.shape, dtype=gates.dtype)
+        dw_in, dw_out = torch.zeros_like(w_in, dtype=wide), torch.zeros_like(w_out, dtype=wide)
+        db_in = torch.zeros(w_in.shape[0], w_in.shape[2], dtype=wide)
+        db_out = torch.zeros_like(b_out, dtype=wide)
+        for r, (e, s) in enumerate(torch.stack([ids, order], dim=1).tolist()):
+            t, k = s // K, s % K
+            d = (dout[t, k] if gates is None else dout[t]).to(wide)
+            zr, we = z[r].to(wide), w_out[e].to(wide)
+            a, da = F.gelu(zr), (we @ d[:, None])[:, 0]
+            if gates is not None:
+                dgates[t, k] = (da * a).sum() + (d * b_out[e].to(wide)).sum()
+                gate = gates[t, k].to(wide)
+                da, d = da * gate, d * gate
+            half = torch.special.erf(zr / 2 ** 0.5) / 2 + 0.5
+            dz = da * (half + zr * torch.exp(-zr * zr / 2) / (2 * torch.pi) ** 0.5)
+            dw_out[e] += torch.outer(a, d)
+            db_out[e] += d
+            dw_in[e] += torch.outer(x[t].to(wide), dz)
+            db_in[e] += dz
+            dx[t] += (w_in[e].to(wide) @ dz[:, None])[:, 0]
+        weights = (v.to(x.dtype) for v in (dw_in, db_in, dw_out, db_out))
+        return dx.to(x.dtype), None, dgates, *weights
+
+
+def gelu(z):
+    Phi = 0.5 + 0.5 * tl.erf(z / 1.4142135623730951)
+    return z * Phi, Phi + z * tl.exp(z * z / -2) / 2.5066282746310002
+
+
+def grouped_gemm(A, W, C, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
+                 stride_a, stride_we, stride_wd, stride_wn, E: tl.constexpr, DEPTH: tl.constexpr,
+                 N: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
+                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    columns = tl.cdiv(N, BN)
+    tile, part = tl.program_id(0) // columns, tl.program_id(0) % columns
+    e = tl.load(EXPERT + tile).to(tl.int64)
+    if e < E:
+        r = tl.load(START + tile).to(tl.int64) + tl.arange(0, BM)
+        rows = r < tl.load(OFFSETS + e + 1)
+        n = part * BN + tl.arange(0, BN)
+        cols = n < N
+        s = tl.load(ORDER + r, mask=rows, other=0)
+        row = r
+        if SHARED_BY != 0:
+            row = s // SHARED_BY
+        acc = tl.zeros((BM, BN), tl.float32)
+        for first in range(0, DEPTH, BD):
+            d = first + tl.arange(0, BD)
+            a = tl.load(A + row[:, None] * stride_a + d[None, :],
+                        mask=rows[:, None] & (d < DEPTH)[None, :], other=0.0)
+            w = tl.load(W + e * stride_we + d[:, None] * stride_wd + n[None, :] * stride_wn,
+                        mask=(d < DEPTH)[:, None] & cols[None, :], other=0.0)
+            acc += tl.sum(a.to(tl.float32)[:, :, None] * w.to(tl.float32)[None, :, :], axis=1)
+        both = rows[:, None] & cols[None, :]
+        if BIAS is not None:
+            acc = acc + tl.load(BIAS + e * N + n, mask=cols, other=0.0).to(tl.float32)[None, :]
+        by_expert, by_choice = r[:, None] * N + n[None, :], s[:, None] * N + n[None, :]
+        if GATES is not None:
+            gate = tl.load(GATES + s, mask=rows, other=0.0).to(tl.float32)[:, None]
+        else:
+            gate = tl.zeros((BM, 1), tl.float32) + 1
+        if EPILOGUE == "up":
+            tl.store(Z + by_expert, acc.to(Z.dtype.element_ty), mask=both)
+            tl.store(C + by_expert, gelu(acc)[0].to(C.dtype.element_ty), mask=both)
+        if EPILOGUE == "down":
+            tl.store(C + by_choice, (gate * acc).to(C.dtype.element_ty), mask=both)
+        if EPILOGUE == "dx":
+            tl.store(C + by_choice, acc.to(C.dtype.element_ty), mask=both)
+        if EPILOGUE == "da":
+            z = tl.load(Z + by_expert, mask=both, other=0.0).to(tl.float32)
+            a, slope = gelu(z)
+            tl.store(C + by_expert, (acc * slope * gate).to(C.dtype.element_ty), mask=both)
+            tl.store(GATED_A + by_expert, (a * gate).to(C.dtype.element_ty), mask=both)
+            tl.store(DGATES + s * columns + part, tl.sum(acc * a, axis=1), mask=rows)
+            tl.store(DB + tile * N + n, tl.sum(acc * slope * gate, axis=0), mask=cols)
+
+
+def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N: tl.constexpr,
+               A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr, PRECISION: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr):
+    per_row, per_expert = tl.cdiv(N, BN), tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    e = tl.program_id(0).to(tl.int64) // per_expert
+    inside = tl.program_id(0) % per_expert
+    m, n = inside // per_row * BM + tl.arange(0, BM), inside % per_row * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    first, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
+    while first < end:
+        r = first + tl.arange(0, BS)
+        s = tl.load(ORDER + r, mask=r < end, other=0)
+        a_row, b_row = r, r
+        if A_SHARED_BY:
+            a_row = s // A_SHARED_BY
+        if B_SHARED_BY:
+            b_row = s // B_SHARED_BY
+        a = tl.load(A + a_row[:, None] * stride_a + m[None, :],
+                    mask=(r < end)[:, None] & (m < M)[None, :], other=0.0).to(tl.float32)
+        b = tl.load(B + b_row[:, None] * stride_b + n[None, :],
+                    mask=(r < end)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(a[:, :, None] * b[:, None, :], axis=0)
+        first += BS
+    at = DW + e * M * N + m[:, None] * N + n[None, :]
+    tl.store(at, acc.to(DW.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

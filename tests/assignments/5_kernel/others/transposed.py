@@ -1,0 +1,139 @@
+"""Assignment 5, solved with every product transposed and the programs in another order."""
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from kernels import Tiles
+
+
+def over_choices(rows, K):
+    token = torch.arange(len(rows)) // K
+    return rows.new_zeros(len(rows) // K, rows.shape[1]).index_add_(0, token, rows)
+
+
+def plan_tiles(offsets, S, rows):
+    # a tile starts at every row whose place in its group is a multiple of `rows`; longest first
+    E, n = len(offsets) - 1, -(-S // rows) + len(offsets) - 1
+    pairs = [(e, r) for e in range(E) for r in range(int(offsets[e]), int(offsets[e + 1]), rows)]
+    pairs.sort(key=lambda pair: pair[1] - int(offsets[pair[0] + 1]))
+    expert, start = torch.full((n,), E), torch.zeros(n, dtype=torch.long)
+    for i, (e, r) in enumerate(pairs):
+        expert[i], start[i] = e, r
+    return Tiles(expert, start)
+
+
+class Lean:
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, gates, z, ids, order, offsets, w_in, w_out, b_out = ctx.saved_tensors
+        D, K = x.shape[1], ctx.K
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.enable_grad():                        # autograd for the gelu, and for it alone
+            leaf = z.detach().to(wide).requires_grad_()
+            a = F.gelu(leaf)
+            (slope,) = torch.autograd.grad(a.sum(), leaf)
+        a = a.detach()
+        per_choice = dout if gates is None else dout[:, None].expand(-1, K, -1)
+        d = per_choice.reshape(-1, D)[order].to(wide)
+        rows = x.repeat_interleave(K, dim=0)[order].to(wide)
+        w_in, w_out, bias = w_in.to(wide), w_out.to(wide), b_out.to(wide)
+        groups = [slice(*pair) for pair in zip(offsets[:-1].tolist(), offsets[1:].tolist(),
+                                               strict=True)]
+        da = torch.cat([(w_out[e] @ d[g].T).T for e, g in enumerate(groups)])
+        dgates = None
+        if gates is not None:
+            gate = gates.reshape(-1)[order].to(wide)
+            mine = torch.einsum("sh,sh->s", da, a) + torch.einsum("sd,sd->s", d, bias[ids])
+            dgates = torch.empty_like(mine)
+            dgates[order] = mine
+            dgates = dgates.view(-1, K).to(gates.dtype)
+            da, d = da * gate[:, None], d * gate[:, None]
+        dz = da * slope
+        dx = torch.zeros_like(rows)
+        dx[order] = torch.cat([(w_in[e] @ dz[g].T).T for e, g in enumerate(groups)])
+        grads = (dx.view(-1, K, D).sum(1), None, dgates,
+                 torch.stack([(dz[g].T @ rows[g]).T for g in groups]),
+                 torch.stack([dz[g].sum(0) for g in groups]),
+                 torch.stack([(d[g].T @ a[g]).T for g in groups]),
+                 torch.stack([d[g].sum(0) for g in groups]))
+        return tuple(v if v is None or v is dgates else v.to(x.dtype) for v in grads)
+
+
+def gelu(z):
+    phi = tl.exp(-z * z / 2) / 2.5066282746310002
+    Phi = tl.where(z < 0, 0.5 - 0.5 * tl.math.erf(-z * 0.7071067811865476),
+                   0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476))
+    return Phi * z, phi * z + Phi
+
+
+def grouped_gemm(A, W, C, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
+                 stride_a, stride_we, stride_wd, stride_wn, E: tl.constexpr, DEPTH: tl.constexpr,
+                 N: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
+                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    parts: tl.constexpr = (N + BN - 1) // BN
+    tiles = tl.num_programs(0) // parts
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    e = tl.load(EXPERT + tile)
+    if e == E:
+        return
+    r = (tl.load(START + tile) + tl.arange(0, BM)).to(tl.int64)[None, :]          # rows go right
+    n = (part * BN + tl.arange(0, BN)).to(tl.int64)[:, None]                      # columns go down
+    mine = r < tl.load(OFFSETS + e + 1)
+    mask = mine & (n < N)
+    s = tl.load(ORDER + r, mask=mine, other=0)
+    row = s // SHARED_BY if SHARED_BY else r
+    acc = tl.zeros((BN, BM), tl.float32)
+    d = tl.arange(0, BD)
+    while tl.min(d, axis=0) < DEPTH:
+        a = tl.load(A + d[:, None] + row * stride_a, mask=(d < DEPTH)[:, None] & mine, other=0.0)
+        w = tl.load(W + e * stride_we + n * stride_wn + d[None, :] * stride_wd,
+                    mask=(n < N) & (d < DEPTH)[None, :], other=0.0)
+        acc = tl.dot(w, a, acc, input_precision=PRECISION)
+        d += BD
+    gate = 1.0
+    if GATES is not None:
+        gate = tl.load(GATES + s, mask=mine, other=0.0).to(tl.float32)
+    if BIAS is not None:
+        acc += tl.load(BIAS + e * N + n, mask=n < N, other=0.0).to(tl.float32)
+    out = C.dtype.element_ty
+    if EPILOGUE == "da":
+        a, slope = gelu(tl.load(Z + r * N + n, mask=mask, other=0.0).to(tl.float32))
+        tl.store(DGATES + s * parts + part, tl.sum(acc * a, axis=0)[None, :], mask=mine)
+        acc *= gate * slope
+        tl.store(GATED_A + r * N + n, (gate * a).to(out), mask=mask)
+        tl.store(DB + tile * N + n, tl.sum(acc, axis=1)[:, None], mask=n < N)
+        tl.store(C + r * N + n, acc.to(out), mask=mask)
+    elif EPILOGUE == "up":
+        tl.store(Z + r * N + n, acc.to(out), mask=mask)
+        value, _ = gelu(acc.to(out).to(tl.float32))
+        tl.store(C + r * N + n, value.to(out), mask=mask)
+    else:
+        tl.store(C + s * N + n, (gate * acc).to(out), mask=mask)
+
+
+def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N: tl.constexpr,
+               A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr, PRECISION: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr):
+    down, right = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    experts = tl.num_programs(0) // (down * right)
+    e = (tl.program_id(0) % experts).to(tl.int64)
+    m = tl.program_id(0) // experts % down * BM + tl.arange(0, BM)
+    n = tl.program_id(0) // experts // down * BN + tl.arange(0, BN)
+    acc = tl.zeros((BN, BM), tl.float32)
+    first, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
+    r = first + tl.arange(0, BS)
+    while first < end:
+        s = tl.load(ORDER + r, mask=r < end, other=0)
+        a_row = s // A_SHARED_BY if A_SHARED_BY else r
+        b_row = s // B_SHARED_BY if B_SHARED_BY else r
+        a = tl.load(A + a_row[:, None] * stride_a + m[None, :],
+                    mask=(r < end)[:, None] & (m < M)[None, :], other=0.0)       # (BS, BM)
+        b = tl.load(B + b_row[None, :] * stride_b + n[:, None],
+                    mask=(r < end)[None, :] & (n < N)[:, None], other=0.0)       # (BN, BS)
+        acc = tl.dot(b, a, acc, input_precision=PRECISION)
+        first += BS
+        r += BS
+    at = e * M * N + m[None, :] * N + n[:, None]
+    tl.store(DW + at, acc.to(DW.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
