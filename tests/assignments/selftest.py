@@ -207,7 +207,7 @@ def prove(a, seeds):
             for name in bodies:
                 one = functions((ROOT / file).read_text())[name].col_offset + 4
                 files = right | {file: with_bodies(right[file], {name: [" " * one + shout]})}
-                demand(any("the student's own line" in r["got"] for r in run(files)),
+                demand(any("the student's own line" in r["got"] for r in run(files, together=True)),
                        f"{a.folder}: nothing notices a raise in {name}")
         files = right | {file: f"{right[file]}\n{shout}\n" for file in (*a.blanks, answers)
                          if file in right}

@@ -205,6 +205,8 @@ def the_teacher_learns_from_nothing_and_its_routers_from_their_own_losses(studen
     mine = random(g, E, 16, dtype=torch.float32).requires_grad_()       # a student's router
     logits = random(g, 3 * N, 16, dtype=torch.float32) @ mine.T
     targets = guide(x)
+    require(all(z.requires_grad for z in targets.values()), "targets of a guide",
+            "a graph back to the teacher routers", "no graph")
     sum(student.teacher.guidance_loss(z, logits) for z in targets.values()).backward()
     require(mine.grad is not None and mine.grad.abs().max() > 1e-4,
             "gradient of the guidance on the student's router", "not zero", "none")
