@@ -350,7 +350,8 @@ def test_methods_are_compared_by_the_mean_over_their_layers_and_seeds():
     fig = report.plot_methods([
         run("moe", 0.5, [[0.4, 0.6], [0.2, 0.8]], [[0.1, 0.3, 1.0], [0.3, 0.5, 1.0]]),
         run("moe", 0.7, [[0.5, 0.9], [0.5, 0.9]], [[0.2, 0.4, 1.0], [0.2, 0.4, 1.0]]),
-        run("tgr", 0.9, [[0.8, 0.9]], [[0.7, 0.9, 1.0]]), a_row(**DENSE)])
+        run("tgr", 0.9, [[0.8, 0.9]], [[0.7, 0.9, 1.0]]), a_row(**DENSE),
+        run("mode", None, [[]], [[1.0]])])          # one epoch: nothing to agree with
     adjacent, final = fig.axes
     *_, moe, _, tgr = adjacent.lines                # the last of each method is its thick mean
     # seed 1 keeps (.4 + .2) / 2 = .3 and .7, seed 2 .5 and .9: the mean is .4 and .8
