@@ -342,10 +342,6 @@ def check(only):
             if r in waiting:
                 print(f"          needs {r['got'].split(':')[0]}, which is still blank here; "
                       f"the grader fills it in")
-            elif r["kind"] == "blank":
-                print(f"          {r['got']}")
-            elif r["kind"] == "cannot run":
-                print(f"          not run: {r['got']}")
             elif r["kind"] != "passed":
                 print(message(r))
         passed = sum(r["kind"] == "passed" for r in results)
@@ -370,6 +366,10 @@ def waits(result, number):
 
 
 def message(r):
+    """Why a check did not pass: the four parts of a failure, or one line where nothing ran."""
+    plain = {"blank": "not written", "cannot run": "not run"}
+    if r["kind"] in plain:
+        return f"          {plain[r['kind']]}: {r['got']}"
     return textwrap.indent("\n".join(f"{part:>8}: {r[key]}" for part, key in (
         ("quantity", "quantity"), ("expected", "expected"), ("got", "got"), ("hint", "hint"))
         if r[key]), "          ")
@@ -436,11 +436,7 @@ def show(report, path):
         for r in part["checks"]:
             print(f"  {r['points']}/{r['of']}  {'public' if r['public'] else 'hidden'}  "
                   f"{r['check'].replace('_', ' ')}")
-            if r["kind"] == "blank":
-                print(f"          not written: {r['got']}")
-            elif r["kind"] == "cannot run":
-                print(f"          not graded: {r['got']}")
-            elif r["kind"] != "passed":
+            if r["kind"] != "passed":
                 print(message(r))
     for name in report["edited"]:
         print(f"\nunlike the repository's, and not used here: {name}")
