@@ -67,7 +67,7 @@ def plan(experts, E):
 def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """How do the other experts cost nothing? Each multiplies its own rows; autograd does the rest.
 
-    grouped_mm where it takes the tensors, a slice per expert elsewhere.
+    grouped_mm where it takes the tensors and is the faster, a slice per expert elsewhere.
     """
     T, K = experts.shape
     p = plan(experts, len(w_in))
@@ -114,8 +114,8 @@ class OwnBias(torch.autograd.Function):
         return d, F.one_hot(ids, ctx.E).to(d.dtype).mT @ d, None
 
 
-# On a CPU a slice per expert is the faster one, unless an expert has so few rows that calling costs
-# more than multiplying; `lean`, which has fewer calls to save, gains nothing there.
+# Rows per expert under which `grouped` prefers one call on a CPU too: with so few, calling costs
+# more than multiplying. notebooks/results/kernels_cpu.json times cases on both sides of it.
 FEW_ROWS = 200
 
 
