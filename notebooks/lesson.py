@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 import kernels
 import train
 from data import normalise
+from notebooks import study
 from report import COLOURS
 from teacher import Guide
 
@@ -97,7 +98,6 @@ def show(fig, alt):
 def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
     """Draw sum(plus) - sum(minus) of the study's arms above `at`: a ring per seed that all of them
     have, a bar at the mean, a line over its 95 % interval. Returns the study's Estimate."""
-    import study
     found = study.contrast(rows, metric, plus, minus)
     each = [study.contrast([r for r in rows if r["seed"] == seed], metric, plus, minus).mean
             for seed in sorted({r["seed"] for r in rows})]
@@ -256,7 +256,6 @@ def read(name):
 
 def rows(grid, scale="cpu"):
     """The study's runs of one grid, a dict per run; arms shared with other grids are among them."""
-    import study  # it imports half the repository: only who asks pays for it
     return study.rows_of(grid, scale)
 
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import distill  # noqa: E402
+import report  # noqa: E402
 import train  # noqa: E402
 from notebooks import study  # noqa: E402
 from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
@@ -332,8 +333,12 @@ def features_alone(args):
     Recipe, scale and seeds are the study's, so the rows are paired with its own by seed.
     """
     _, state = trained("tgr")
+    path = RESULTS / "features_alone.jsonl"
+    done = {(row["arm"], row["seed"]) for row in report.read_lines(path)} if path.exists() else ()
     for seed in range(3):
         for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
+            if (f"{arm}-features-alone", seed) in done:
+                continue
             _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *flags.split(), "--seed",
                                              str(seed), "--data_dir", args.data_dir]))
             teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
@@ -344,7 +349,7 @@ def features_alone(args):
                 str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in blocks})
             result = train.fit(job, guide, "python notebooks/measure.py features_alone",
                                guide_the_features_alone)
-            study.append(RESULTS / "features_alone.jsonl", {
+            study.append(path, {
                 "arm": f"{arm}-features-alone", "scale": "cpu", "wall_seconds": result["seconds"]}
                 | result)
 
