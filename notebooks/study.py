@@ -118,7 +118,7 @@ GRIDS = {
         **{f"mode-k2-alpha-{a}": (5, "moe-k2") for a in ALPHAS[2:]},
         "moe-k8": (5, "moe-k2"), "mode-k8-best-alpha": (5, "moe-k8")},
     "guidance": {
-        "moe-k1": (5, "tgr-k1"), "tgr-k1": (5, "moe-k1"),
+        "moe-k1": (5, None), "tgr-k1": (5, "moe-k1"),
         **{f"tgr-k1-{name}": (5, "tgr-k1") for name in (
             "first-half", "distil-only", "random-router", "random-teacher", "kmeans", "last-layer",
             "oracle", "weight-0.5", "weight-50")}},

@@ -30,8 +30,10 @@ def test_the_study_says_what_its_rows_say():
     assert study.check_readme() is None
 
 
-def test_every_row_says_where_it_comes_from():
-    for row in report.read_lines(ROOT / "notebooks/results/cpu.jsonl"):
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks/results").glob("*.jsonl")),
+                         ids=lambda path: path.name)
+def test_every_row_says_where_it_comes_from(path):
+    for row in report.read_lines(path):
         assert all(row[name] for name in ("command", "commit", "versions", "device", "data_md5"))
         assert row["seed"] is not None and "dirty" not in row["commit"]
 
