@@ -285,6 +285,10 @@ def objective(cfg, output, targets, teacher_logits=None):
     return terms
 
 
+def autocast(cfg, images):
+    return torch.autocast(images.device.type, AUTOCAST[cfg.precision], cfg.precision != "fp32")
+
+
 # --- looking at a model ---
 
 @torch.no_grad()
@@ -292,7 +296,7 @@ def outputs(model, images, cfg, data, batch=500):
     """The model's `Output` on each batch of clean images, in evaluation mode."""
     model.eval()
     for some in images.split(batch):
-        with torch.autocast(some.device.type, AUTOCAST[cfg.precision], cfg.precision != "fp32"):
+        with autocast(cfg, some):
             yield model(normalise(some, data.mean, data.std))
 
 
@@ -406,7 +410,7 @@ def steps_per_epoch(cfg, sets):
 
 def losses(cfg, student, guide, images, targets):
     """One forward pass of student and, unless guide is None, teacher: the terms of `objective`."""
-    with torch.autocast(images.device.type, AUTOCAST[cfg.precision], cfg.precision != "fp32"):
+    with autocast(cfg, images):
         return objective(cfg, student(images), targets, guide(images) if guide else None)
 
 

@@ -30,6 +30,21 @@ from report import COLOURS
 from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
+# what notebook 2 calls the study's arms, in the order of its figure; *: thought of after the first
+# rows; the teacher of 10,000 taught the runs of results/cpu.jsonl
+NAMES = {
+    "dense": "dense ViT", "dense-features-alone": "dense ViT, KL on its features*",
+    "moe-k1": "V-MoE", "moe-k1-logits": "V-MoE, teacher's logits",
+    "moe-k1-features-alone": "V-MoE, KL on features alone*",
+    "tgr-k1-router-alone": "TGR, KL on routers alone", "tgr-k1": "TGR: KL on both",
+    "tgr-k1-distil-only": "TGR, KL and no task on routers",
+    "tgr-k1-first-half": "TGR, KL in the first half only",
+    "tgr-k1-weight-0.5": "TGR, a tenth of the KL", "tgr-k1-weight-50": "TGR, ten times the KL",
+    "tgr-k1-oracle": "TGR, the teacher dispatches",
+    "tgr-k1-last-layer": "TGR, teacher's last layer",
+    "tgr-k1-kmeans": "TGR, k-means teacher router",
+    "tgr-k1-random-router": "TGR, random teacher router",
+    "tgr": "TGR by the teacher of 10,000", "tgr-k1-random-teacher": "TGR, untrained teacher"}
 SMOKE = bool(os.environ.get("SMOKE_TEST"))      # set by the tests: live cells stay small
 
 
@@ -185,15 +200,14 @@ def finish(axis, xlabel, ylabel="", log_ticks=()):
 # --- code: how it is written, what it moves ---
 
 def source(function, first="", last=""):
-    """Show a function of the modules, or its lines from the one with `first` to that with `last`.
+    """Print a function of the modules, or its lines from the one with `first` to that with `last`.
 
     A Triton kernel keeps what was written in `fn`.
     """
     lines = inspect.getsource(getattr(function, "fn", function)).splitlines()
     start = next(i for i, line in enumerate(lines) if first in line)
     end = next(i for i in range(start, len(lines)) if last in lines[i]) if last else len(lines)
-    code = textwrap.dedent("\n".join(lines[start:end + 1]))
-    display({"text/markdown": f"```python\n{code}\n```", "text/plain": code}, raw=True)
+    print(textwrap.dedent("\n".join(lines[start:end + 1])))
 
 
 def moved(step):

@@ -2,7 +2,7 @@
 
     python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
     python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
-    python notebooks/measure.py sweep                         short runs over alpha, K=2
+    python notebooks/measure.py sweep --runs runs/study/cpu       what alpha does to colleagues
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
     python notebooks/measure.py classes                       whom the kept students' experts serve
     python notebooks/measure.py features_alone                guidance that reaches no router
@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ import distill  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
 from notebooks import study  # noqa: E402
+from notebooks.controls import guide_the_features_alone  # noqa: E402
 from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
 from router import TopKRouter  # noqa: E402
-from teacher import Guide, guidance_loss, teacher_router_losses  # noqa: E402
+from teacher import Guide  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "results"
 
@@ -55,6 +57,18 @@ def write(name, origin, **arrays):
 
 def half(weights):
     return {key: w.half() for key, w in weights.items()}
+
+
+def ended(run, data_dir):
+    """(result, cfg, images, vit) of a run that has ended: a student that tells its raw outputs."""
+    result = json.loads((run / "result.json").read_text())
+    cfg = train.Config(**result["config"] | {"device": "cpu"})
+    images = data.load(cfg.data, data_dir)
+    vit = train.build(cfg, images)
+    train.restore(vit, train.read(run / "checkpoint.pt")["student"], run / "checkpoint.pt")
+    for b in vit.moe_blocks:
+        vit.blocks[b - 1].mlp.keep_raw = True
+    return result, cfg, images, vit.eval()
 
 
 def keep(args):
@@ -90,7 +104,7 @@ def keep(args):
 
 # --- what does each expert know, and from whom does it hear? (notebook 3) ---
 
-# those of them that have ended; the first one's gate gives the partition that all share
+# seed 0 of each; the first one's gate gives the partition that all share
 EXPERTS_OF = ("moe-k2", "mode-k2", "mode-k2-alpha-1", "mode-k2-alpha-100", "tgr+mode-k2")
 PROBED, HEARD = 2_000, 400     # test images: experts are forced on these, gradients taken on those
 
@@ -108,24 +122,14 @@ def pulls(vit, images, labels):
 
 
 def experts(args):
-    """Force every expert, take gradients, count who meets whom, in every run that has ended."""
+    """Force every expert, take gradients, count who meets whom, in one run of each arm."""
     commit = train.commit()                # before the minutes in which a file may be edited
-    runs = [(arm, run) for arm in EXPERTS_OF for run in sorted(Path(args.runs, arm).glob("seed*"))
-            if (run / "result.json").exists()]
-    kept = {name: [] for name in ("arms", "seeds", "domain", "correct", "norms", "meet",
-                                  "first_share", "pulls")}
+    kept = {name: [] for name in ("arms", "domain", "correct", "norms", "meet", "first_share",
+                                  "pulls")}
     trained_by = {}
-    for arm, run in runs:
-        result = json.loads((run / "result.json").read_text())
-        trained_by[f"{arm}, seed {result['seed']}"] = {
-            key: result[key] for key in ("command", "commit", "device")}
-        cfg = train.Config(**result["config"] | {"device": "cpu"})
-        images = data.load(cfg.data, args.data_dir)
-        vit = train.build(cfg, images)
-        train.restore(vit, train.read(run / "checkpoint.pt")["student"], run / "checkpoint.pt")
-        vit.eval()
-        for b in vit.moe_blocks:
-            vit.blocks[b - 1].mlp.keep_raw = True
+    for arm in EXPERTS_OF:
+        result, cfg, images, vit = ended(Path(args.runs, arm, "seed0"), args.data_dir)
+        trained_by[arm] = {key: result[key] for key in ("command", "commit", "device")}
         sets = train.split(cfg, images)
         x = data.normalise(sets.test[0][:PROBED], images.mean, images.std)
         y = sets.test[1][:PROBED]
@@ -138,7 +142,7 @@ def experts(args):
         share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
         probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
         found = {
-            "arms": arm, "seeds": result["seed"],
+            "arms": arm,
             "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
             "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
             "norms": torch.stack([distill.expert_gradient_norms(vit, x[:HEARD], y[:HEARD], b)
@@ -148,60 +152,55 @@ def experts(args):
             "pulls": pulls(vit, *probe)}
         for name, value in found.items():
             kept[name].append(np.asarray(value))
-        print(list(trained_by)[-1], flush=True)
-    origin = about(f"python notebooks/measure.py experts --runs {args.runs}",
-                   sorted({int(seed) for seed in kept["seeds"]}), commit)
+        print(arm, flush=True)
+    origin = about(f"python notebooks/measure.py experts --runs {args.runs}", 0, commit)
     write("experts", origin | {"trained_by": trained_by}, blocks=np.array(blocks),
           **{name: np.stack(values) for name, values in kept.items()})
 
 
-# --- what does alpha do, in runs short enough to repeat before lunch? (notebook 3) ---
+# --- what does alpha do to the experts that serve a token together? (notebook 3) ---
 
-SHORT, SEEDS = 4, 1                     # epochs instead of the study's 12; all else is the same
-SWEEP = (0, 0.001, 0.01, 0.1, 1, 10, 100)               # 0 is the plain V-MoE
-ENDS_FIRST = (0, 6, 2, 4, 5, 3, 1)                      # so that an interrupted sweep says most
-
-
-def colleagues(raws):
-    """(cosine of two experts' outputs for a token that both serve, their length), from L raw
+def colleagues(raw):
+    """(cosine of two experts' outputs for a token that both serve, their length), from the raw
     outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
-    alike = [F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean() for raw in raws]
-    return sum(alike) / len(raws), sum(raw.norm(dim=-1).mean() for raw in raws) / len(raws)
+    return F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean(), raw.norm(dim=-1).mean()
 
 
 def sweep(args):
-    """Accuracy, expert similarity and the gate at every alpha; block 4, 1,000 images probed."""
-    origin = about("python notebooks/measure.py sweep", list(range(SEEDS)))
-    names = ("accuracy", "similarity", "colleagues", "length", "strangers", "gate", "blind")
-    found = {name: np.full((len(SWEEP), SEEDS), np.nan) for name in names}  # NaN: not run yet
-    for seed, at in itertools.product(range(SEEDS), ENDS_FIRST):
-        method = f"mode --alpha {SWEEP[at]}" if at else "moe"
-        flags = f"{study.SCALES['cpu']} --epochs {SHORT} --k 2 --method {method}"
-        folder = ROOT / "runs" / "sweep" / f"alpha{SWEEP[at]}-seed{seed}"
-        _, job = study.prepare(flags, folder, args.data_dir, seed)
-        result = train.fit(job, command=origin["command"])
-        vit, images = job.student.eval(), job.data
-        for b in vit.moe_blocks:
-            vit.blocks[b - 1].mlp.keep_raw = True
+    """Arrays (alphas, seeds) from the ended runs of grid alpha at K=2; NaN where none has ended.
 
-        x = data.normalise(job.sets.test[0][:1_000], images.mean, images.std)
-        correct = distill.probe(vit, x, job.sets.test[1][:1_000], 4)        # (E, 1000)
+    held_out: accuracy on the tenth that --split val holds out, for study.BEST_ALPHA. The rest is
+    about 1,000 test images and a mean over the blocks: colleagues' cosine and length, strangers
+    (pairs of experts that share under 1 % of the tokens), gate accuracy and that of a blind gate.
+    """
+    commit, seeds = train.commit(), range(study.GRIDS["alpha"]["mode-k2"][0])
+    names = ("colleagues", "length", "strangers", "gate", "blind")
+    found = {name: np.full((len(study.SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
+    for (at, arm), seed in itertools.product(enumerate(study.SWEEP.values()), seeds):
+        run = Path(args.runs, arm, f"seed{seed}")
+        if not (run / "result.json").exists():
+            continue
+        _, cfg, images, vit = ended(run, args.data_dir)
+        sets = train.split(replace(cfg, split="val"), images)       # the same training images
+        found["held_out"][at, seed] = train.accuracy(vit, *sets.val, cfg, images)
+        x, y = data.normalise(sets.test[0][:1_000], images.mean, images.std), sets.test[1][:1_000]
         with torch.no_grad():
-            layers = vit(data.normalise(job.sets.probe[0], images.mean, images.std)).layers
-            domain = distill.domains(vit(x).layers[4].routing.probs, vit.n_tokens)
-        both = F.one_hot(layers[4].routing.experts, len(correct)).sum(dim=1).float()    # (T, E)
-        rare = both.T @ both < 0.01 * len(both)             # pairs that share < 1 % of the tokens
-        stubborn = [torch.full_like(domain, e) for e in range(len(correct))]
-        values = (result["test_accuracy"],
-                  np.mean([study.expert_similarity(vit.blocks[b - 1].mlp, layers[b].h)
-                           for b in vit.moe_blocks]),
-                  *colleagues([layers[b].raw for b in vit.moe_blocks]), rare.triu(1).sum(),
-                  distill.gate_accuracy(correct, domain),
-                  np.mean([distill.gate_accuracy(correct, d) for d in stubborn]))
-        for name, value in zip(names, values, strict=True):
+            layers = vit(x).layers
+        values = []
+        for b in vit.moe_blocks:
+            routing, correct = layers[b].routing, distill.probe(vit, x, y, b)       # (E, 1000)
+            both = F.one_hot(routing.experts, len(correct)).sum(dim=1).float()      # (T, E)
+            rare = both.T @ both < 0.01 * len(both)
+            domain = distill.domains(routing.probs, vit.n_tokens)
+            blind = [distill.gate_accuracy(correct, torch.full_like(domain, e))
+                     for e in range(len(correct))]
+            values.append((*colleagues(layers[b].raw), rare.triu(1).sum(),
+                           distill.gate_accuracy(correct, domain), np.mean(blind)))
+        for name, value in zip(names, np.mean(values, axis=0), strict=True):
             found[name][at, seed] = value
-        print(SWEEP[at], seed, *map(float, values), flush=True)
-        write("sweep", origin, alpha=SWEEP, epochs=SHORT, **found)
+        print(arm, seed, *(f"{value[at, seed]:.3f}" for value in found.values()), flush=True)
+    origin = about(f"python notebooks/measure.py sweep --runs {args.runs}", list(seeds), commit)
+    write("sweep", origin, alpha=np.array(list(study.SWEEP), dtype=float), **found)
 
 
 def gradients(args):
@@ -312,21 +311,6 @@ def classes(args):
 
 # --- does guidance need a router at all? ---
 
-def guide_the_features_alone(cfg, student, guide, images, targets):
-    """TGR's KL on linear heads that look at h like a router and dispatch nothing (ours).
-
-    The backbone is pulled as in TGR; a router that the student may have learns as in V-MoE.
-    """
-    output, asked = student(images), guide(images)
-    terms = train.objective(cfg, output, targets)
-    load, entropy = teacher_router_losses(asked)
-    kl = sum(guidance_loss(z, student.heads[b](output.layers[int(b)].h).logits)
-             for b, z in ((str(b), z) for b, z in asked.items()))
-    return terms | {"teacher_load": cfg.load_weight * load,
-                    "teacher_entropy": cfg.entropy_weight * entropy,
-                    "guidance": cfg.guide_weight / len(asked) * kl}
-
-
 def features_alone(args):
     """Two controls of ours, thought of after the first rows: V-MoE and a dense ViT with such heads.
 
@@ -335,7 +319,7 @@ def features_alone(args):
     _, state = trained("tgr")
     path = RESULTS / "features_alone.jsonl"
     done = {(row["arm"], row["seed"]) for row in report.read_lines(path)} if path.exists() else ()
-    for seed in range(3):
+    for seed in range(study.GRIDS["main"]["moe-k1"][0]):
         for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
             if (f"{arm}-features-alone", seed) in done:
                 continue

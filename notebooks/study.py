@@ -39,6 +39,7 @@ import distill  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
 from data import normalise  # noqa: E402
+from notebooks.controls import LOSSES, SETUPS, dispatch  # noqa: E402
 from teacher import Guide  # noqa: E402
 
 RESULTS, FIGURES = ROOT / "notebooks" / "results", ROOT / "notebooks" / "figures"
@@ -65,10 +66,17 @@ TEACHER = {"cpu": "--method dense --seed 1000 --train_images 0",
 
 class Arm(NamedTuple):
     flags: str                      # of train.py
-    control: str | None = None      # a name in LOSSES or SETUPS below: what no flag can say
+    control: str | None = None      # a name in controls.py: what no flag can say
 
 
-ALPHAS = ("0.001", "0.01", "0.1", "1", "10", "100")
+# alpha: its arm at K=2, in order; 0 is the plain V-MoE, 0.01 what the other grids use
+SWEEP = {"0": "moe-k2", "0.001": "mode-k2-alpha-0.001", "0.01": "mode-k2",
+         "0.1": "mode-k2-alpha-0.1", "1": "mode-k2-alpha-1", "10": "mode-k2-alpha-10",
+         "100": "mode-k2-alpha-100"}
+# What mode-k8-best-alpha takes: the best at K=2 on the tenth of the training images that --split
+# val holds out, never on the test split. None: not chosen yet. At scale cpu no student trains on
+# that tenth, so `python notebooks/measure.py sweep` asks the ended runs of the grid themselves.
+BEST_ALPHA = {"cpu": None, "gpu": None}
 EXPERTS = (4, 8, 16, 32, 64)
 ARMS = {
     "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
@@ -82,10 +90,10 @@ ARMS = {
     "mode-k2": Arm("--method mode --k 2 --alpha 0.01"),
     "tgr+mode-k2": Arm("--method tgr+mode --k 2 --alpha 0.01"),
     # how strong may mutual distillation be, and does a gate of all experts need it?
-    **{f"mode-k2-alpha-{a}": Arm(f"--method mode --k 2 --alpha {a}") for a in ALPHAS
-       if a != "0.01"},
+    **{arm: Arm(f"--method mode --k 2 --alpha {alpha}") for alpha, arm in SWEEP.items()
+       if "alpha" in arm},
     "moe-k8": Arm("--method moe --k 8"),
-    "mode-k8-best-alpha": Arm("--method mode --k 8 --alpha BEST"),      # BEST: see best_alpha
+    "mode-k8-best-alpha": Arm("--method mode --k 8 --alpha BEST"),      # of BEST_ALPHA
     # when does guidance act, by whose knowledge, from which layer?
     "tgr-k1-first-half": Arm("--method tgr --k 1 --guide_until 0.5"),
     "tgr-k1-distil-only": Arm("--method tgr --k 1", "distil only"),
@@ -114,8 +122,7 @@ GRIDS = {
         "moe-k1-logits": (5, "moe-k1"), "moe-k2": (8, "moe-k1"), "mode-k2": (8, "moe-k2"),
         "tgr+mode-k2": (8, "moe-k2")},
     "alpha": {
-        "moe-k2": (5, None), "mode-k2-alpha-0.001": (5, "moe-k2"), "mode-k2": (5, "moe-k2"),
-        **{f"mode-k2-alpha-{a}": (5, "moe-k2") for a in ALPHAS[2:]},
+        **{arm: (5, None if arm == "moe-k2" else "moe-k2") for arm in SWEEP.values()},
         "moe-k8": (5, "moe-k2"), "mode-k8-best-alpha": (5, "moe-k8")},
     "guidance": {
         "moe-k1": (5, None), "tgr-k1": (5, "moe-k1"),
@@ -282,120 +289,6 @@ def verdict(estimate, least):
     return "not met" if estimate.high < least or estimate.high <= 0 else "undecided"
 
 
-# --- controls: what an arm does that no flag of train.py says ---
-
-
-def autocast(cfg, images):
-    return torch.autocast(images.device.type, train.AUTOCAST[cfg.precision],
-                          cfg.precision != "fp32")
-
-
-def router(student, block):
-    return student.blocks[block - 1].mlp.router
-
-
-def ask_again(student, output, change):
-    """`output` with each router's answer to change(h): what the KL sees, and nothing else does."""
-    return output._replace(layers={
-        b: layer if layer.routing is None else layer._replace(
-            routing=router(student, b)(change(layer.h)))
-        for b, layer in output.layers.items()})
-
-
-def guide_the_router_alone(cfg, student, guide, images, targets):
-    """TGR with the KL stopped at the router's input: it trains the router's weight alone."""
-    with autocast(cfg, images):
-        output = ask_again(student, student(images), torch.Tensor.detach)
-        return train.objective(cfg, output, targets, guide(images) if guide else None)
-
-
-def learn_the_teachers_logits(cfg, student, guide, images, targets, temperature=3.0):
-    """L + KL(softmax(t / 3) || softmax(s / 3)), mean over images: a teacher's plain information.
-
-    DeiT's soft distillation 0.9 L_task + 0.1 tau^2 KL with its own tau = 3 (arXiv:2012.12877,
-    eq. 2), divided by 0.9, which makes the KL's weight exactly 1: published, so not tuned here.
-    """
-    with autocast(cfg, images):
-        output = student(images)
-        with torch.no_grad():
-            taught = guide.teacher(images).logits
-        terms = train.objective(cfg, output, targets)
-    s, t = ((z.float() / temperature).log_softmax(dim=1) for z in (output.logits, taught))
-    return terms | {"logits": F.kl_div(s, t, reduction="batchmean", log_target=True)}
-
-
-def dispatch(student, targets):
-    """The teacher routers' logits {block: (T, E)} as orders to the student's experts."""
-    return {b: router(student, b).route(z.detach()) for b, z in targets.items()}
-
-
-def follow_the_teacher(cfg, student, guide, images, targets):
-    """Oracle dispatch: the teacher routers send the tokens; the student's routers only learn to."""
-    with autocast(cfg, images):
-        asked = guide(images)
-        output = student(images, dispatch(student, asked))
-        return train.objective(cfg, ask_again(student, output, lambda h: h), targets, asked)
-
-
-def detach_gates(job, guide):
-    """Distil only: the task loss sees the gates as constants, so the KL alone trains a router."""
-    for b in job.student.moe_blocks:
-        router(job.student, b).register_forward_hook(
-            lambda module, inputs, routing: routing._replace(gates=routing.gates.detach()))
-
-
-def untrained_teacher(job, guide):
-    cfg = replace(job.cfg, method="dense", moe_blocks="", seed=1001)
-    guide.teacher = train.build(cfg, job.data).requires_grad_(False).eval()
-
-
-def last_layer(job, guide):
-    guide.blocks = dict.fromkeys(guide.blocks, len(guide.teacher.blocks))
-
-
-@torch.no_grad()
-def freeze_routers(job, guide, directions):
-    """Give each teacher router fixed weights: directions(features (T, D), E) -> unit rows (E, D).
-
-    The features are those of the first 1,000 training images. Rows of length sqrt(D) make targets
-    as confident as trained teacher routers are (ours).
-    """
-    cfg, data, sets = job.cfg, job.data, job.sets
-    features = guide.features(normalise(sets.train[0][:1_000], data.mean, data.std))
-    for b, h in features.items():
-        rows = directions(h.float().cpu(), cfg.n_experts)               # (E, D)
-        guide.routers[str(b)].weight.copy_(rows * rows.shape[1] ** 0.5)
-    guide.routers.requires_grad_(False)
-
-
-def random_directions(h, E):
-    """Random, but blind to what all tokens share: that would send every token to one expert."""
-    rows = torch.randn(E, h.shape[1], generator=torch.Generator().manual_seed(0))
-    common = F.normalize(h.mean(dim=0), dim=0)
-    return F.normalize(rows - (rows @ common)[:, None] * common, dim=1)
-
-
-def centroids(h, E, steps=25):
-    """Spherical k-means of features (T, D): E unit centroids, nearest by cosine.
-
-    The nearest by distance would need a bias, |c|^2 / 2, that a teacher router does not have; with
-    unit centroids the largest dot product is the nearest on the sphere, whatever |h|.
-    """
-    h = F.normalize(h, dim=1)
-    c = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:E]]
-    for _ in range(steps):
-        sums = torch.zeros_like(c).index_add_(0, (h @ c.T).argmax(dim=1), h)
-        c = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), c)
-    return c
-
-
-LOSSES = {"router alone": guide_the_router_alone, "logits": learn_the_teachers_logits,
-          "oracle": follow_the_teacher}
-SETUPS = {"distil only": detach_gates, "random teacher": untrained_teacher,
-          "last layer": last_layer,
-          "random router": lambda job, guide: freeze_routers(job, guide, random_directions),
-          "k-means": lambda job, guide: freeze_routers(job, guide, centroids)}
-
 # --- what is measured at the end of a run ---
 
 PROBED = 2_000       # test images whose experts are forced one by one
@@ -469,7 +362,7 @@ def closing_look(job, guide, control):
         with torch.no_grad():
             for x, y in zip(*(part.split(500) for part in sets.test), strict=True):
                 x = normalise(x, data.mean, data.std)
-                with autocast(cfg, x):
+                with train.autocast(cfg, x):
                     logits = student(x, dispatch(student, guide(x))).logits
                 hits.append(logits.argmax(dim=1) == y)
         found["oracle_accuracy"] = torch.cat(hits).float().mean().item()
@@ -521,17 +414,12 @@ def unclean():
 
 
 def best_alpha(scale):
-    """The alpha > 0 of the best mean accuracy at K=2, once every seed of the sweep is there."""
-    arms = {f"mode-k2-alpha-{a}" if a != "0.01" else "mode-k2": a for a in ALPHAS}
-    rows = [row for row in read_rows() if row["scale"] == scale]
-    means = {}
-    for arm, alpha in arms.items():
-        found = [row["test_accuracy"] for row in rows if row["arm"] == arm
-                 and row["seed"] < GRIDS["alpha"][arm][0]]
-        if len(found) < GRIDS["alpha"][arm][0]:
-            raise ValueError(f"the best alpha is known when {arm} has all its seeds")
-        means[alpha] = statistics.fmean(found)
-    return max(means, key=means.get)
+    """The alpha that was chosen for the dense gate at this scale, on no test image."""
+    if BEST_ALPHA[scale] is None:
+        raise ValueError(f"scale {scale} has no BEST_ALPHA yet: train mode-k2 with each alpha and "
+                         f"train.py's --split val, and write the one of the best val_accuracy "
+                         f"into {Path(__file__).name}")
+    return BEST_ALPHA[scale]
 
 
 def prepare(flags, folder, data_dir, seed=None, teacher=None):
@@ -764,11 +652,15 @@ def hypotheses_table(grid, scale, rows):
 
 
 def unpaired(grid, rows):
-    """Which runs no difference uses, in a sentence; empty where all are used."""
-    lost = {(arm, other, run) for arm, (_, other) in GRIDS[grid].items() if other
-            for run in contrast(rows, ACC, (arm,), (other,)).left_out}
-    return "" if not lost else " Without a partner, so left out of the difference: " + "; ".join(
-        f"{run[0]} seed {run[1]} in {arm} − {other}" for arm, other, run in sorted(lost)) + "."
+    """Which runs no difference uses, in a sentence; empty where all are used.
+
+    Where an arm has not run at all, its difference is missing and no run is left out of it.
+    """
+    lost = []
+    for arm, (_, other) in GRIDS[grid].items():
+        if other and (pair := contrast(rows, ACC, (arm,), (other,))).n:
+            lost += [f"{name}, seed {seed}, from {arm} − {other}" for name, seed in pair.left_out]
+    return "" if not lost else " Left out for want of a partner: " + "; ".join(lost) + "."
 
 
 def section(grid, scale):

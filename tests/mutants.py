@@ -5,8 +5,9 @@
     python tests/mutants.py --list
 
 A mutant replaces `old` by `new` in one file of a temporary copy of the repository and runs
-tests/test_<file> there. It is killed if a test fails and has SURVIVED if all pass; the command
-fails if one survives. `old` must occur exactly once in its file: else the mutant is stale.
+tests/test_<file> there, or what TESTS names instead. It is killed if a test fails and has SURVIVED
+if all pass; the command fails if one survives. `old` must occur exactly once in its file: else the
+mutant is stale.
 """
 import os
 import shutil
@@ -644,8 +645,10 @@ MUTANTS = [
     ("notebooks/study.py",
      '            guide.routers.load_state_dict(job.state["routers"])',
      '            pass'),
-    ("notebooks/study.py", 'and row["seed"] < GRIDS["alpha"][arm][0]]', ']'),
-    ("notebooks/study.py", 'if len(found) < GRIDS', 'if 0 and len(found) < GRIDS'),
+    ("notebooks/study.py", 'if BEST_ALPHA[scale] is None:', 'if False:'),
+    ("notebooks/study.py", 'flags.replace("BEST", best_alpha(scale))', 'flags'),
+    ("notebooks/study.py", '(pair := contrast(rows, ACC, (arm,), (other,))).n:',
+     '(pair := contrast(rows, ACC, (arm,), (other,))):'),
     ("notebooks/study.py",
      'taught = "tgr" in flags or control == "logits"',
      'taught = "tgr" in flags'),
@@ -684,10 +687,30 @@ MUTANTS = [
     ("notebooks/study.py",
      'row.get("oracle_accuracy", row["test_accuracy"])',
      'row["test_accuracy"]'),
-    ("notebooks/study.py",
+
+    # controls.py: what a control takes away
+    ("notebooks/controls.py",
      'F.kl_div(s, t, reduction="batchmean", log_target=True)',
      'F.kl_div(t, s, reduction="batchmean", log_target=True)'),
+    ("notebooks/controls.py", "/ temperature).log_softmax", ").log_softmax"),
+    ("notebooks/controls.py", "student(images), torch.Tensor.detach)", "student(images), abs)"),
+    ("notebooks/controls.py", "guide(images) if guide else None", "guide(images)"),
+    ("notebooks/controls.py", "output.layers[b].h).logits", "output.layers[b].h.detach()).logits"),
+    ("notebooks/controls.py", "student.heads[str(b)](", "router(student, b)("),
+    ("notebooks/controls.py", "cfg.guide_weight / len(asked) * kl", "cfg.guide_weight * kl"),
+    ("notebooks/controls.py", ".route(z.detach())", ".route(z)"),
+    ("notebooks/controls.py", "gates=routing.gates.detach()", "gates=routing.gates"),
+    ("notebooks/controls.py", "gates=routing.gates.detach()", "gates=routing.gates.detach() * 0"),
+    ("notebooks/controls.py", "seed=1001", "seed=1"),
+    ("notebooks/controls.py", ".requires_grad_(False).eval()", ".eval()"),
+    ("notebooks/controls.py", "len(guide.teacher.blocks))", "1)"),
+    ("notebooks/controls.py", "rows * rows.shape[1] ** 0.5", "rows"),
+    ("notebooks/controls.py", "guide.routers.requires_grad_(False)", "pass"),
+    ("notebooks/controls.py", "rows - (rows @ common)[:, None] * common", "rows"),
+    ("notebooks/controls.py", "(h @ c.T).argmax(dim=1), h)", "(h @ c.T).argmin(dim=1), h)"),
 ]
+# where the tests of a file are not in tests/test_<file>
+TESTS = {"notebooks/controls.py": "test_study.py"}
 
 
 def stale(file, old):
@@ -709,7 +732,8 @@ def killer(mutant):
         (copy / file).write_text((copy / file).read_text().replace(old, new))
         try:
             run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_{Path(file).name}"],
+                [sys.executable, "-m", "pytest", "-x", "-q",
+                 f"tests/{TESTS.get(file, f'test_{Path(file).name}')}"],
                 cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"},
                 capture_output=True, text=True, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:

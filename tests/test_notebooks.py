@@ -111,6 +111,16 @@ def test_it_reads_as_a_lesson(path):
 
 
 @each
+def test_no_sentence_is_torn_by_a_line_that_markdown_takes_for_a_list(path):
+    item = r"\s*(?:\d+[.)]|[-+*]) "
+    for cell in cells(path, "markdown"):
+        lines = cell.source.splitlines()
+        for before, line in itertools.pairwise(lines):
+            new_list = re.match(item, line) and not re.match(item + r"|\s+\S", before)
+            assert not (new_list and before.strip()), f"{before}\n{line}"
+
+
+@each
 def test_every_figure_is_also_said_in_words(path):
     figures = [out for c in cells(path, "code") for out in c.outputs
                if "image/png" in out.get("data", {})]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import report
 import train
 from data import normalise, synthetic
-from notebooks import study
+from notebooks import controls, study
 from notebooks.study import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval, verdict
+from router import TopKRouter
 from teacher import Guide
 
 SMALL = synthetic(seed=5, n_train=64, n_test=40)
@@ -47,18 +48,22 @@ def prepared(arm):
     guide = Guide(teacher, job.student, job.cfg.n_experts)
     for router in guide.routers.values():                   # confident, unlike the student
         torch.nn.init.normal_(router.weight)
-    if control in study.SETUPS:
-        study.SETUPS[control](job, guide)
+    if control in controls.SETUPS:
+        controls.SETUPS[control](job, guide)
     batch = next(train.batches(job.cfg, SMALL, job.sets, epoch=1))
-    return job, guide, study.LOSSES.get(control, train.losses), batch
+    return job, guide, controls.LOSSES.get(control, train.losses), batch
 
 
-def gradients(arm, term):
+def gradients(arm, term, losses=None):
     """{parameter of the student or a teacher router: gradient} of one term of the objective."""
-    job, guide, losses, batch = prepared(arm)
+    job, guide, own, batch = prepared(arm)
+    if losses is controls.guide_the_features_alone:
+        torch.manual_seed(7)                                # heads unlike the routers
+        job.student.heads = torch.nn.ModuleDict({
+            str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in (1, 2)})
     named = dict(job.student.named_parameters()) | {
         f"guide.{n}": p for n, p in guide.named_parameters() if p.requires_grad}
-    terms = losses(job.cfg, job.student, guide, *batch)
+    terms = (losses or own)(job.cfg, job.student, guide, *batch)
     grads = torch.autograd.grad(terms[term], list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, grads, strict=True) if g is not None and g.any()}
 
@@ -74,6 +79,23 @@ def test_plain_guidance_also_teaches_the_backbone_through_the_router():
 
 def test_with_the_kl_stopped_guidance_trains_the_routers_weight_and_nothing_else():
     assert gradients("tgr-k1-router-alone", "guidance").keys() == ROUTERS
+
+
+def test_guided_features_pull_on_the_backbone_and_on_heads_that_dispatch_nothing():
+    names = gradients("moe-k1", "guidance", controls.guide_the_features_alone).keys()
+    assert {"embed.weight", "heads.1.weight", "heads.2.weight"} <= names
+    # nothing that the last block's router or experts do is asked for
+    assert not any(name.startswith("blocks.1.mlp") for name in names)
+
+
+def test_guided_features_weigh_what_guided_routers_weigh():
+    job, guide, plain, batch = prepared("tgr-k1")
+    guided = plain(job.cfg, job.student, guide, *batch)
+    job.student.heads = {str(b): controls.router(job.student, b) for b in (1, 2)}
+    job.cfg.method = "moe"
+    heads = controls.guide_the_features_alone(job.cfg, job.student, guide, *batch)
+    for term in ("guidance", "teacher_load", "teacher_entropy"):
+        torch.testing.assert_close(heads[term], guided[term])
 
 
 def test_stopping_the_kl_changes_neither_the_task_nor_the_routers_own_gradient():
@@ -145,7 +167,7 @@ def test_frozen_targets_are_confident_and_a_random_router_does_not_collapse():
 
 def test_random_directions_do_not_see_what_all_tokens_share():
     h = torch.randn(50, 7) + 10 * torch.arange(7)
-    rows = study.random_directions(h, 3)
+    rows = controls.random_directions(h, 3)
     torch.testing.assert_close(rows @ F.normalize(h.mean(dim=0), dim=0), torch.zeros(3))
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
 
@@ -163,7 +185,7 @@ def test_a_k_means_router_sends_each_feature_to_its_nearest_centroid():
 def test_k_means_finds_three_bundles_of_directions():
     axes = torch.eye(5)[:3].repeat_interleave(20, dim=0)
     h = (axes + 0.1 * torch.randn(60, 5)) * torch.rand(60, 1).add(0.5)
-    nearest = (h @ study.centroids(h, 3).T).argmax(dim=1).view(3, 20)
+    nearest = (h @ controls.centroids(h, 3).T).argmax(dim=1).view(3, 20)
     assert (nearest == nearest[:, :1]).all() and len(nearest[:, 0].unique()) == 3
 
 
@@ -185,7 +207,7 @@ def test_last_layer_means_the_teachers_last_block_for_every_block():
 def test_oracle_dispatch_follows_the_teacher_and_not_the_students_router():
     job, guide, _, (images, _) = prepared("tgr-k1-oracle")
     asked = guide(images)
-    layers = job.student(images, study.dispatch(job.student, asked)).layers
+    layers = job.student(images, controls.dispatch(job.student, asked)).layers
     own = job.student(images).layers
     for b, z in asked.items():
         assert torch.equal(layers[b].routing.experts[:, 0], z.argmax(dim=1))
@@ -216,7 +238,7 @@ def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
     job, *_, (images, targets) = prepared("moe-k2")
     for k, same in ((4, True), (2, False)):
         for b in (1, 2):
-            study.router(job.student, b).k = k
+            controls.router(job.student, b).k = k
         cosine = study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2)
         assert (cosine == pytest.approx(1, abs=1e-4)) is same
         assert -1 <= cosine <= 1 + 1e-6
@@ -234,7 +256,7 @@ def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
         for b in (1, 2):
             job.student.blocks[b - 1].mlp.experts.w_out.mul_(20)
     images = normalise(SMALL.test.images, SMALL.mean, SMALL.std)
-    sent = study.dispatch(job.student, guide(images))
+    sent = controls.dispatch(job.student, guide(images))
     answer = job.student.eval()(images, sent).logits.argmax(dim=1)
     assert not torch.equal(answer, job.student(images).logits.argmax(dim=1))
     job = job._replace(sets=job.sets._replace(test=(SMALL.test.images, answer)))
@@ -271,7 +293,10 @@ def test_arms_are_compared_seed_by_seed_and_a_lone_seed_is_left_out_and_named():
     assert e.mean == pytest.approx(1.5) and e.n == 2        # (52 - 50 + 41 - 40) / 2
     assert e.high - e.mean == pytest.approx(12.706 * 0.5 ** 0.5 / 2 ** 0.5)
     assert e.left_out == (("moe-k1", 2),)
-    assert "moe-k1 seed 2 in tgr-k1 − moe-k1" in study.unpaired("main", rows)
+    assert study.unpaired("main", rows) == (
+        " Left out for want of a partner: moe-k1, seed 2, from tgr-k1 − moe-k1.")
+    alone = [r for r in rows if r["arm"] == "moe-k1"]       # nothing to leave them out of
+    assert study.unpaired("main", alone) == ""
 
 
 def test_a_value_that_a_run_does_not_have_is_no_zero():
@@ -312,8 +337,8 @@ def test_every_hypothesis_and_comparison_names_arms_of_its_grid_and_a_known_metr
 
 def test_every_arm_is_in_a_grid_and_every_control_in_an_arm():
     assert {arm for arms in GRIDS.values() for arm in arms} == ARMS.keys()
-    controls = {arm.control for arm in ARMS.values()} - {None}
-    assert controls == {*study.LOSSES, *study.SETUPS}
+    used = {arm.control for arm in ARMS.values()} - {None}
+    assert used == {*controls.LOSSES, *controls.SETUPS}
 
 
 @pytest.mark.filterwarnings("ignore:topk_softmax")
@@ -505,17 +530,13 @@ def test_a_folder_is_one_processs_at_a_time():
     assert order == ["first", "other"]
 
 
-def test_the_best_alpha_waits_for_the_whole_sweep_and_is_the_best_mean(monkeypatch):
-    found = [row("mode-k2" if a == "0.01" else f"mode-k2-alpha-{a}", s, 0.5 + 0.1 * (a == "1"))
-             for a in study.ALPHAS for s in range(5)]
-    monkeypatch.setattr(study, "read_rows", lambda: found)
-    assert study.best_alpha("cpu") == "1"
-    lone = row("mode-k2", 7, 9.0)                          # a seed that is not in the sweep
-    monkeypatch.setattr(study, "read_rows", lambda: [*found, lone])
-    assert study.best_alpha("cpu") == "1"
-    monkeypatch.setattr(study, "read_rows", lambda: found[1:])
-    with pytest.raises(ValueError, match=r"alpha-0\.001"):
-        study.best_alpha("cpu")
+def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
+    monkeypatch.setattr(study, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
+    monkeypatch.setattr(study, "read_rows", lambda: pytest.fail("a row holds test accuracies"))
+    assert study.best_alpha("cpu") == "0.1"
+    with pytest.raises(ValueError, match="--split val"):
+        study.best_alpha("gpu")
+    monkeypatch.setattr(study, "read_rows", list)
     assert study.to_do("alpha", "cpu")[-1][0] == "mode-k8-best-alpha"
 
 
