@@ -656,11 +656,13 @@ def unpaired(grid, rows):
 
     Where an arm has not run at all, its difference is missing and no run is left out of it.
     """
-    lost = []
+    lost = {}
     for arm, (_, other) in GRIDS[grid].items():
         if other and (pair := contrast(rows, ACC, (arm,), (other,))).n:
-            lost += [f"{name}, seed {seed}, from {arm} − {other}" for name, seed in pair.left_out]
-    return "" if not lost else " Left out for want of a partner: " + "; ".join(lost) + "."
+            for name, seed in pair.left_out:
+                lost.setdefault(f"from {arm} − {other}: {name}, seed ", []).append(str(seed))
+    return "" if not lost else " Left out for want of a partner: " + "; ".join(
+        where + ", ".join(seeds) for where, seeds in lost.items()) + "."
 
 
 def section(grid, scale):
@@ -675,16 +677,16 @@ def section(grid, scale):
     first = rows[0]
     taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
               and ARMS[row["arm"]].control != "random teacher"]
+    teacher = f"dense teacher (`{TEACHER[scale]}`): {report.mean(taught):.1%}; " if taught else ""
     caption = (
         f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
         f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
-        f"{first['preset']}; epochs: {first['epochs']}; dense teacher (`{TEACHER[scale]}`): "
-        f"{report.show(report.mean(taught), '{:.1%}')}; device: {all_of(lambda r: r['device'])}; "
-        f"torch {all_of(lambda r: r['versions']['torch'])}; commit "
-        f"{all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation over n "
-        f"seeds; differences are paired by seed, with 95 % t-intervals. T: the TGR-MoE paper, M: "
-        f"the MoDE paper, ours: a control. Met: the estimate is at least the threshold and its "
-        f"interval above 0; not met: the interval is below the threshold.")
+        f"{first['preset']}; epochs: {first['epochs']}; {teacher}device: "
+        f"{all_of(lambda r: r['device'])}; torch {all_of(lambda r: r['versions']['torch'])}; "
+        f"commit {all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation "
+        f"over n seeds; differences are paired by seed, with 95 % t-intervals. T: the TGR-MoE "
+        f"paper, M: the MoDE paper, ours: a control. Met: the estimate is at least the threshold "
+        f"and its interval above 0; not met: the interval is below the threshold.")
     pictures = "\n".join(f"![{grid}, {name}]({path.relative_to(ROOT).as_posix()})"
                          for name, path in picture_paths(grid, scale, rows).items())
     return "\n\n".join([
@@ -757,8 +759,13 @@ BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 
 
 def readme_block():
-    sections = [text for grid in GRIDS for scale in SCALES if (text := section(grid, scale))]
-    return "\n\n".join(sections) or "The study has no rows yet."
+    """Every grid that has rows; all but the first, main, are folded."""
+    sections = {(grid, scale): text for grid in GRIDS for scale in SCALES
+                if (text := section(grid, scale))}
+    return "\n\n".join(
+        text if grid == "main" else f"<details><summary>{grid}, scale {scale}: arms, verdicts, "
+        f"figures</summary>\n\n{text}\n\n</details>"
+        for (grid, scale), text in sections.items()) or "The study has no rows yet."
 
 
 def check_readme(readme=ROOT / "README.md"):

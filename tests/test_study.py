@@ -294,7 +294,7 @@ def test_arms_are_compared_seed_by_seed_and_a_lone_seed_is_left_out_and_named():
     assert e.high - e.mean == pytest.approx(12.706 * 0.5 ** 0.5 / 2 ** 0.5)
     assert e.left_out == (("moe-k1", 2),)
     assert study.unpaired("main", rows) == (
-        " Left out for want of a partner: moe-k1, seed 2, from tgr-k1 − moe-k1.")
+        " Left out for want of a partner: from tgr-k1 − moe-k1: moe-k1, seed 2.")
     alone = [r for r in rows if r["arm"] == "moe-k1"]       # nothing to leave them out of
     assert study.unpaired("main", alone) == ""
 
