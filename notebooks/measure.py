@@ -42,7 +42,7 @@ RESULTS = ROOT / "notebooks" / "results"
 
 def about(command, seed, commit=None, device="cpu"):
     """Who measured this, in the words of a run's result.json."""
-    return {"command": command, "seed": seed, "commit": commit or train.commit(),
+    return {"command": command, "seed": seed, "commit": commit or study.commit_of_row(dirty=True),
             "device": train.describe(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__, "numpy": np.__version__}}
@@ -123,7 +123,7 @@ def pulls(vit, images, labels):
 
 def experts(args):
     """Force every expert, take gradients, count who meets whom, in one run of each arm."""
-    commit = train.commit()                # before the minutes in which a file may be edited
+    commit = study.commit_of_row(dirty=True)     # before the minutes in which a file may be edited
     kept = {name: [] for name in ("arms", "domain", "correct", "norms", "meet", "first_share",
                                   "pulls")}
     trained_by = {}
@@ -173,7 +173,7 @@ def sweep(args):
     about 1,000 test images and a mean over the blocks: colleagues' cosine and length, strangers
     (pairs of experts that share under 1 % of the tokens), gate accuracy and that of a blind gate.
     """
-    commit, seeds = train.commit(), range(study.GRIDS["alpha"]["mode-k2"][0])
+    commit, seeds = study.commit_of_row(dirty=True), range(study.GRIDS["alpha"]["mode-k2"][0])
     names = ("colleagues", "length", "strangers", "gate", "blind")
     found = {name: np.full((len(study.SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
     for (at, arm), seed in itertools.product(enumerate(study.SWEEP.values()), seeds):
