@@ -335,7 +335,7 @@ def features_alone(args):
                                guide_the_features_alone)
             study.append(path, {
                 "arm": f"{arm}-features-alone", "scale": "cpu", "wall_seconds": result["seconds"]}
-                | result)
+                | result | {"commit": study.commit_of_row(dirty=True)})
 
 
 MEASURES = {"keep": keep, "gradients": gradients, "classes": classes,
