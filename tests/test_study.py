@@ -541,6 +541,14 @@ def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen
     assert study.to_do("alpha", "cpu")[-1][0] == "mode-k8-best-alpha"
 
 
+def test_the_dense_gate_is_trained_with_the_alpha_that_was_chosen(monkeypatch):
+    monkeypatch.setattr(study, "BEST_ALPHA", {"cpu": "0.5"})
+    two = ARMS["mode-k8-best-alpha"].flags.replace("--k 8", "--k 2")    # SMALL has four experts
+    monkeypatch.setitem(ARMS, "mode-k8-best-alpha", study.Arm(two))
+    study.train_one("alpha", "mode-k8-best-alpha", 0, "cpu", "runs", "data", dirty=True)
+    assert study.read_rows()[0]["config"]["alpha"] == 0.5
+
+
 def test_runs_of_one_seed_come_before_those_of_the_next():
     assert [s for _, s in study.to_do("main", "cpu")] == sorted(
         s for seeds, _ in GRIDS["main"].values() for s in range(seeds))
