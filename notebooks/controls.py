@@ -1,7 +1,9 @@
 """controls.py -- if guidance helps, what did it guide? Each control takes one explanation away.
 
 A control is what an arm of study.py does that no flag of train.py says: LOSSES replace
-train.losses, SETUPS change job and guide before the first step. "ours" marks what no paper defines.
+train.losses, SETUPS change job and guide before the first step. Guided features alone are no arm:
+measure.py trains them, for they were thought of after the study's first rows. "ours" marks what no
+paper defines.
 """
 from dataclasses import replace
 
