@@ -40,7 +40,9 @@ def reference(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False)
 
 def gated_sum(raw, gates, return_choices):
     """y (T, D), and raw (T, K, D) itself where it was asked for."""
-    y = (raw * gates[..., None]).sum(dim=1).to(raw.dtype)
+    y = raw * gates[..., None]
+    # a sum over one choice would only copy it, forward and backward
+    y = (y.sum(dim=1) if y.shape[1] > 1 else y.squeeze(1)).to(raw.dtype)
     return (y, raw) if return_choices else y
 
 
@@ -69,15 +71,33 @@ def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
 
     grouped_mm where it takes the tensors and is the faster, a slice per expert elsewhere.
     """
-    T, K = experts.shape
+    (T, D), K = x.shape, experts.shape[1]
     p = plan(experts, len(w_in))
-    # index_select, not x[...]: the same rows, but a faster backward on a CPU
-    rows = x.index_select(0, p.order // K)                              # (S, D)
-    mlp = grouped_mm_mlp if _grouped_mm_takes(rows, w_in, FEW_ROWS) else sliced_mlp
-    out = mlp(rows, p, w_in, b_in, w_out, b_out)                  # (S, D) still by expert
     undo = torch.empty_like(p.order).scatter_(0, p.order, torch.arange(T * K, device=x.device))
-    raw = out.index_select(0, undo).view(T, K, x.shape[1])
+    choices = x[:, None].expand(T, K, D).reshape(T * K, D)              # (S, D) a row per choice
+    rows = Permute.apply(choices, p.order, undo)                        # (S, D) now by expert
+    mlp = grouped_mm_mlp if _grouped_mm_takes(rows, w_in, HIDDEN_FITS) else sliced_mlp
+    out = mlp(rows, p, w_in, b_in, w_out, b_out)                        # (S, D) still by expert
+    raw = Permute.apply(out, undo, p.order).view(T, K, D)
     return gated_sum(raw, gates, return_choices)
+
+
+class Permute(torch.autograd.Function):
+    """rows (S, n) in another order: row i of the result is rows[order[i]]; `undo` leads back.
+
+    The gradient takes the way back. Autograd, which cannot know that no row is asked for twice,
+    would add the rows one by one to a tensor of zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, order, undo):
+        ctx.save_for_backward(undo)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, d):
+        undo, = ctx.saved_tensors
+        return d.index_select(0, undo), None, None
 
 
 def sliced_mlp(rows, p, w_in, b_in, w_out, b_out):
@@ -92,38 +112,53 @@ def sliced_mlp(rows, p, w_in, b_in, w_out, b_out):
 
 
 def grouped_mm_mlp(rows, p, w_in, b_in, w_out, b_out):
-    """The same in two launches, with no group size known to the host; grouped_mm has no bias."""
+    """The same in two launches; grouped_mm has no bias, so it is added by hand."""
     ends = p.offsets[1:].int()
-    z = OwnBias.apply(F.grouped_mm(rows, w_in, offs=ends), b_in, p.ids)             # (S, H)
-    return OwnBias.apply(F.grouped_mm(F.gelu(z), w_out, offs=ends), b_out, p.ids)   # (S, D)
+    # a GPU would have to be waited for, and a compiler wants no sizes that change with every batch
+    known = not (rows.is_cuda or torch.compiler.is_compiling())
+    sizes = p.offsets.diff().tolist() if known else None
+    z = OwnBias.apply(F.grouped_mm(rows, w_in, offs=ends), b_in, p.ids, sizes)            # (S, H)
+    return OwnBias.apply(F.grouped_mm(F.gelu(z), w_out, offs=ends), b_out, p.ids, sizes)  # (S, D)
 
 
 class OwnBias(torch.autograd.Function):
-    """out (S, n) plus the bias of each row's own expert, b (E, n) at ids (S,)."""
+    """out (S, n) plus the bias of each row's own expert, b (E, n) at ids (S,).
+
+    Where the host knows the experts' `sizes`, in place, expert by expert: no second tensor.
+    """
 
     @staticmethod
-    def forward(ctx, out, b, ids):
-        ctx.E = len(b)
+    def forward(ctx, out, b, ids, sizes):
+        ctx.E, ctx.sizes = len(b), sizes
         ctx.save_for_backward(ids)
-        return out + b.index_select(0, ids)
+        if sizes is None:
+            return out + b.index_select(0, ids)
+        ctx.mark_dirty(out)
+        for rows, own in zip(out.split(sizes), b.unbind(), strict=True):
+            rows += own
+        return out
 
     @staticmethod
     def backward(ctx, d):
         ids, = ctx.saved_tensors
-        # autograd would add row by row, in any order on a GPU; a product with one-hot rows does not
-        return d, F.one_hot(ids, ctx.E).to(d.dtype).mT @ d, None
+        if ctx.sizes is None:
+            # autograd would add row by row, in any order; a product with one-hot rows does not
+            return d, F.one_hot(ids, ctx.E).to(d.dtype).mT @ d, None, None
+        return d, torch.stack([rows.sum(dim=0) for rows in d.split(ctx.sizes)]), None, None
 
 
-# Rows per expert under which `grouped` prefers one call on a CPU too: with so few, calling costs
-# more than multiplying. notebooks/results/kernels_cpu.json times cases on both sides of it.
-FEW_ROWS = 200
+# Bytes of all hidden rows (S, H) up to which `grouped` prefers one call on a CPU too. Beyond, its
+# slices win: an expert's own rows stay in the cache, while glibc's allocator asks the system anew
+# for each larger tensor. notebooks/results/kernels_cpu.json times cases on both sides of it.
+HIDDEN_FITS = 32 * 2 ** 20
 
 
-def _grouped_mm_takes(rows, w_in, few_rows=0):
+def _grouped_mm_takes(rows, w_in, hidden_fits=0):
     """Whether grouped_mm is the better product for rows (S, D) and accepts these tensors."""
     aligned = all(n * rows.element_size() % 16 == 0 for n in w_in.shape[1:])  # rows of 16 bytes
-    compiling, E = torch.compiler.is_compiling(), len(w_in)
-    fast = rows.is_cuda or compiling or (E > 1 and len(rows) < few_rows * E)
+    compiling, (E, _, H) = torch.compiler.is_compiling(), w_in.shape
+    small = E > 1 and len(rows) * H * rows.element_size() < hidden_fits   # E = 1 is a plain MLP
+    fast = rows.is_cuda or compiling or small
     half = rows.dtype in (torch.bfloat16, torch.float16)   # all that it takes while compiling
     return fast and aligned and (half or (rows.dtype == torch.float32 and not compiling))
 

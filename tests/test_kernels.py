@@ -26,14 +26,15 @@ DEVICE = "cuda" if CUDA else "cpu"
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
-# Every way through the ladder: (rung, by grouped_mm, device, dtypes, D, H); grouped_mm wants rows
-# of a multiple of 16 bytes, and Triton's interpreter multiplies bfloat16 wrongly.
+# Every way through the ladder: (rung, by what, device, dtypes, D, H); grouped_mm wants rows of a
+# multiple of 16 bytes, and Triton's interpreter multiplies bfloat16 wrongly.
 WAYS = {
-    "grouped by slices": ("grouped", False, "cpu", (f64, f32, bf16), D, H),
-    "grouped by grouped_mm": ("grouped", True, "cpu", (f32, bf16), 24, 48),
-    "lean by slices": ("lean", False, "cpu", (f64, f32, bf16), D, H),
-    "lean by grouped_mm": ("lean", True, "cpu", (f32, bf16), 24, 48),
-    "triton": ("triton", False, DEVICE, (f32, f16, bf16) if CUDA else (f32, f16), D, H),
+    "grouped by slices": ("grouped", "slices", "cpu", (f64, f32, bf16), D, H),
+    "grouped by grouped_mm": ("grouped", "grouped_mm", "cpu", (f32, bf16), 24, 48),
+    "grouped by grouped_mm, sizes unknown": ("grouped", "blind", "cpu", (f32, bf16), 24, 48),
+    "lean by slices": ("lean", "slices", "cpu", (f64, f32, bf16), D, H),
+    "lean by grouped_mm": ("lean", "grouped_mm", "cpu", (f32, bf16), 24, 48),
+    "triton": ("triton", None, DEVICE, (f32, f16, bf16) if CUDA else (f32, f16), D, H),
 }
 MARKS = {"triton": needs_triton}
 BY_AUTOGRAD = [name for name in BACKENDS if name != "triton"]   # and gradcheck in float64
@@ -129,8 +130,10 @@ def assert_same(actual, expected):
 def go(monkeypatch):
     """go(way): its rung, device, D and H, with grouped_mm chosen or not as it says."""
     def go(way):
-        backend, by_grouped_mm, device, _, D, H = WAYS[way]
-        monkeypatch.setattr(kernels, "_grouped_mm_takes", lambda *_: by_grouped_mm)
+        backend, by, device, _, D, H = WAYS[way]
+        monkeypatch.setattr(kernels, "_grouped_mm_takes", lambda *_: by != "slices")
+        if by == "blind":           # as on a GPU and while compiling: the host must not look
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         return backend, device, D, H
     return go
 
@@ -213,6 +216,27 @@ def test_the_gradients_are_those_of_finite_differences(rung, asked):
         lambda x, *rest: expert_mlp(x, experts, *rest, rung, asked), (x, *rest))
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_where_autograd_wrote_the_backward_it_has_second_derivatives_too(asked):
+    experts = torch.tensor([[0, 2], [2, 0], [0, 1]])                # nobody visits expert 3
+    x, *rest = (t.requires_grad_() for t in an_mlp_layer(4, experts, D=3, H=2).values())
+    assert torch.autograd.gradgradcheck(
+        lambda x, *rest: expert_mlp(x, experts, *rest, "grouped", asked), (x, *rest))
+
+
+@pytest.mark.parametrize("sizes", [[2, 0, 3], None])
+def test_a_bias_of_ones_own_has_first_and_second_derivatives(sizes):
+    out, b = torch.randn(5, 4, dtype=f64), torch.randn(3, 4, dtype=f64)
+    leaves = out.requires_grad_(), b.requires_grad_()
+
+    def plus(out, b):               # 1 * out, for a leaf must not be written to
+        return kernels.OwnBias.apply(1 * out, b, torch.tensor([0, 0, 2, 2, 2]), sizes).square()
+
+    assert torch.autograd.gradcheck(plus, leaves) and torch.autograd.gradgradcheck(plus, leaves)
+    once = torch.autograd.grad(plus(*leaves).sum(), leaves, create_graph=True)
+    assert all(d.requires_grad for d in once)       # gradgradcheck looks away where one is not
+
+
 @pytest.mark.parametrize("rung", BY_HAND)
 def test_second_derivatives_are_refused_where_the_backward_is_written_by_hand(rung):
     experts = distinct(T, E, K).to(DEVICE)
@@ -292,10 +316,10 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     w, odd = torch.zeros(E, D, 44), torch.zeros(E, D, 45)
     x = torch.zeros(T, D)
     assert not kernels._grouped_mm_takes(x, w)                      # a CPU needs no grouped_mm
-    few = kernels.FEW_ROWS                  # ... unless experts are many, and short of rows
-    assert kernels._grouped_mm_takes(torch.zeros(few * E - 1, D), w, few)
-    assert not kernels._grouped_mm_takes(torch.zeros(few * E, D), w, few)
-    assert not kernels._grouped_mm_takes(x[:1], w[:1], few)         # one expert is a plain MLP
+    hidden = T * 44 * 4                     # bytes; ... unless all of the hidden rows are small
+    assert kernels._grouped_mm_takes(x, w, hidden + 1)
+    assert not kernels._grouped_mm_takes(x, w, hidden)
+    assert not kernels._grouped_mm_takes(x, w[:1], hidden + 1)      # one expert is a plain MLP
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels._grouped_mm_takes(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
     assert not kernels._grouped_mm_takes(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
@@ -303,13 +327,14 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     assert not kernels._grouped_mm_takes(x, w)                      # float32 compiles to slices
 
 
-def test_experts_with_few_rows_are_multiplied_in_one_call(monkeypatch):
+def test_small_hidden_layers_are_multiplied_in_one_call(monkeypatch):
     seen = []
     for name in ("grouped_mm_mlp", "sliced_mlp"):
         monkeypatch.setattr(kernels, name, lambda rows, *_, name=name: seen.append(name) or rows)
     w = [torch.zeros(E, D, 44), torch.zeros(E, 44), torch.zeros(E, 44, D), torch.zeros(E, D)]
-    for T in (kernels.FEW_ROWS * E - 1, kernels.FEW_ROWS * E):
-        kernels.grouped(torch.zeros(T, D), torch.zeros(T, 1).long(), torch.ones(T, 1), *w)
+    monkeypatch.setattr(kernels, "HIDDEN_FITS", T * 44 * 4)
+    for rows in (T - 1, T):
+        kernels.grouped(torch.zeros(rows, D), torch.zeros(rows, 1).long(), torch.ones(rows, 1), *w)
     assert seen == ["grouped_mm_mlp", "sliced_mlp"]
 
 
