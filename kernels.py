@@ -76,7 +76,7 @@ def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
     undo = torch.empty_like(p.order).scatter_(0, p.order, torch.arange(T * K, device=x.device))
     choices = x[:, None].expand(T, K, D).reshape(T * K, D)              # (S, D) a row per choice
     rows = Permute.apply(choices, p.order, undo)                        # (S, D) now by expert
-    mlp = grouped_mm_mlp if _grouped_mm_takes(rows, w_in, HIDDEN_FITS) else sliced_mlp
+    mlp = grouped_mm_mlp if _grouped_mm_takes(rows, w_in, FEW_ROWS) else sliced_mlp
     out = mlp(rows, p, w_in, b_in, w_out, b_out)                        # (S, D) still by expert
     raw = Permute.apply(out, undo, p.order).view(T, K, D)
     return gated_sum(raw, gates, return_choices)
@@ -147,18 +147,20 @@ class OwnBias(torch.autograd.Function):
         return d, torch.stack([rows.sum(dim=0) for rows in d.split(ctx.sizes)]), None, None
 
 
-# Bytes of all hidden rows (S, H) up to which `grouped` prefers one call on a CPU too. Beyond, its
-# slices win: an expert's own rows stay in the cache, while glibc's allocator asks the system anew
-# for each larger tensor. notebooks/results/kernels_cpu.json times cases on both sides of it.
-HIDDEN_FITS = 32 * 2 ** 20
+# Where one call is faster than slices on a CPU too: where all hidden rows (S, H) are so few bytes
+# that passes over them stay in the cache, and, for `grouped` alone, where experts have so few rows
+# each that gathering their weights' gradients costs more than the products. Both were chosen by
+# timing, and notebooks/results/kernels_cpu.json has cases on both sides of each.
+HIDDEN_FITS = 8 * 2 ** 20
+FEW_ROWS = 200
 
 
-def _grouped_mm_takes(rows, w_in, hidden_fits=0):
+def _grouped_mm_takes(rows, w_in, few_rows=0):
     """Whether grouped_mm is the better product for rows (S, D) and accepts these tensors."""
     aligned = all(n * rows.element_size() % 16 == 0 for n in w_in.shape[1:])  # rows of 16 bytes
     compiling, (E, _, H) = torch.compiler.is_compiling(), w_in.shape
-    small = E > 1 and len(rows) * H * rows.element_size() < hidden_fits   # E = 1 is a plain MLP
-    fast = rows.is_cuda or compiling or small
+    small = len(rows) < few_rows * E or len(rows) * H * rows.element_size() < HIDDEN_FITS
+    fast = rows.is_cuda or compiling or (small and E > 1)       # one expert is a plain MLP
     half = rows.dtype in (torch.bfloat16, torch.float16)   # all that it takes while compiling
     return fast and aligned and (half or (rows.dtype == torch.float32 and not compiling))
 

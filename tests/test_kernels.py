@@ -315,11 +315,12 @@ def test_no_expert_writes_a_full_size_gradient_of_zeros():
 def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     w, odd = torch.zeros(E, D, 44), torch.zeros(E, D, 45)
     x = torch.zeros(T, D)
+    monkeypatch.setattr(kernels, "HIDDEN_FITS", T * 44 * 4)         # bytes of x's hidden rows
     assert not kernels._grouped_mm_takes(x, w)                      # a CPU needs no grouped_mm
-    hidden = T * 44 * 4                     # bytes; ... unless all of the hidden rows are small
-    assert kernels._grouped_mm_takes(x, w, hidden + 1)
-    assert not kernels._grouped_mm_takes(x, w, hidden)
-    assert not kernels._grouped_mm_takes(x, w[:1], hidden + 1)      # one expert is a plain MLP
+    assert kernels._grouped_mm_takes(x[1:], w)                      # ... unless they are fewer
+    assert kernels._grouped_mm_takes(torch.zeros(T * E - 1, D), w, T)       # ... or an expert's are
+    assert not kernels._grouped_mm_takes(torch.zeros(T * E, D), w, T)
+    assert not kernels._grouped_mm_takes(x[1:], w[:1], T)           # one expert is a plain MLP
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels._grouped_mm_takes(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
     assert not kernels._grouped_mm_takes(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
@@ -327,15 +328,22 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     assert not kernels._grouped_mm_takes(x, w)                      # float32 compiles to slices
 
 
-def test_small_hidden_layers_are_multiplied_in_one_call(monkeypatch):
+def test_small_layers_are_multiplied_in_one_call(monkeypatch):
     seen = []
     for name in ("grouped_mm_mlp", "sliced_mlp"):
         monkeypatch.setattr(kernels, name, lambda rows, *_, name=name: seen.append(name) or rows)
     w = [torch.zeros(E, D, 44), torch.zeros(E, 44), torch.zeros(E, 44, D), torch.zeros(E, D)]
-    monkeypatch.setattr(kernels, "HIDDEN_FITS", T * 44 * 4)
-    for rows in (T - 1, T):
-        kernels.grouped(torch.zeros(rows, D), torch.zeros(rows, 1).long(), torch.ones(rows, 1), *w)
-    assert seen == ["grouped_mm_mlp", "sliced_mlp"]
+
+    def calls(rows):
+        experts = torch.arange(rows)[:, None] % E
+        kernels.grouped(torch.zeros(rows, D), experts, torch.ones(rows, 1), *w)
+        return seen.pop(), len(list(kernels.groups(plan(experts, E), torch.zeros(rows, D), w[0])))
+
+    few = kernels.FEW_ROWS * E
+    monkeypatch.setattr(kernels, "HIDDEN_FITS", 0)
+    assert calls(few - 1) == ("grouped_mm_mlp", E) and calls(few) == ("sliced_mlp", E)
+    monkeypatch.setattr(kernels, "HIDDEN_FITS", 2 * few * 44 * 4)
+    assert calls(2 * few - 1) == ("grouped_mm_mlp", 1) and calls(2 * few) == ("sliced_mlp", E)
 
 
 def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_sizes():

@@ -362,6 +362,7 @@ def test_the_flops_are_those_that_torch_counts(make, monkeypatch):
     # exactly; only in its MATH form does the counter see the products of attention on a CPU, and
     # none of those of grouped_mm, which small layers would call for
     monkeypatch.setattr(kernels, "HIDDEN_FITS", 0)
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
     vit = make()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         vit(some_images(1))
