@@ -5,7 +5,6 @@ No class or function of the modules is defined here a second time.
 import inspect
 import io
 import json
-import math
 import os
 import textwrap
 from pathlib import Path
@@ -21,9 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm as bar
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports triton
-
-from torch.utils.flop_counter import FlopCounterMode
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # before kernels.py imports triton
 
 import kernels
 import train
@@ -211,17 +208,6 @@ def source(function, first="", last=""):
     start = next(i for i, line in enumerate(lines) if first in line)
     end = next(i for i in range(start, len(lines)) if last in lines[i]) if last else len(lines)
     print(textwrap.dedent("\n".join(lines[start:end + 1])))
-
-
-def flops(step):
-    """FLOPs of step() by torch's counter, told the price of a product for which it counts nothing.
-
-    grouped_mm(a, b): each row of a meets one matrix of b; also where b's rows are cut, not stacked.
-    """
-    price = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1]}
-    with FlopCounterMode(display=False, custom_mapping=price) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def moved(step):

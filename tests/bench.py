@@ -13,6 +13,7 @@ on PYTHONPATH. Letters as in kernels.py: T tokens, D width, H hidden, E experts,
 """
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -28,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -137,6 +139,18 @@ def check(c, layer):
             raise Skip(f"refused: {name} is off by {error:.1e}, a plain loop by {usual:.1e}")
         worst = max(worst, error / (usual or room or 1.0))
     return worst
+
+
+def flops(step):
+    """FLOPs of step(), as torch counts them, told the price of grouped_mm: it would count nothing.
+
+    (S, D) by (E, D, H) takes 2 S D H, and so do the gradients, (S, H) by (E, H, D) for the rows and
+    (D, S) by (S, H) for the matrices.
+    """
+    price = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1]}
+    with FlopCounterMode(display=False, custom_mapping=price) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def kept(c):

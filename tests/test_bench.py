@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import bench
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import kernels
@@ -35,6 +37,19 @@ def run(monkeypatch, rungs=("reference", "grouped"), more=(), **broken):
     known = {name: kernels.BACKENDS[name] for name in rungs}
     monkeypatch.setattr(kernels, "BACKENDS", known | broken)
     return {row["backend"]: row for row in bench.main([*FLAGS, *more])}
+
+
+# --- what a layer costs ---
+
+def test_a_product_by_groups_costs_what_its_products_one_by_one_cost_forward_and_backward():
+    rows, w = torch.ones(12, D, requires_grad=True), torch.ones(3, D, H, requires_grad=True)
+    ends = torch.tensor([3, 3, 12]).int()                       # 3 rows, none, 9 rows
+    for product in (lambda: F.grouped_mm(rows, w, offs=ends),
+                    lambda: torch.cat([rows[:3] @ w[0], rows[3:] @ w[2]])):
+        assert bench.flops(product) == 2 * 12 * D * H
+        y = product()
+        backward = partial(torch.autograd.grad, y, (rows, w), torch.ones_like(y))
+        assert bench.flops(backward) == 2 * (2 * 12 * D * H)
 
 
 # --- the rows ---

@@ -5,7 +5,6 @@ wrong answer that the page itself folds away, and with its solution.
 """
 import itertools
 import re
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -159,21 +158,3 @@ def test_what_an_operator_moves_is_what_it_reads_and_what_it_writes_and_a_view_m
     assert lesson.moved(lambda: torch.empty_like(a).copy_(a)) == 2 * 200
     assert lesson.moved(lambda: a.add_(a)) == 3 * 200
     assert lesson.moved(lambda: a.new_zeros(7)) == 7
-
-
-def test_a_product_by_groups_costs_what_its_products_one_by_one_cost_forward_and_backward():
-    import torch
-    import torch.nn.functional as F
-
-    from notebooks import lesson
-    rows, w = torch.ones(12, 8, requires_grad=True), torch.ones(3, 8, 16, requires_grad=True)
-    ends = torch.tensor([3, 3, 12]).int()                       # 3 rows, none, 9 rows
-    def by_groups():
-        return F.grouped_mm(rows, w, offs=ends)
-    def one_by_one():
-        return torch.cat([rows[:3] @ w[0], rows[3:] @ w[2]])
-    for product in by_groups, one_by_one:
-        assert lesson.flops(product) == 2 * 12 * 8 * 16
-        y = product()
-        backward = partial(torch.autograd.grad, y, (rows, w), torch.ones_like(y))
-        assert lesson.flops(backward) == 2 * (2 * 12 * 8 * 16)
