@@ -503,7 +503,7 @@ def expert_mlp(x, experts, gates, w_in, b_in, w_out, b_out, backend="auto", retu
 
 
 # What compiles for a GPU and is right in the interpreter may still fail on one. Set this once
-# `pytest -m gpu` has passed there and `python kernels.py` shows which rung is the faster.
+# `pytest -m gpu` has passed there and `python notebooks/bench.py` shows which rung is the faster.
 SEEN_ON_A_GPU = False
 
 
@@ -540,10 +540,3 @@ def why_not_triton(x, w_in):
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # Triton read it when it was imported
-
-
-if __name__ == "__main__":      # the side-by-side table: python kernels.py --help
-    import sys
-    sys.path.append(sys.path[0] + "/tests")
-    import bench
-    bench.main()

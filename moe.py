@@ -94,7 +94,7 @@ class MoE(nn.Module):
 
     >>> moe = MoE(dim=8, hidden=16, n_experts=4, k=2, keep_raw=True)
     >>> y, routing, raw = moe(torch.randn(3, 5, 8))
-    >>> y.shape, routing.experts.shape, raw.shape
+    >>> y.shape, routing.chosen.shape, raw.shape
     (torch.Size([3, 5, 8]), torch.Size([15, 2]), torch.Size([15, 2, 8]))
     """
 
@@ -108,7 +108,7 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])                             # (T, D)
         if routing is None:
             routing = self.router(tokens)
-        out = self.experts(tokens, routing.experts, routing.gates, self.backend, self.keep_raw)
+        out = self.experts(tokens, routing.chosen, routing.gates, self.backend, self.keep_raw)
         y, raw = out if self.keep_raw else (out, None)
         return y.view_as(x), routing, raw
 
@@ -208,7 +208,7 @@ class ViT(nn.Module):
     >>> vit = ViT(dim=8, depth=4, heads=2, hidden=16, patch=8, n_classes=10, moe_blocks=(2, 4),
     ...           make_sparse=lambda: MoE(8, 16, n_experts=4, k=2))
     >>> logits, layers = vit(torch.randn(3, 3, 32, 32))
-    >>> logits.shape, layers[2].routing.experts.shape, layers[3].h.shape
+    >>> logits.shape, layers[2].routing.chosen.shape, layers[3].h.shape
     (torch.Size([3, 10]), torch.Size([51, 2]), torch.Size([51, 8]))
     """
 

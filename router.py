@@ -17,11 +17,11 @@ GATES = ("softmax_topk", "topk_softmax", "sigmoid")
 
 
 class Routing(NamedTuple):
-    """One routing decision for every token: what the experts, the losses and the plots all read."""
-    experts: Tensor          # (T, K) int64, the favourite first
-    gates: Tensor            # (T, K) float32, the weight of each chosen expert's output
-    probs: Tensor            # (T, E) float32, softmax(logits) whatever the gate; noise-free
-    logits: Tensor           # (T, E) float32, noise-free
+    """Where every token goes: what the experts, the losses and the plots all read."""
+    chosen: Tensor             # (T, K) int64, the experts a token visits, its favourite first
+    gates: Tensor              # (T, K) float32, the weight of each chosen expert's output
+    probs: Tensor              # (T, E) float32, softmax(logits) whatever the gate, without noise
+    logits: Tensor             # (T, E) float32, without noise
     dropped: Tensor | int = 0  # () how many of the T*K choices found their expert full
 
 
@@ -32,13 +32,13 @@ class TopKRouter(nn.Module):
     gate="topk_softmax"  softmax over the K largest logits alone     Shazeer, arXiv:1701.06538
     gate="sigmoid"       one sigmoid per expert, not rescaled
 
-    `noise` is the noise on the logits in units of V-MoE's (1.0: standard deviation 1/E), in
-    training only. `capacity_factor=None` drops nothing; otherwise an expert accepts
-    C = ceil(factor * K * T / E) choices, first choices before second ones, then in token order,
-    and a choice that comes too late keeps its expert but gets gate 0.
+    In training, noise=1.0 adds noise of standard deviation 1/E to the logits, as V-MoE does.
+    capacity_factor=None drops nothing. Otherwise an expert accepts C = ceil(factor * K * T / E)
+    choices, first choices before second ones, then in token order; a choice that comes too late
+    keeps its expert and gets gate 0.
 
     >>> routing = TopKRouter(dim=8, n_experts=4, k=2)(torch.randn(5, 8))
-    >>> routing.experts.shape, routing.gates.shape, routing.probs.shape
+    >>> routing.chosen.shape, routing.gates.shape, routing.probs.shape
     (torch.Size([5, 2]), torch.Size([5, 2]), torch.Size([5, 4]))
     """
 
@@ -62,16 +62,17 @@ class TopKRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x):
-        # float32 whatever the autocast: logits rounded to bfloat16 choose other experts for a few
-        # of the tokens.
+        # In float32 whatever the autocast says: rounded to bfloat16, the logits of a few tokens
+        # would choose other experts.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())           # (T, E)
             return self.route(logits)
 
     def route(self, logits):
         """Turn logits (T, E) into a `Routing`; FloatingPointError where they are not finite."""
-        # softmax(NaN) sends every token to one expert: a dense model that nobody asked for.
-        # Inside torch.compile the training loop's own check of the loss stands in for this one.
+        # NaN logits sort without an error and send every token to the same expert, so the model
+        # would go on as a dense one. Inside torch.compile, which allows no such look, the training
+        # loop's check of the loss has to do.
         if not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).sum())
             raise FloatingPointError(
@@ -83,49 +84,55 @@ class TopKRouter(nn.Module):
         if self.training and self.noise > 0:
             noisy = logits + torch.randn_like(logits) * (self.noise / self.n_experts)
 
-        # A stable sort, not topk: equal logits go to the lowest index on every device.
+        # A stable sort, for topk may break ties differently on another device.
         order = noisy.sort(dim=-1, descending=True, stable=True).indices
-        experts = order[:, :self.k]                                     # (T, K)
-        chosen = noisy.gather(1, experts)                               # (T, K)
+        chosen = order[:, :self.k]                                      # (T, K)
+        kept = noisy.gather(1, chosen)                                  # (T, K) their logits
         if self.gate == "softmax_topk":
-            # The K gates are not rescaled to sum to 1: with K=1 a rescaled gate is the
+            # The K gates are not rescaled to sum to 1. With K=1 a rescaled gate would be the
             # constant 1, and the task loss would never reach the router.
-            gates = noisy.softmax(dim=-1).gather(1, experts)            # (T, K)
+            gates = noisy.softmax(dim=-1).gather(1, chosen)             # (T, K)
         elif self.gate == "topk_softmax":
-            gates = chosen.softmax(dim=-1)
+            gates = kept.softmax(dim=-1)
         else:
-            gates = chosen.sigmoid()
+            gates = kept.sigmoid()
 
         dropped = 0
         if self.capacity_factor is not None:
-            kept = within_capacity(experts, self.n_experts, self.capacity_factor)
-            gates = gates * kept
-            dropped = (~kept).sum()
-        return Routing(experts, gates, probs, logits, dropped)
+            served = within_capacity(chosen, self.n_experts, self.capacity_factor)
+            gates = gates * served
+            dropped = (~served).sum()
+        return Routing(chosen, gates, probs, logits, dropped)
 
 
-def within_capacity(experts, n_experts, capacity_factor):
-    """Say which choices (T, K) an expert still has room for: first choices first, then token order.
+def within_capacity(chosen, n_experts, capacity_factor):
+    """Which of the choices (T, K) does their expert have room for? (T, K) bool.
 
-    C = ceil(capacity_factor * K * T / E); 0 drops every choice, infinity none. V-MoE serves
-    choices in the same order (arXiv:2106.05974) but rounds C to the nearest where we round up.
+    Each expert serves C = ceil(capacity_factor * K * T / E) choices, first choices before second
+    ones, then in token order; a factor of 0 drops every choice, infinity none. V-MoE serves in the
+    same order (arXiv:2106.05974) but rounds C to the nearest integer where we round up.
     """
-    T, K = experts.shape
+    T, K = chosen.shape
     # rounded first, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more
     C = math.ceil(min(T, round(capacity_factor * K * T / n_experts, 9)))
-    queue = F.one_hot(experts.T.reshape(-1), n_experts)                 # (K*T, E) in service order
+    queue = F.one_hot(chosen.T.reshape(-1), n_experts)                  # (K*T, E) in service order
     place = (queue.cumsum(dim=0) * queue).sum(dim=1)                    # (K*T,) 1 = served first
     return (place <= C).view(K, T).T                                    # (T, K)
 
 
-# --- losses on the routing; each says how many tokens an expert gets, none says which ---
+# --- losses on the routing ---
+#
+# Why does a router need any? Left alone it feeds the experts that are ahead: they are chosen, so
+# they learn, so they are chosen again, and the others fall idle. load_loss and balance_loss ask for
+# an even load, entropy_loss for sure routers, z_loss for small logits. None of them looks at what
+# an expert would do with a token, so none can say which expert that token needs.
 
 def load_loss(probs):
-    """CV^2 of the importance of each expert, from probs (T, E): 0 when even, E - 1 when collapsed.
+    """CV^2 of the experts' importance, from probs (T, E): 0 when even, E - 1 when collapsed.
 
-    Imp_e = mean_t p_te and the loss is var(Imp) / mean(Imp)^2 with the population variance
+    Imp_e = mean_t p_te, and the loss is var(Imp) / mean(Imp)^2 with the population variance
     (V-MoE, arXiv:2106.05974, appendix A; TGR-MoE, arXiv:2604.21330, L_load). Written as
-    (std / mean)^2 the same number has a NaN gradient at perfect balance.
+    (std / mean)^2, the same number would have a NaN gradient at perfect balance.
     """
     importance = probs.mean(dim=0)                                      # (E,)
     return importance.var(correction=0) / importance.mean().square()
@@ -134,20 +141,20 @@ def load_loss(probs):
 def entropy_loss(logits):
     """Mean entropy in nats of the tokens' routing, from logits (T, E) (TGR-MoE, L_ent).
 
-    Logits, not probabilities: p log p has an infinite slope where p underflows to 0.
+    It takes logits because p log p, from probabilities, has an infinite slope where p underflows.
     """
     log_p = logits.log_softmax(dim=-1)                                  # (T, E)
     return -(log_p.exp() * log_p).sum(dim=-1).mean()
 
 
-def balance_loss(probs, experts):
+def balance_loss(probs, chosen):
     """E * sum_e f_e P_e: 1 when even, E when collapsed (Switch, arXiv:2101.03961, eq. 4-6).
 
-    f_e is the share of the T*K choices that went to e, a constant for autograd; P_e is the
-    mean over all tokens of probs (T, E).
+    f_e is the share of the choices (T, K) that went to e, a constant for autograd; P_e is the mean
+    over all tokens of probs (T, E).
     """
     E = probs.shape[1]
-    f = F.one_hot(experts, E).sum(dim=(0, 1)) / experts.numel()         # (E,)
+    f = F.one_hot(chosen, E).sum(dim=(0, 1)) / chosen.numel()           # (E,)
     return E * (f * probs.mean(dim=0)).sum()
 
 

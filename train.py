@@ -325,7 +325,7 @@ def look(student, sets, cfg, data):
         stacked = torch.stack(per_block).view(len(blocks), len(images), student.n_tokens, -1)
         return stacked.to("cpu", dtype).numpy()
 
-    return hit, gather("experts", torch.uint8), gather("probs", torch.float16)
+    return hit, gather("chosen", torch.uint8), gather("probs", torch.float16)
 
 
 # --- files ---
@@ -715,7 +715,7 @@ def evaluate(given):
         print(f"{word:6}" + ", ".join(f"{name} {share:.0%}" for share, name in some))
     for b, layer in outs[0].layers.items():
         if layer.routing is not None:
-            chosen = torch.cat([out.layers[b].routing.experts for out in outs]).flatten()
+            chosen = torch.cat([out.layers[b].routing.chosen for out in outs]).flatten()
             shares = chosen.bincount(minlength=cfg.n_experts) / len(chosen)
             print(f"load of block {b}'s experts: " + " ".join(f"{share:.1%}" for share in shares))
 

@@ -220,7 +220,7 @@ def moved(step):
 def errors(mlp, layer):
     """What is the largest error of a rung of kernels.py, on its output and on every gradient?
 
-    `layer` is one of tests/bench.py's. Against kernels.reference in float64, over the largest true
+    `layer` is one of bench.py's. Against kernels.reference in float64, over the largest true
     value of each. Returns their names and the errors.
     """
     def run(mlp, cast):
@@ -275,7 +275,7 @@ def rows(grid, scale="cpu"):
 
 def timings():
     """Who made results/kernels_cpu.json, and its rows that nobody else's work disturbed."""
-    import bench
+    from notebooks import bench
     record = json.loads((RESULTS / "kernels_cpu.json").read_text())
     timed = [r for r in record["rows"] if r["ms"] and not bench.disturbed(r)]
     return (record["env"] | {"seed": 0},                    # bench.draw knows no other seed

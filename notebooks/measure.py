@@ -138,7 +138,7 @@ def experts(args):
         with torch.no_grad():
             layers = vit(x).layers
         routings = [layers[b].routing for b in blocks]
-        pairs = [F.one_hot(r.experts, E).sum(dim=1).float() for r in routings]      # (T, E) 0 or 1
+        pairs = [F.one_hot(r.chosen, E).sum(dim=1).float() for r in routings]      # (T, E) 0 or 1
         share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
         probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
         found = {
@@ -189,7 +189,7 @@ def sweep(args):
         values = []
         for b in vit.moe_blocks:
             routing, correct = layers[b].routing, distill.probe(vit, x, y, b)       # (E, 1000)
-            both = F.one_hot(routing.experts, len(correct)).sum(dim=1).float()      # (T, E)
+            both = F.one_hot(routing.chosen, len(correct)).sum(dim=1).float()      # (T, E)
             rare = both.T @ both < 0.01 * len(both)
             domain = distill.domains(routing.probs, vit.n_tokens)
             blind = [distill.gate_accuracy(correct, torch.full_like(domain, e))
@@ -292,7 +292,7 @@ def classes(args):
         for name, student in (("vmoe", vmoe), ("tgr", tgr)):
             layers = student(x).layers
             own = routings[name] = {b: layers[b].routing for b in sent}
-            trials = {how: {b: r._replace(experts=r.experts[order]) for b, r in own.items()}
+            trials = {how: {b: r._replace(chosen=r.chosen[order]) for b, r in own.items()}
                       for how, order in orders.items()}
             trials |= {"the teacher routers'": sent} if name == "tgr" else {}
             for how, trial in trials.items():
@@ -300,7 +300,7 @@ def classes(args):
                 right[name, how] = right.get((name, how), 0) + hits
         for r, name in enumerate(routers):
             for i, routing in enumerate(routings[name].values()):
-                chosen = routing.experts[:, 0].view(-1, N).numpy()      # (B, N)
+                chosen = routing.chosen[:, 0].view(-1, N).numpy()      # (B, N)
                 np.add.at(counts[r, i], (y.numpy()[:, None], np.arange(N), chosen), 1)
                 np.add.at(dealt[r, i], (anew[some].numpy()[:, None], chosen[:, 1:]), 1)
     write("classes", about("python notebooks/measure.py classes", 0), counts=counts, dealt=dealt,

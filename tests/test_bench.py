@@ -8,13 +8,13 @@ import sys
 import time
 from functools import partial
 
-import bench
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 import kernels
+from notebooks import bench
 
 IMAGES, TOKENS, D, H = 2, 9, 8, 16
 FLAGS = ["--device=cpu", "--shapes=2x9x8x16", "--experts=4", "--k=2", "--repeats=2", "--threads=1"]

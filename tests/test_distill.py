@@ -141,7 +141,7 @@ def test_a_dense_gate_teaches_every_expert():
 def test_an_expert_that_was_not_chosen_learns_nothing():
     layer, x = moe(4, k=2)
     routing = layer.router(x)
-    routing = routing._replace(experts=torch.tensor([3, 1]).expand(T, 2))
+    routing = routing._replace(chosen=torch.tensor([3, 1]).expand(T, 2))
     mutual_distillation_loss(layer(x, routing)[2]).backward()
     learns = layer.experts.w_in.grad.flatten(1).abs().amax(dim=1)
     assert (learns > 0).tolist() == [False, True, False, True]
@@ -224,7 +224,7 @@ def test_a_forced_expert_is_the_blocks_plain_mlp(expert):
 
 def test_a_forced_routing_is_certain():
     routing = forced(2, n_tokens=4, n_experts=3)
-    assert routing.experts.tolist() == [[2]] * 4 and routing.gates.tolist() == [[1.0]] * 4
+    assert routing.chosen.tolist() == [[2]] * 4 and routing.gates.tolist() == [[1.0]] * 4
     assert routing.probs.tolist() == [[0.0, 0.0, 1.0]] * 4
     assert torch.equal(routing.logits.softmax(dim=-1), routing.probs)
 

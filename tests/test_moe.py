@@ -6,7 +6,6 @@ import doctest
 import math
 from copy import deepcopy
 
-import bench
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.testing import assert_close
 
 import moe
 from moe import MLP, Attention, Block, Experts, MoE, SoftMoE, ViT, upcycle
+from notebooks import bench
 from router import Routing
 
 B, N, D, H, E, K = 3, 13, 20, 45, 5, 2
@@ -105,7 +105,7 @@ def test_a_token_gets_the_gated_sum_of_its_experts_one_token_at_a_time(k, gate):
     layer, x = a_moe(k, gate=gate, keep_raw=True), torch.randn(B, N, D, dtype=torch.float64)
     y, routing, raw = layer(x)
     for t in range(T):
-        outputs = [mlp_of(layer.experts, e)(x[t // N, t % N]) for e in routing.experts[t]]
+        outputs = [mlp_of(layer.experts, e)(x[t // N, t % N]) for e in routing.chosen[t]]
         assert_close(raw[t], torch.stack(outputs))
         assert_close(y[t // N, t % N], sum(g * f for g, f in zip(routing.gates[t], outputs,
                                                                   strict=True)))
@@ -157,7 +157,7 @@ def test_an_unselected_experts_weights_never_reach_the_router():
     y.square().sum().backward()
     other = deepcopy(layer)
     for p in other.experts.parameters():
-        p.data[[e for e in range(E) if e not in routing.experts]] = 1e3
+        p.data[[e for e in range(E) if e not in routing.chosen]] = 1e3
     other.router.weight.grad = None
     other(x)[0].square().sum().backward()
     assert torch.equal(other.router.weight.grad, layer.router.weight.grad)
@@ -170,7 +170,7 @@ def test_bfloat16_autocast_runs_the_experts_in_bfloat16_and_stays_close():
     with torch.autocast("cpu", torch.bfloat16):
         rounded, same, raw = layer(x)
     assert rounded.dtype == raw.dtype == torch.bfloat16
-    assert torch.equal(same.experts, routing.experts) and torch.equal(same.gates, routing.gates)
+    assert torch.equal(same.chosen, routing.chosen) and torch.equal(same.gates, routing.gates)
     assert (rounded - y).norm() < 0.01 * y.norm()
     rounded.float().sum().backward()
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
@@ -269,7 +269,7 @@ def test_the_class_token_is_routed_like_any_other_and_alone_reaches_the_head():
     vit, images = a_sparse_vit(), some_images()
     logits, layers = vit(images)
     own = layers[4].routing                                       # the last block
-    is_cls = (torch.arange(len(own.experts)) % vit.n_tokens == 0)[:, None]
+    is_cls = (torch.arange(len(own.chosen)) % vit.n_tokens == 0)[:, None]
     for silent, same in ((~is_cls, True), (is_cls, False)):
         quiet = own._replace(gates=own.gates.masked_fill(silent, 0.0))
         assert torch.allclose(vit(images, {4: quiet}).logits, logits) is same
@@ -280,7 +280,7 @@ def test_a_routing_given_to_one_block_leaves_the_other_to_its_own_router():
     forced = Routing(torch.full((51, 1), 3), torch.ones(51, 1), None, None)
     free, bound = vit(images).layers, vit(images, {4: forced}).layers
     assert bound[4].routing is forced
-    assert torch.equal(bound[2].routing.experts, free[2].routing.experts)
+    assert torch.equal(bound[2].routing.chosen, free[2].routing.chosen)
 
 
 def test_shuffling_the_images_shuffles_the_logits():
@@ -422,7 +422,7 @@ def test_every_expert_survives_export_whoever_the_example_visited():
     example = torch.ones(B, N, D)                             # all its tokens visit the same two
     program = torch.export.export(layer, (example,)).module()
     x = torch.randn(B, N, D)
-    assert layer(x)[1].experts.unique().numel() == E
+    assert layer(x)[1].chosen.unique().numel() == E
     assert_close(program(x)[0], layer(x)[0])
 
 

@@ -3,12 +3,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import bench
 import pytest
 from mutants import MUTANTS
 
 import report
-from notebooks import study
+from notebooks import bench, study
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent

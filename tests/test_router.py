@@ -40,7 +40,7 @@ def a_world():
 
 def chosen_by(routing, E):
     """(T, E) of 0 and 1: S, the experts that each token visits."""
-    return torch.zeros(len(routing.experts), E).double().scatter(1, routing.experts, 1.0)
+    return torch.zeros(len(routing.chosen), E).double().scatter(1, routing.chosen, 1.0)
 
 
 def logit_gradient(z, f, dy, k, gate, rescale=False):
@@ -48,7 +48,7 @@ def logit_gradient(z, f, dy, k, gate, rescale=False):
     z = z.clone().requires_grad_()
     routing = route(z, k, gate)
     gates = routing.gates / routing.gates.sum(1, keepdim=True) if rescale else routing.gates
-    outputs = f.gather(1, routing.experts[..., None].expand(-1, -1, f.shape[2]))
+    outputs = f.gather(1, routing.chosen[..., None].expand(-1, -1, f.shape[2]))
     ((gates[..., None] * outputs).sum(1) * dy).sum().backward()
     return z.grad, chosen_by(routing, z.shape[1])
 
@@ -71,7 +71,7 @@ def test_the_three_gates_worked_by_hand():
     for gate, gates in (("softmax_topk", [4 / 10, 3 / 10]), ("topk_softmax", [4 / 7, 3 / 7]),
                         ("sigmoid", [4 / 5, 3 / 4])):
         routing = route(z, 2, gate)
-        assert routing.experts.tolist() == [[1, 2]]
+        assert routing.chosen.tolist() == [[1, 2]]
         assert_close(routing.gates, torch.tensor([gates]))
         assert_close(routing.probs, torch.tensor([[0.1, 0.4, 0.3, 0.2]]))
         assert routing.dropped == 0
@@ -79,7 +79,7 @@ def test_the_three_gates_worked_by_hand():
 
 @pytest.mark.parametrize("k", EVERY_K)
 def test_a_tie_goes_to_the_lowest_index(k):
-    assert route(torch.zeros(T, E), k).experts.tolist() == [list(range(k))] * T
+    assert route(torch.zeros(T, E), k).chosen.tolist() == [list(range(k))] * T
 
 
 def test_visiting_every_expert_is_the_dense_weighted_sum():
@@ -102,7 +102,7 @@ def test_shuffling_the_tokens_shuffles_their_routing_and_nothing_else(gate):
 def test_relabelling_the_experts_changes_their_names_and_nothing_else(gate):
     z, names = torch.randn(T, E), torch.randperm(E)
     relabelled, original = route(z[:, names], gate=gate), route(z, gate=gate)
-    assert_close(names[relabelled.experts], original.experts)
+    assert_close(names[relabelled.chosen], original.chosen)
     assert_close(relabelled.gates, original.gates)
 
 
@@ -128,7 +128,7 @@ def test_the_router_thinks_in_float32_whatever_the_autocast():
 
 def test_no_tokens_are_routed_nowhere():
     routing = TopKRouter(D, E, k=2, capacity_factor=1.0)(torch.randn(0, D))
-    assert routing.experts.shape == (0, 2) and routing.probs.shape == (0, E)
+    assert routing.chosen.shape == (0, 2) and routing.probs.shape == (0, E)
 
 
 # --- noise ---
@@ -146,7 +146,7 @@ def test_noise_has_a_standard_deviation_of_one_over_e():
 def test_noise_moves_the_choice_and_the_gates_but_not_the_reported_probs(gate):
     z, chooser = torch.randn(T, E), TopKRouter(D, E, gate=gate, noise=5.0)
     one, two = chooser.route(z), chooser.route(z)
-    assert not torch.equal(one.experts, two.experts) and not torch.equal(one.gates, two.gates)
+    assert not torch.equal(one.chosen, two.chosen) and not torch.equal(one.gates, two.gates)
     assert torch.equal(one.logits, z) and torch.equal(one.probs, z.softmax(1))
     assert (one.gates[:, 0] >= one.gates[:, 1]).all()       # the noisy favourite counts the most
 
@@ -207,7 +207,7 @@ def test_an_expert_serves_its_load_or_its_capacity_whichever_is_smaller(k, facto
     z = torch.randn(T, E)
     free, full = route(z, k), route(z, k, capacity_factor=factor)
     load = chosen_by(free, E).sum(0)
-    served = torch.zeros(E).index_add(0, full.experts.flatten(), (full.gates > 0).flatten().float())
+    served = torch.zeros(E).index_add(0, full.chosen.flatten(), (full.gates > 0).flatten().float())
     C = math.ceil(factor * k * T / E)
     assert served.tolist() == load.clamp(max=C).tolist()
     assert full.dropped == k * T - served.sum()
@@ -216,8 +216,8 @@ def test_an_expert_serves_its_load_or_its_capacity_whichever_is_smaller(k, facto
 def test_a_dropped_choice_keeps_its_expert_and_loses_its_gate():
     z = torch.randn(T, E)
     free, full = route(z), route(z, capacity_factor=0.5)
-    kept = within_capacity(free.experts, E, 0.5)
-    assert_close(full.experts, free.experts)
+    kept = within_capacity(free.chosen, E, 0.5)
+    assert_close(full.chosen, free.chosen)
     assert_close(full.gates, torch.where(kept, free.gates, 0.0), rtol=0, atol=0)
     assert 0 < (~kept).sum() == full.dropped
 
@@ -385,7 +385,7 @@ def test_the_gradient_of_the_balance_loss_in_closed_form(k):
     p, routing = z.softmax(1), route(z, k)
     f = chosen_by(routing, E).sum(0) / (k * T)
     expected = E / T * p * (f - (p * f).sum(1, keepdim=True))
-    actual = gradient_of(lambda z: balance_loss(z.softmax(1), routing.experts), z)
+    actual = gradient_of(lambda z: balance_loss(z.softmax(1), routing.chosen), z)
     assert_close(actual, expected, rtol=1e-6, atol=1e-8)      # f is a float32 constant
 
 
@@ -398,7 +398,7 @@ def test_the_losses_say_how_many_tokens_an_expert_gets_and_never_which():
     # tokens 0 and 1 have equal logits, hence equal gradients, whatever their experts would say
     z, *_ = a_world()
     z[1] = z[0]
-    experts = route(z).experts
+    experts = route(z).chosen
     for loss in (lambda z: load_loss(z.softmax(1)), entropy_loss, z_loss,
                  lambda z: balance_loss(z.softmax(1), experts)):
         gradient = gradient_of(loss, z)

@@ -211,8 +211,8 @@ def test_oracle_dispatch_follows_the_teacher_and_not_the_students_router():
     layers = job.student(images, controls.dispatch(job.student, asked)).layers
     own = job.student(images).layers
     for b, z in asked.items():
-        assert torch.equal(layers[b].routing.experts[:, 0], z.argmax(dim=1))
-        assert not torch.equal(own[b].routing.experts[:, 0], z.argmax(dim=1))
+        assert torch.equal(layers[b].routing.chosen[:, 0], z.argmax(dim=1))
+        assert not torch.equal(own[b].routing.chosen[:, 0], z.argmax(dim=1))
 
 
 def test_under_oracle_dispatch_the_kl_alone_trains_the_router_and_the_task_no_router_at_all():

@@ -290,7 +290,7 @@ def test_a_student_can_be_dispatched_by_its_teacher():
     oracle = net(x, routings)
     F.cross_entropy(oracle.logits, torch.arange(3)).backward()
     for b, z in guide(x).items():
-        assert torch.equal(oracle.layers[b].routing.experts[:, 0], z.argmax(dim=1))
+        assert torch.equal(oracle.layers[b].routing.chosen[:, 0], z.argmax(dim=1))
         assert net.blocks[b - 1].mlp.router.weight.grad is None
     assert not torch.allclose(oracle.logits, net(x).logits)
 

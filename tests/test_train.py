@@ -167,7 +167,7 @@ def test_the_recorded_routing_is_that_of_every_token_of_every_probe_image():
     assert experts.shape == (2, 6, 5, 2) and probs.shape == (2, 6, 5, 4)
     layers = model.eval()(train.normalise(sets.probe[0][3:4], SMALL.mean, SMALL.std)).layers
     for l, block in enumerate((1, 2)):                      # the fourth image, by itself
-        assert (experts[l, 3] == layers[block].routing.experts.numpy()).all()
+        assert (experts[l, 3] == layers[block].routing.chosen.numpy()).all()
         assert abs(probs[l, 3] - layers[block].routing.probs.detach().numpy()).max() < 1e-3
 
 

@@ -51,7 +51,7 @@ def the_task_loss_reaches_the_logits_as_the_gate_says(student, g):
         for k in (1, 2, E):
             def loss(z, k=k, gate=gate):
                 routing = route(student, z, k, gate)
-                picked = f.gather(1, routing.experts[..., None].expand(-1, -1, D))
+                picked = f.gather(1, routing.chosen[..., None].expand(-1, -1, D))
                 return torch.einsum("tk,tkd,td->", routing.gates, picked, dy)
             same(f"dL/dlogits of {gate}, K={k}", gradient(loss, z),
                  task_gradient(z, f, dy, k, gate), scale=10.0)
@@ -88,7 +88,7 @@ def a_choice_that_finds_its_expert_full_gets_gate_0_and_is_counted(student, g):
         free, full = route(student, z), route(student, z, capacity_factor=factor)
         same("(n_experts, capacity_factor) that within_capacity was called with", asked[-1:],
              [(E, factor)], "call it wherever self.capacity_factor is not None, 0 included")
-        same("experts with a capacity", full.experts, free.experts)
+        same("experts with a capacity", full.chosen, free.chosen)
         same("gates with a capacity", full.gates, torch.where(kept, free.gates, 0.0))
         require(isinstance(full.dropped, torch.Tensor), "dropped", "a tensor", repr(full.dropped))
         same("dropped", int(full.dropped), T * K - int(kept.sum()))
@@ -112,7 +112,7 @@ def logits_that_are_not_finite_stop_with_the_number_of_tokens(student, g):
 @check(hint="use shapes, not constants: T may be 0, and K may be E")
 def the_edges_no_token_and_every_expert(student, g):
     routing = route(student, torch.zeros(0, E))
-    same("experts of no token", routing.experts, torch.zeros(0, K, dtype=torch.long))
+    same("experts of no token", routing.chosen, torch.zeros(0, K, dtype=torch.long))
     same("gates of no token", routing.gates, torch.zeros(0, K))
     z = random(g, T, 1)
     same("the gate of the only expert", route(student, z, 1).gates,

@@ -17,16 +17,16 @@ def a_token_goes_to_the_k_largest_logits_the_favourite_first(student, g):
     z = random(g, T, E)
     for k in (1, 2, 3, E):
         expected = torch.tensor([sorted(range(E), key=lambda e: -row[e])[:k] for row in z.tolist()])
-        same(f"experts for K={k}", route(student, z, k).experts, expected)
+        same(f"experts for K={k}", route(student, z, k).chosen, expected)
 
 
 @check(hint="a stable sort keeps the order of equal entries; topk and flip do not promise it")
 def equal_logits_go_to_the_lowest_index(student, g):
     for k in (1, 2, 3):
-        same(f"experts for K={k} and equal logits", route(student, torch.zeros(T, E), k).experts,
+        same(f"experts for K={k} and equal logits", route(student, torch.zeros(T, E), k).chosen,
              torch.arange(k).expand(T, k))
     z = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0]]).repeat(T, 1)
-    same("experts for logits 1, 3, 3, 0, 3", route(student, z, 2).experts,
+    same("experts for logits 1, 3, 3, 0, 3", route(student, z, 2).chosen,
          torch.tensor([1, 2]).expand(T, 2))
 
 
@@ -55,11 +55,11 @@ def a_routing_reports_probs_and_logits_without_noise(student, g):
 def noise_stirs_the_training_and_leaves_the_evaluation_alone(student, g):
     z = random(g, T, E)
     calm = route(student, z)
-    same("experts in evaluation with noise=5", route(student, z, noise=5.0).experts, calm.experts)
+    same("experts in evaluation with noise=5", route(student, z, noise=5.0).chosen, calm.chosen)
     same("gates in evaluation with noise=5", route(student, z, noise=5.0).gates, calm.gates)
     for gate in GATES:
         one, two = (route(student, z, gate=gate, training=True, noise=5.0) for _ in range(2))
-        for name in ("experts", "gates"):
+        for name in ("chosen", "gates"):
             require(not torch.equal(getattr(one, name), getattr(two, name)),
                     f"{name} of {gate} in two training passes with noise=5", "different values",
                     "the same values twice", "draw torch.randn_like(logits) anew in every call")

@@ -51,7 +51,7 @@ def small_vit(student, g, drop_path=0.0):
         if routing is None:
             gates, experts = logits.softmax(1).topk(2)
         else:
-            gates, experts = routing.gates, routing.experts
+            gates, experts = routing.gates, routing.chosen
         said = F.gelu(torch.einsum("td,edh->teh", tokens, at.w_in) + at.b_in)
         said = torch.einsum("teh,ehd->ted", said, at.w_out) + at.b_out
         weight = torch.zeros_like(logits).scatter(1, experts, gates)

@@ -64,7 +64,7 @@ class Toy(nn.Module):
         scores = 0
         for number in (1, 2):
             if number in (routings or {}):
-                experts, gates = routings[number].experts, routings[number].gates
+                experts, gates = routings[number].chosen, routings[number].gates
             else:
                 experts, gates = self.own(x, number)
             scores = scores + self.say(number, x, experts, gates)
@@ -158,7 +158,7 @@ def a_forced_routing_sends_every_token_to_one_expert(student, g):
     for expert in torch.randperm(E, generator=g)[:3].tolist():
         routing = student.distill.forced(expert, T, E)
         same("the type of forced", type(routing).__name__, "Routing")
-        same(f"experts of forced({expert}, {T}, {E})", routing.experts,
+        same(f"experts of forced({expert}, {T}, {E})", routing.chosen,
              torch.tensor([[expert]] * T))
         same("its gates", routing.gates, torch.ones(T, 1))
         certain = torch.tensor([[float(e == expert) for e in range(E)]] * T)

@@ -29,7 +29,7 @@ class TopKRouter:
             kept = within_capacity(experts, self.n_experts, self.capacity_factor)
             gates = kept.to(gates.dtype) * gates
             drops = kept.numel() - kept.count_nonzero()
-        return Routing(experts=experts, gates=gates, probs=F.log_softmax(logits, 1).exp(),
+        return Routing(chosen=experts, gates=gates, probs=F.log_softmax(logits, 1).exp(),
                        logits=logits, dropped=drops)
 
 

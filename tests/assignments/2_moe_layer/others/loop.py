@@ -72,7 +72,7 @@ class MoE:
         D = x.shape[-1]
         tokens = torch.stack([v for v in x.reshape(-1, D)])
         routing = self.router(tokens) if routing is None else routing
-        y = self.experts(tokens, routing.experts, routing.gates, self.backend, self.keep_raw)
+        y = self.experts(tokens, routing.chosen, routing.gates, self.backend, self.keep_raw)
         if self.keep_raw:
             return y[0].reshape(x.shape), routing, y[1]
         return y.reshape(x.shape), routing, None

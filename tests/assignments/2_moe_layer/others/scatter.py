@@ -66,7 +66,7 @@ class MoE:
         *batch, D = x.shape
         tokens = x.contiguous().view(-1, D)
         chosen = self.router(tokens) if routing is None else routing
-        result = self.experts.forward(tokens, chosen.experts, chosen.gates, self.backend,
+        result = self.experts.forward(tokens, chosen.chosen, chosen.gates, self.backend,
                                       self.keep_raw)
         if not self.keep_raw:
             result = result, None

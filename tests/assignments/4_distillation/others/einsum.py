@@ -28,7 +28,7 @@ def class_domains(domain, labels, n_experts, n_classes):
 
 def forced(expert, n_tokens, n_experts, device="cpu"):
     probs = torch.eye(n_experts, device=device)[expert].repeat(n_tokens, 1)
-    return Routing(experts=probs.argmax(dim=1, keepdim=True), gates=probs.amax(dim=1, keepdim=True),
+    return Routing(chosen=probs.argmax(dim=1, keepdim=True), gates=probs.amax(dim=1, keepdim=True),
                    probs=probs, logits=torch.where(probs > 0, 0.0, -torch.inf))
 
 

@@ -1,9 +1,9 @@
 """bench.py -- what does a sparse layer cost, beside a dense one and beside everyone else's?
 
-    python kernels.py                                              # the table, on this machine
-    python kernels.py --threads 1,2 --json notebooks/results/kernels_cpu.json
-    python tests/bench.py --readme README.md notebooks/results/kernels_cpu.json
-    python tests/bench.py notebooks/results/kernels_cpu.json       # which goals are met
+    python notebooks/bench.py                                      # the table, on this machine
+    python notebooks/bench.py --threads 1,2 --json notebooks/results/kernels_cpu.json
+    python notebooks/bench.py --readme README.md notebooks/results/kernels_cpu.json
+    python notebooks/bench.py notebooks/results/kernels_cpu.json   # which goals are met
 
 One MLP layer, forward and backward, from the same weights, routing and dL/dy for everybody.
 `dense` is a plain MLP of equal active FLOPs, hidden K*H. Contenders take turns in one process and
@@ -601,7 +601,7 @@ BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 def write_readme(readme_path, json_path):
     """Put `table` into the README."""
     put_between(readme_path, BEGIN, END, lambda: table(json_path),
-                f"python tests/bench.py --readme {readme_path} {json_path}")
+                f"python notebooks/bench.py --readme {readme_path} {json_path}")
 
 
 # --- the command ---
@@ -627,7 +627,7 @@ def environment(args, argv, absent):
         "torch": torch.__version__, "triton": found["triton"], "python": platform.python_version(),
         "versions": {"Python": platform.python_version(), **{p: v for p, v in found.items() if v}},
         "absent": absent, "commit": commit(),
-        "command": f"python kernels.py {shlex.join(argv)}".strip(),
+        "command": f"python notebooks/bench.py {shlex.join(argv)}".strip(),
     }
 
 
