@@ -5,14 +5,16 @@ CIFAR-100 where it can be had, and otherwise a built-in set of drawn puzzles wit
 step from there to the model is batched tensor code: no worker processes, no Python per image.
 
     B images of a batch, n images of a split; every picture is (3, 32, 32)
+
+Where a function takes `cfg`, it is the `Config` of train.py, whose flags say what is asked for.
 """
 import hashlib
 import http.client
 import math
 import os
 import pickle
-import time
-import urllib.request
+import socket
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
+from torchvision.transforms import v2
 
 SIZE = 32            # pixels on a side
-CONNECT_S = 10       # seconds a server may take to answer, or to send its next bytes
-PATIENCE_S = 10      # seconds after which the average speed of a download is judged
-SLOWEST = 1e6        # bytes per second; below this nobody waits for the whole archive
+PATIENCE_S = 10      # seconds a server may take to answer, or to send its next bytes
 AGAIN = "run again, or train with --data synthetic"
 
 
@@ -46,6 +46,16 @@ class Data(NamedTuple):
     coarse_names: list[str]
     mean: tuple[float, float, float]    # of the training images in [0, 1], per channel
     std: tuple[float, float, float]
+
+    def normalise(self, images):
+        """uint8, or float in [0, 1], (B, 3, 32, 32) -> float32, mean 0 and std 1 per channel."""
+        return v2.functional.normalize(unit(images), self.mean, self.std)
+
+
+def unit(images):
+    """Bytes become float32 in [0, 1]; what is float already passes."""
+    # not v2's to_dtype: it multiplies by 1/255, which would move the last bit of every number
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def load(name="auto", data_dir="data", device="cpu"):
@@ -121,28 +131,22 @@ def cifar100(data_dir="data", fetch=True):
 
 
 def download(url, archive):
-    """Stream the archive to `archive`, or give up in a sentence: no server, too slow, damaged."""
-    by_hand = f"put {url} into {archive.parent}/ by hand, or train with --data synthetic"
-    part = Path(f"{archive}.part")
+    """Fetch the archive whole and with the right md5, or give up in a sentence."""
     archive.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{archive}.{os.getpid()}")    # half an archive never has the real name
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE_S)       # torch would wait for a silent server for ever
     try:
-        start, done = time.monotonic(), 0
-        with (urllib.request.urlopen(url, timeout=CONNECT_S) as reply, open(part, "wb") as file,
-              tqdm(total=reply.length, desc=archive.name, unit="B", unit_scale=True,
-                   disable=None) as bar):      # disable=None: a bar only where there is a terminal
-            while chunk := reply.read1(1 << 16):     # read1 returns what has come: a slow server
-                file.write(chunk)                    # cannot hold up the look at the clock
-                bar.update(len(chunk))
-                done, elapsed = done + len(chunk), time.monotonic() - start
-                if elapsed > PATIENCE_S and done / elapsed < SLOWEST:
-                    raise OSError(f"only {done / elapsed / 1e6:.2f} MB/s")
+        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
         if not check_integrity(part, CIFAR100.tgz_md5):
             raise OSError("the md5 of what came is wrong")
-        os.replace(part, archive)              # never half an archive under the real name
+        os.replace(part, archive)
     except (OSError, http.client.HTTPException) as error:
         why = getattr(error, "reason", None) or error      # urllib wraps the cause in `reason`
-        raise OSError(f"the download of CIFAR-100 was stopped ({why}): {by_hand}") from error
+        raise OSError(f"the download of CIFAR-100 was stopped ({why}): put {url} into "
+                      f"{archive.parent}/ by hand, or train with --data synthetic") from error
     finally:
+        socket.setdefaulttimeout(patience)
         part.unlink(missing_ok=True)
 
 
@@ -160,11 +164,11 @@ def synthetic(seed=0, n_train=10_000, n_test=2_000):
     """100 classes of drawn puzzles, the same bytes for the same seed."""
     splits, md5 = [], hashlib.md5()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                   # on a busy machine two mostly wait for each other
+    torch.set_num_threads(1)                   # on a busy machine two would wait for each other
     for part, n in enumerate((n_train, n_test)):
         generator = torch.Generator().manual_seed(2 * seed + part)
         fine = (torch.arange(n) % 100)[torch.randperm(n, generator=generator)]
-        # In pieces, because the maps of a few hundred images stay in the cache.
+        # in pieces, for the maps of a few hundred images fit into the cache
         images = torch.cat([draw(piece, generator) for piece in fine.split(250)])
         splits.append(Split(images, fine, fine // 5))
         for tensor in splits[-1]:
@@ -188,8 +192,9 @@ def draw(fine, generator):
     B = len(fine)
     palette, texture, shape = fine // 20, fine // 5 % 4, fine % 5
 
-    def rand(low, high, channels=1):           # float64, so that the last bit of another
-        return uniform(B, generator, low, high, channels, torch.float64)    # sin() moves no byte
+    def rand(low, high, channels=1):
+        # in float64, so that a sin() that differs in its last bit changes no byte of the picture
+        return uniform(B, generator, low, high, channels, torch.float64)
 
     def choose(which, *maps):                  # for each image, one of several (B, 1, 32, 32) maps
         return torch.stack(maps).take_along_dim(which.view(1, B, 1, 1, 1), dim=0)[0]
@@ -234,18 +239,72 @@ def draw(fine, generator):
     return ((ground + mask * (thing - ground)).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-# --- from the tensor to the model ---
+# --- from the data set to the images of a run ---
 
-def unit(images):
-    """Bytes become float32 in [0, 1]; what is float already passes."""
-    return images if images.is_floating_point() else images.float() / 255
+class Sets(NamedTuple):
+    """(images uint8 (n, 3, 32, 32), labels (n,)) for each use."""
+    train: tuple[Tensor, Tensor]
+    probe: tuple[Tensor, Tensor]         # fixed and never augmented: their routing is recorded
+    val: tuple[Tensor, Tensor] | None    # the held-out tenth; None where all is trained on
+    test: tuple[Tensor, Tensor]
 
 
-def normalise(images, data_mean, data_std):
-    """uint8, or float in [0, 1], (B, 3, 32, 32) -> float32 with mean 0 and std 1 per channel."""
-    mean, std = torch.tensor([data_mean, data_std], device=images.device)[..., None, None]
-    return (unit(images) - mean) / std
+def class_names(cfg, data):
+    return getattr(data, f"{cfg.labels}_names")
 
+
+def split(cfg, data):
+    """Share the images out as cfg asks; ValueError where there are too few.
+
+    The shares depend on the data set alone: every seed trains on the same images. The probe images
+    are the first of the held-out ones, or of the training images where none are held out.
+    """
+    labels = getattr(data.train, cfg.labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order.to(labels.device)
+    held_out = len(labels) // 10 if cfg.split == "val" else 0
+    kept = order[:len(labels) - held_out]
+    if cfg.train_images > len(kept):
+        raise ValueError(f"--train_images {cfg.train_images}: {data.name} has {len(kept)} to train "
+                         f"on; 0 takes them all")
+    kept = kept[:cfg.train_images or len(kept)]
+    if cfg.batch_size > len(kept):
+        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(kept)} training "
+                         f"images: choose a smaller one")
+    val = order[len(labels) - held_out:]
+    probe = (val if held_out else kept)[:cfg.probe_images]
+
+    def pick(rows):
+        return data.train.images[rows], labels[rows]
+
+    return Sets(pick(kept), pick(probe), pick(val) if held_out else None,
+                (data.test.images, getattr(data.test, cfg.labels)))
+
+
+def batches(cfg, data, sets, epoch):
+    """The epoch's augmented (images, targets (B, n_classes)), fixed by cfg.seed and epoch.
+
+    The last images of an epoch's order, too few for a batch, are left out; each epoch has another
+    order and so leaves out others.
+    """
+    images, labels = sets.train
+    seed = cfg.seed * 100_003 + epoch
+    generator = torch.Generator(images.device).manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator, device=images.device)
+    parts = order.split(cfg.batch_size)[:steps_per_epoch(cfg, sets)]
+    for step, some in enumerate(parts):
+        x = augment(images[some], cfg.augment, generator)
+        x, targets = mix(x, labels[some], len(class_names(cfg, data)), cfg.mixup, cfg.cutmix,
+                         seed=1_000_003 * seed + step)
+        yield data.normalise(x), targets
+
+
+def steps_per_epoch(cfg, sets):
+    return len(sets.train[0]) // cfg.batch_size
+
+
+# --- augmentation: by hand, for torchvision's draws once for a whole batch, and an image alone ---
+#     would need a loop in Python; only mixing, which is one draw a batch as published, is theirs
 
 def augment(images, strength, generator):
     """uint8 (B, 3, 32, 32) -> float32 in [0, 1]; every sample has its own draw from `generator`.
@@ -287,7 +346,7 @@ def warp(images, generator, p=0.5):
 
     on = (uniform(len(images), generator) < p).flatten()                 # (B,)
     angle, scale = amount(0.35), 1 + amount(0.2)
-    # Half of RandAugment's largest strengths, because here they come all at once.
+    # half of RandAugment's largest strengths, because here they come all at once
     matrix = torch.stack([
         scale * angle.cos(), amount(0.15) - scale * angle.sin(), amount(0.15),
         amount(0.15) + scale * angle.sin(), scale * angle.cos(), amount(0.15)], dim=1)
@@ -300,7 +359,8 @@ def recolour(images, generator):
     which = (6 * uniform(len(images), generator)).floor()                # (B, 1, 1, 1), 0..5
     amount = uniform(len(images), generator, -0.7, 0.7)
     grey = images.mean(dim=1, keepdim=True)                         # (B, 1, 32, 32)
-    # Three of them are one blend: away from (or towards) black, the mean grey, or the own grey.
+    # Brightness, contrast and saturation are one blend, with black, with the image's mean grey,
+    # and with each pixel's own grey; a negative amount leads away from it.
     anchor = torch.where(which == 1, grey.mean(dim=(2, 3), keepdim=True), grey * (which == 2))
     blended = torch.lerp(images, anchor, amount).clamp(0, 1)
     levels = (4 + 12 * amount.abs()).round()
@@ -323,35 +383,22 @@ def erase(images, generator, p=0.25):
     cy, cx = (uniform(len(images), generator, 0, SIZE) for _ in range(2))
     gone = box(cy, cx, (area * aspect).sqrt(), (area / aspect).sqrt())
     gone = gone & (uniform(len(images), generator) < p)                  # (B, 1, 32, 32)
-    # The paper fills with noise per pixel; one colour costs less to draw.
+    # ours: the paper fills the box with noise per pixel; one colour costs less to draw
     colour = uniform(len(images), generator, channels=3)
     return torch.where(gone, colour, images)
 
 
-def mix(images, targets, mixup, cutmix, generator):
-    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) with a partner from the same batch.
+def mix(images, labels, n_classes, mixup, cutmix, seed):
+    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of a batch, or neither.
 
-    float images and (B, n_classes) targets; the two numbers are the alphas of Beta(alpha, alpha),
-    and 0 switches one off. Unlike the papers, every sample has a lambda of its own.
+    Float images (B, 3, 32, 32) and labels (B,) -> images and targets (B, n_classes). The two
+    numbers are the alphas of Beta(alpha, alpha), and 0 switches one off; with both on, a coin
+    decides, batch by batch.
     """
-    if not mixup and not cutmix:
-        return images, targets
-
-    def beta(alpha):                           # private, but torch.distributions takes no generator
-        alphas = torch.full((len(images), 2), float(alpha), device=images.device)
-        return torch._sample_dirichlet(alphas, generator=generator)[:, :1, None, None]
-
-    # Both are one weighted sum. Mixup's weight is flat; cutmix's is 0 in a box and 1 around it.
-    weight = torch.ones_like(images[:, :1])                         # (B, 1, 32, 32)
-    if mixup:
-        weight = weight * beta(mixup)
-    if cutmix:
-        side = SIZE * (1 - beta(cutmix)).sqrt()
-        cy, cx = (uniform(len(images), generator, 0, SIZE) for _ in range(2))
-        keep = (~box(cy, cx, side, side)).float()
-        cut = uniform(len(images), generator) < (0.5 if mixup else 1)
-        weight = torch.where(cut, keep, weight)
-    partner = torch.randperm(len(images), generator=generator, device=images.device)
-    images = weight * images + (1 - weight) * images[partner]
-    share = weight.mean(dim=(2, 3))                                 # (B, 1) counted, not hoped for
-    return images, share * targets + (1 - share) * targets[partner]
+    kinds = [kind(alpha=alpha, num_classes=n_classes)
+             for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    if not kinds:
+        return images, F.one_hot(labels, n_classes).float()
+    with torch.random.fork_rng(devices=[]):    # v2 draws from the global generator of the CPU
+        torch.default_generator.manual_seed(seed)
+        return v2.RandomChoice(kinds)(images, labels)

@@ -1,9 +1,9 @@
 """distill.py -- how do experts learn from each other, and what does each one fail to see?
 
-MoDE (arXiv:2402.00893): a gate hands each expert few samples, so its vision is narrow; letting
-the experts that are active together imitate each other *moderately* widens it. The abstract is
-the paper's; the formula below is the one that CoEKS (ICLR 2026, eq. 5-6) credits to it, and the
-measurements are defined by us where the paper's definition was not at hand ("ours").
+MoDE (arXiv:2402.00893): a gate hands each expert few samples, so its vision is narrow; experts
+that are active together and imitate each other *moderately* see more. That much is the paper's
+abstract. The formula below is the one that CoEKS (ICLR 2026, eq. 5-6) credits to it. "Ours" marks
+the measures whose definition in the paper was not at hand.
 """
 import warnings
 from functools import cache
@@ -19,10 +19,10 @@ def mutual_distillation_loss(raw):
 
         K = 1: 0        K = 2: MSE(e_1, e_2)        K > 2: 1/K sum_i MSE(e_i, mean_j e_j)
 
-    averaged over features, then tokens, in float32; both sides learn (no stop-gradient). K > 2 is
-    the variance over experts, whose value at K = 2 would be MSE / 4: the printed K = 2 case weighs
-    four times as much, so one alpha does not mean the same on both sides of that line. A dense
-    gate is K = E. A choice that a full expert dropped still takes part (ours).
+    averaged over features, then tokens, in float32; both sides learn (no stop-gradient). The form
+    for K > 2 is the variance over experts. At K = 2 it would be MSE / 4, so the printed case weighs
+    four times as much, and one alpha means two things on the two sides of that line. A dense gate
+    is K = E. A choice that a full expert dropped still takes part (ours).
     """
     K = raw.shape[1]
     if K == 1:
@@ -45,15 +45,15 @@ def _warn_that_one_expert_is_alone():
 def domains(probs, n_tokens):
     """d(x) = argmax_i gate_i(x): the dominant expert (B,) of each image, from probs (B*N, E).
 
-    An image's gate is the mean over its tokens (ours: MoDE's experts see whole inputs).
+    An image's gate is the mean over its tokens (ours, for MoDE's experts see whole inputs).
     """
     return probs.view(-1, n_tokens, probs.shape[1]).mean(dim=1).argmax(dim=1)
 
 
 def class_domains(domain, labels, n_experts, n_classes):
-    """D[i, c], the share of class c that expert i dominates (E, n_classes); a column sums to 1.
+    """The share of class c that expert i dominates, at [i, c], (E, n_classes): MoDE's D.
 
-    domain and labels are (B,); the column of a class without images is NaN.
+    domain and labels are (B,). Columns sum to 1; that of a class without images is NaN.
     """
     count = torch.zeros(n_experts, n_classes)
     count.index_put_((domain.cpu(), labels.cpu()), torch.tensor(1.0), accumulate=True)
@@ -62,14 +62,14 @@ def class_domains(domain, labels, n_experts, n_classes):
 
 def forced(expert, n_tokens, n_experts, device="cpu"):
     """The `Routing` that sends all of n_tokens tokens to one expert with gate 1."""
-    experts = torch.full((n_tokens, 1), expert, device=device)
-    probs = F.one_hot(experts[:, 0], n_experts).float()
-    return Routing(experts, torch.ones_like(experts, dtype=torch.float32), probs, probs.log())
+    chosen = torch.full((n_tokens, 1), expert, device=device)
+    probs = F.one_hot(chosen[:, 0], n_experts).float()
+    return Routing(chosen, torch.ones_like(chosen, dtype=torch.float32), probs, probs.log())
 
 
 @torch.no_grad()
 def probe(vit, images, labels, block):
-    """Is each image classified right when expert i alone serves `block`? correct (E, B) bool."""
+    """Which images are classified right when expert i alone serves `block`? (E, B) bool."""
     E, T = vit.blocks[block - 1].mlp.router.n_experts, len(images) * vit.n_tokens
     was_training = vit.training
     vit.eval()
@@ -82,8 +82,8 @@ def probe(vit, images, labels, block):
 def accuracy_matrix(correct, domain):
     """A[i, j], the accuracy of expert i on DS_j = {x: d(x) = j}, (E, E); NaN where DS_j is empty.
 
-    correct (E, B) from `probe`, domain (B,) from `domains`: of the same model, or of the plain
-    MoE for every model compared, which takes the difference between partitions out.
+    correct (E, B) comes from `probe`, domain (B,) from `domains`. Take the domains from the same
+    model; or, to compare models on one partition, take the plain MoE's for all of them.
     """
     inside = F.one_hot(domain, len(correct)).float()                    # (B, E)
     return correct.float() @ inside / inside.sum(dim=0)

@@ -1,7 +1,7 @@
 """moe.py -- what is a sparse Vision Transformer?
 
-A ViT in which some blocks hold, instead of one MLP for all tokens, several experts and a router.
-Blocks are numbered from 1, as in the papers. Letters as in router.py: B N T D H E K C.
+A ViT in which some blocks replace their MLP by several experts and a router that chooses among
+them. Blocks are numbered from 1, as in the papers. Letters as in router.py: B N T D H E K C.
 """
 from typing import NamedTuple
 
@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from kernels import expert_mlp
 from router import Routing, TopKRouter
 
 
 class Layer(NamedTuple):
-    """What one block shows to the outside: all that a loss, a teacher or a plot reads."""
+    """What a block shows of itself: all that a loss, a teacher or a plot reads."""
     h: Tensor                     # (T, D) what the block's MLP, or its router, was given
-    routing: Routing | None       # None where nothing chooses: dense and Soft MoE blocks
-    raw: Tensor | None            # (T, K, D) chosen experts' outputs before gating, if asked for
+    routing: Routing | None       # None in dense and Soft MoE blocks, where nothing chooses
+    raw: Tensor | None            # (T, K, D) the experts' outputs before gating, if asked for
 
 
 class Output(NamedTuple):
@@ -46,7 +47,7 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """E two-layer MLPs with stacked weights; each starts as an `MLP` of the same sizes does."""
+    """E two-layer MLPs whose weights are stacked, each initialised like an `MLP` of its sizes."""
 
     def __init__(self, dim, hidden, n_experts):
         super().__init__()
@@ -54,22 +55,22 @@ class Experts(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(n_experts, hidden))
         self.w_out = nn.Parameter(torch.empty(n_experts, hidden, dim))
         self.b_out = nn.Parameter(torch.zeros(n_experts, dim))
-        bound = (6 / (dim + hidden)) ** 0.5                   # xavier_uniform_, expert by expert
+        bound = (6 / (dim + hidden)) ** 0.5     # of xavier_uniform_, which knows no stack
         nn.init.uniform_(self.w_in, -bound, bound)
         nn.init.uniform_(self.w_out, -bound, bound)
 
-    def forward(self, x, experts, gates, backend="auto", return_choices=False):
-        """x (T, D), experts and gates (T, K) -> what `kernels.expert_mlp` returns."""
-        x, *weights = self.autocast(x)
-        return expert_mlp(x, experts, gates, *weights, backend, return_choices)
+    def forward(self, x, chosen, gates, backend="auto", return_choices=False):
+        """x (T, D), chosen and gates (T, K) -> what `kernels.expert_mlp` returns."""
+        x, *weights = self.cast(x)
+        return expert_mlp(x, chosen, gates, *weights, backend, return_choices)
 
     def batched(self, x):
         """x (E, M, D), M rows for each expert -> (E, M, D)."""
-        x, w_in, b_in, w_out, b_out = self.autocast(x)
+        x, w_in, b_in, w_out, b_out = self.cast(x)
         return torch.baddbmm(b_out[:, None], F.gelu(torch.baddbmm(b_in[:, None], x, w_in)), w_out)
 
-    def autocast(self, x):
-        # autocast knows neither grouped_mm nor our kernels, so the cast is done here, by hand
+    def cast(self, x):
+        """x and the weights in the dtype of autocast, which itself knows no grouped product."""
         device = x.device.type
         on = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if on else x.dtype
@@ -87,9 +88,9 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A router and its experts: `moe(x)` with x (B, N, D) or (T, D) gives (y, routing, raw).
 
-    `moe(x, routing)` follows the given routing instead of its own router's: a teacher's (oracle
+    `moe(x, routing)` follows the given routing and not its own router's: a teacher's (oracle
     dispatch), a forced expert (probing), or its own with one field replaced. With keep_raw=True,
-    `raw` (T, K, D) are the chosen experts' outputs before their gates, which MoDE compares;
+    `raw` (T, K, D) holds the chosen experts' outputs before their gates, which MoDE compares;
     otherwise it is None.
 
     >>> moe = MoE(dim=8, hidden=16, n_experts=4, k=2, keep_raw=True)
@@ -120,8 +121,9 @@ class MoE(nn.Module):
 class SoftMoE(nn.Module):
     """Soft MoE: every slot is a mixture of the image's tokens, x (B, N, D) to (B, N, D).
 
-    ceil(N / E) slots per expert, so about as many slots as tokens (arXiv:2308.00951, section 2:
-    softmax over tokens to dispatch, over slots to combine; 2.3: both sides l2-normalised).
+    A softmax over tokens fills the slots, a softmax over slots combines their outputs
+    (arXiv:2308.00951, section 2), and both sides are l2-normalised (2.3). Each expert has
+    ceil(N / E) slots, so that there are about as many slots as tokens.
     """
 
     def __init__(self, dim, hidden, n_experts, n_tokens):
@@ -181,29 +183,27 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x, routing=None):
-        x = x + self.sometimes(self.attn(self.norm1(x)))
+        x = x + self.drop(self.attn(self.norm1(x)))
         h = self.norm2(x)                                               # (B, N, D)
         raw = None
         if isinstance(self.mlp, MoE):
             y, routing, raw = self.mlp(h, routing)
         else:
             y, routing = self.mlp(h), None
-        return x + self.sometimes(y), Layer(h.flatten(0, 1), routing, raw)
+        return x + self.drop(y), Layer(h.flatten(0, 1), routing, raw)
 
-    def sometimes(self, y):
-        """Stochastic depth: leave the branch out for a random few of the images, in training."""
-        if not self.training or self.drop_path == 0:
-            return y
-        keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
-        return y * keep / (1 - self.drop_path)
+    def drop(self, y):
+        """In training, leave the branch out for some of the images (arXiv:1603.09382)."""
+        return stochastic_depth(y, self.drop_path, "row", self.training)
 
 
 class ViT(nn.Module):
-    """A Vision Transformer; `vit(images)` with standardised images (B, 3, S, S) gives an `Output`.
+    """A Vision Transformer: `vit(images)` with normalised images gives an `Output`.
 
-    `make_sparse()` builds what replaces the MLP in the blocks numbered in `moe_blocks`. The dense
-    trunk is drawn first, so two ViTs of one seed start from the same trunk whatever is sparse.
-    `hidden` is H of the plain MLPs. The class token is routed like any other.
+    Images are (B, 3, image_size, image_size). `make_sparse()` builds what replaces the MLP of the
+    blocks in `moe_blocks`. All MLPs are drawn first, so two ViTs of one seed start from the same
+    trunk whatever is sparse. `hidden` is H of the plain MLPs. The class token is routed like any
+    other.
 
     >>> vit = ViT(dim=8, depth=4, heads=2, hidden=16, patch=8, n_classes=10, moe_blocks=(2, 4),
     ...           make_sparse=lambda: MoE(8, 16, n_experts=4, k=2))
@@ -262,7 +262,7 @@ class ViT(nn.Module):
         return 2 * (N - 1) * self.embed.weight.numel() + blocks + 2 * self.head.weight.numel()
 
     def params(self):
-        """(total, active): an active parameter belongs to no expert, or to one of a token's K."""
+        """Numbers of parameters: (all, all but those of the E - K experts that a token misses)."""
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for number in self.moe_blocks:
@@ -274,11 +274,11 @@ class ViT(nn.Module):
 
 
 def upcycle(sparse, dense):
-    """Copy a dense ViT into a sparse one: the trunk as it is, its MLPs into every expert.
+    """Copy a dense ViT into a sparse one: the trunk as it is, each MLP into every expert.
 
     Where a token's gates sum to 1 (topk_softmax, or K = E) the sparse ViT then computes what the
-    dense one does; with softmax_topk and K < E each sparse block's output is scaled by that sum.
-    Raises RuntimeError where the two trunks have different shapes (Sparse Upcycling, 2212.05055).
+    dense one does; with softmax_topk and K < E, each sparse block's output is scaled by their sum.
+    Trunks of different shapes raise RuntimeError (Sparse Upcycling, arXiv:2212.05055).
     """
     replaced = tuple(f"blocks.{number - 1}.mlp." for number in sparse.moe_blocks)
     trunk = {k: v for k, v in dense.state_dict().items() if not k.startswith(replaced)}

@@ -1,8 +1,8 @@
 """teacher.py -- what can a frozen dense model tell a sparse one about routing?
 
 TGR-MoE (arXiv:2604.21330): top-k routing hides the unselected experts from the task loss, so a
-light router on a frozen teacher's features sets a target for *all* experts of every token. What
-the paper leaves open and we chose is marked "ours".
+light router on a frozen teacher's features sets a target for *all* experts of every token. "Ours"
+marks what the paper leaves open and we chose.
 """
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,13 @@ from router import entropy_loss, load_loss
 class TeacherRouter(nn.Module):
     """The teacher's features (T, D) -> logits (T, E) that the student's router should come to.
 
-    One bias-free linear map (ours). It only makes targets and never dispatches a token.
+    It is one linear map without a bias (ours). It makes targets and never dispatches a token.
     """
 
     def __init__(self, dim, n_experts):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, dim))
-        # not zero: perfectly even targets are a fixed point of both of its losses
+        # not zeros: from perfectly even targets, neither of its losses would ever move it
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, h):
@@ -31,10 +31,11 @@ class TeacherRouter(nn.Module):
 class Guide(nn.Module):
     """A frozen teacher and one `TeacherRouter` per MoE block of the student.
 
-    `guide(images)` sees the very images the student sees, mixed and augmented (ours), and gives
-    {student's block number: logits (T, E)}. `blocks` says which teacher block feeds which student
-    block; by default the one at the same relative depth. The feature is what that block's MLP is
-    given (ours). The teacher is frozen in place; it and its routers are dropped at inference.
+    `guide(images)` sees the images that the student sees, augmented and mixed (ours), and gives
+    {student's block number: logits (T, E)}. `blocks` maps a student's block to the teacher's block
+    that feeds it, by default the one at the same relative depth. The feature is what that block's
+    MLP is given (ours). The teacher is frozen in place. It and its routers are dropped at
+    inference.
 
     The paper's controls are compositions: an untrained ViT as `teacher`,
     `guide.routers.requires_grad_(False)`, `blocks={5: 9, 7: 9, 9: 9}`, centroids copied into a
@@ -55,7 +56,7 @@ class Guide(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.teacher.eval()      # frozen means frozen: no stochastic depth in the targets
+        self.teacher.eval()      # a frozen teacher has no stochastic depth in its targets
         return self
 
     def features(self, images):
@@ -72,8 +73,8 @@ def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):
     """KL(stopgrad(p_teacher) || p), averaged over tokens, from two logits (T, E) (TGR-MoE).
 
     Its gradient on the student's logits is (p - p_teacher) / T: an entry for every expert, selected
-    or not. `tokens` "class" or "patches" keeps only that part of each image's `n_tokens` tokens;
-    the paper's text allows more than one reading, "all" is ours.
+    or not. With `tokens` "class" or "patches", only that part of each image's `n_tokens` tokens
+    counts. The paper can be read in more than one way; "all" is ours.
     """
     if tokens not in ("all", "class", "patches"):
         raise ValueError(f"tokens cannot be {tokens!r}: choose all, class or patches")
@@ -81,7 +82,7 @@ def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):
         raise ValueError(f"the teacher's logits are {tuple(target_logits.shape)} and the student's "
                          f"{tuple(logits.shape)}: both need the same tokens and experts")
     target = target_logits.detach().softmax(dim=-1)                     # (T, E)
-    # F.kl_div knows that 0 log 0 = 0, so a teacher may rule an expert out
+    # F.kl_div knows that 0 log 0 = 0, so a teacher may give an expert no probability at all
     kl = F.kl_div(logits.log_softmax(dim=-1), target, reduction="none").sum(dim=-1)    # (T,)
     if tokens == "class":
         kl = kl.view(-1, n_tokens)[:, 0]
@@ -93,8 +94,9 @@ def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):
 def teacher_router_losses(targets):
     """(L_load, L_ent) of the teacher routers, each summed over {block: logits (T, E)} (TGR-MoE).
 
-    Together they ask for one confident expert per token and an even load: the mutual information
-    of token and expert, a discriminative clustering of frozen features. No task loss enters.
+    L_ent asks for a sure choice for every token, L_load for an even load over all tokens. To have
+    both, a teacher router must cluster the frozen features: it maximises the mutual information of
+    token and expert. No task loss enters.
     """
     load = sum(load_loss(z.softmax(dim=-1)) for z in targets.values())
     return load, sum(entropy_loss(z) for z in targets.values())

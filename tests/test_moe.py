@@ -307,12 +307,16 @@ def test_a_fresh_vit_is_undecided_between_the_classes():
 
 
 def test_stochastic_depth_drops_whole_branches_of_images_and_keeps_the_mean():
-    block, y = Block(24, 3, MLP(24, H), drop_path=0.3), torch.ones(20_000, 2, 3)
-    kept = block.sometimes(y)
-    assert_close(kept.unique(), torch.tensor([0.0, 1 / 0.7]))
-    assert torch.equal(kept[:, :1, :1].expand_as(y), kept)
-    assert kept.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(block.eval().sometimes(y), y)
+    # a block whose two branches each add 1 to every number
+    block, x = Block(24, 3, MLP(24, H), drop_path=0.3), torch.zeros(20_000, 2, 24)
+    for fc in (block.attn.proj, block.mlp.fc_out):
+        fc.weight.data.zero_()
+        fc.bias.data.fill_(1.0)
+    kept = block(x)[0]
+    assert_close(kept.unique(), torch.tensor([0.0, 1 / 0.7, 2 / 0.7]))
+    assert torch.equal(kept[:, :1, :1].expand_as(x), kept)
+    assert kept.mean().item() == pytest.approx(2, abs=0.03)
+    assert (block.eval()(x)[0] == 2).all()
 
 
 def test_stochastic_depth_grows_linearly_and_sleeps_in_evaluation():
