@@ -6,9 +6,9 @@ All from the files of a run: metrics.jsonl, result.json and, where there is a ro
     python report.py runs/tgr                                          # closing table and figures
     python report.py --readme README.md notebooks/results/cpu.jsonl    # the README's results table
 
-Alphabet: L MoE layers, B probe images, N tokens per image (the class token is number 0),
-E experts, K experts per token. An assignment says which experts each token visits. The same probe
-images are routed after every epoch, in eval mode: two assignments differ by training alone.
+L is the number of MoE layers, B that of probe images, N that of tokens per image; the class token
+is number 0. An assignment says which of E experts each token visits. The same probe images are
+routed after every epoch, in eval mode, so two assignments differ by training alone.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+
+from checkpoint import HOW
 
 # --- numbers: is a token still with the same expert? ---
 
@@ -62,13 +64,13 @@ def load_entropy(share):
     return float(-(used * np.log(used)).sum() / np.log(len(share))) if len(share) > 1 else 1.0
 
 
-def last_fluctuation(experts):
+def last_fluctuation(first):
     """Last epoch, counted from 1, that found a token away from its final expert; 0 if none did.
 
     From the history (epochs, ...) of first experts. StableMoE, arXiv:2204.08396; steps are epochs.
     """
-    away = experts != experts[-1]                           # (epochs, ...)
-    epoch = np.arange(1, len(experts) + 1).reshape(-1, *[1] * (experts.ndim - 1))
+    away = first != first[-1]                               # (epochs, ...)
+    epoch = np.arange(1, len(first) + 1).reshape(-1, *[1] * (first.ndim - 1))
     return (away * epoch).max(axis=0)
 
 
@@ -77,14 +79,15 @@ def mean(values):
     return float(np.mean(known)) if known else None
 
 
-def consistency(experts, n_experts):
+def consistency(chosen, n_experts):
     """Every curve and summary of a routing history (epochs, L, B, N, K), ready for JSON.
 
-    Curves are lists over layers of lists over epochs; `adjacent` compares with the epoch before,
-    `final` with the last. A fraction of training is the last epoch ended by then, at least one.
+    A curve is a list over layers of lists over epochs. `adjacent` compares an epoch with the one
+    before it, `final` with the last one. "At half of training" is the last epoch that has ended by
+    then, or the first epoch where none has.
     """
-    epochs, L = experts.shape[:2]
-    first = experts[..., 0]                                 # (epochs, L, B, N) the argmax expert
+    epochs, L = chosen.shape[:2]
+    first = chosen[..., 0]                                  # (epochs, L, B, N) the argmax expert
     every, later = range(epochs), range(1, epochs)
 
     def curves(measure, steps):
@@ -103,10 +106,10 @@ def consistency(experts, n_experts):
         "agreement_final": curves(lambda t, l: agreement(first[t, l], first[-1, l]), every),
         "kappa_adjacent": curves(lambda t, l: chance_free(t, t - 1, l), later),
         "kappa_final": curves(lambda t, l: chance_free(t, -1, l), every),
-        "overlap_adjacent": curves(lambda t, l: overlap(experts[t, l], experts[t - 1, l]), later),
+        "overlap_adjacent": curves(lambda t, l: overlap(chosen[t, l], chosen[t - 1, l]), later),
         # the load counts all K choices: it is the work an expert is given
         "load_entropy": curves(
-            lambda t, l: load_entropy(load_share(experts[t, l], n_experts)), every),
+            lambda t, l: load_entropy(load_share(chosen[t, l], n_experts)), every),
         "last_fluctuation": [fluctuation(last_fluctuation(first[:, l])) for l in range(L)],
     }
 
@@ -127,11 +130,54 @@ def consistency(experts, n_experts):
     }
 
 
+# --- numbers: how right and how sure is a model? ---
+
+
+def top_k_accuracy(probs, labels, k=5):
+    """Share of images whose class is among the k most probable, from probs (B, classes).
+
+    >>> top_k_accuracy([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], [1, 0], k=2)
+    0.5
+    """
+    probs = np.asarray(probs)
+    best = np.argsort(-probs, axis=1, kind="stable")[:, :k]             # (B, k)
+    return float((best == np.asarray(labels)[:, None]).any(axis=1).mean())
+
+
+def calibration_error(probs, labels, bins=15):
+    """How far is confidence from accuracy? The mean gap over equal bins of confidence, weighted by
+    their images (expected calibration error, arXiv:1706.04599, eq. 3).
+
+    Sure by 0.9 and right both times is a gap of 0.1; sure by 0.6 and right once of twice as well:
+
+    >>> probs = [[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]]
+    >>> round(calibration_error(probs, [0, 1, 0, 1]), 6)
+    0.1
+    """
+    probs = np.asarray(probs, dtype=np.float64)
+    confidence, hit = probs.max(axis=1), probs.argmax(axis=1) == np.asarray(labels)
+    place = np.minimum((confidence * bins).astype(int), bins - 1)       # (B,) confidence 1 is in
+    gaps = np.bincount(place, weights=confidence - hit, minlength=bins)     # the last bin
+    return float(np.abs(gaps).sum() / len(hit))
+
+
 # --- tables: one run, then all runs ---
 
 
 def show(value, form="{:.2f}"):
     return "–" if value is None else form.format(value)
+
+
+def exam_table(probs, labels, names):
+    """What a test says of a model, in three lines, from probs (B, classes), labels and names."""
+    hit = np.argmax(probs, axis=1) == labels
+    by_class = sorted(((hit[labels == c].mean(), name) for c, name in enumerate(names)
+                       if (labels == c).any()), reverse=True)
+    lines = [f"accuracy {hit.mean():.2%}   top-5 {top_k_accuracy(probs, labels):.2%}   "
+             f"calibration error {calibration_error(probs, labels):.2%}"]
+    for word, some in (("best", by_class[:5]), ("worst", by_class[::-1][:5])):
+        lines.append(f"{word:6}" + ", ".join(f"{name} {share:.0%}" for share, name in some))
+    return "\n".join(lines)
 
 
 def closing_table(result):
@@ -157,13 +203,12 @@ def closing_table(result):
 
 # Rows of one setting share a table; rows of one experiment differ in the seed alone and are pooled.
 SETTING = ("data", "data_md5", "labels", "train_images", "test_images", "epochs", "preset")
-NOT_THE_EXPERIMENT = ("seed", "device", "data_dir", "out", "save_every", "resume", "eval")
 
 
 def experiment(row):
     """What was run, from its config: two paths that differ in a number (a seed) count as one."""
     return {name: re.sub(r"\d+", "*", value) if "/" in str(value) else value
-            for name, value in row["config"].items() if name not in NOT_THE_EXPERIMENT}
+            for name, value in row["config"].items() if name not in ("seed", *HOW)}
 
 
 def results_table(rows):
@@ -265,7 +310,6 @@ def read_lines(path):
 
 # Okabe and Ito's eight colours: colour-blind eyes tell them apart too
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
-TERMS = ("load", "entropy", "guidance", "mutual", "teacher_load", "teacher_entropy")
 
 
 def sheet(title, rows, columns, width, height, **layout):
@@ -281,23 +325,33 @@ def by_epoch(axis, ylabel):
     axis.grid(alpha=0.25)
 
 
+def terms(line):
+    """The terms of the objective in a line of metrics.jsonl, {name: weighted loss}."""
+    if "terms" in line:
+        return line["terms"]
+    # lines of older runs hold them among everything else
+    older = ("task", "load", "entropy", "teacher_load", "teacher_entropy", "guidance", "mutual")
+    return {name: line[name] for name in older if name in line}
+
+
 def plot_loss(metrics, result):
     """Task loss, the other terms of the objective, and accuracy, over epochs."""
-    first, last = metrics[0], metrics[-1]
-    epoch = [m["epoch"] for m in metrics]
-    terms = [term for term in TERMS if any(term in m for m in metrics)]
+    epoch, last = [m["epoch"] for m in metrics], metrics[-1]
+    losses = [terms(line) for line in metrics]
+    extra = list(dict.fromkeys(name for line in losses for name in line if name != "task"))
     test, teacher = result.get("test_accuracy"), result.get("teacher_accuracy")
-    title = f"The task loss ended at {last['task']:.2f} (first epoch: {first['task']:.2f})"
+    title = (f"The task loss ended at {losses[-1]['task']:.2f} "
+             f"(first epoch: {losses[0]['task']:.2f})")
     title += f"; {test:.1%} of the test images are right" if test is not None else ""
     title += f" (dense teacher: {teacher:.1%})" if teacher is not None else ""
-    fig, axes = sheet(title, 1, 3 if terms else 2, 10.5 if terms else 8, 3.8)
+    fig, axes = sheet(title, 1, 3 if extra else 2, 10.5 if extra else 8, 3.8)
 
-    axes[0, 0].plot(epoch, [m["task"] for m in metrics], ".-", color=COLOURS[0])
+    axes[0, 0].plot(epoch, [line["task"] for line in losses], ".-", color=COLOURS[0])
     by_epoch(axes[0, 0], "task loss")
-    for term, colour in zip(terms, COLOURS, strict=False):  # guidance may end before training
-        axes[0, 1].plot(epoch, [m.get(term, math.nan) for m in metrics], ".-", color=colour,
+    for term, colour in zip(extra, COLOURS, strict=False):  # guidance may end before training
+        axes[0, 1].plot(epoch, [line.get(term, math.nan) for line in losses], ".-", color=colour,
                         label=term.replace("_", " "))
-    if terms:
+    if extra:
         by_epoch(axes[0, 1], "weighted loss, log scale")
         axes[0, 1].set_yscale("log")                        # the weights differ by powers of ten
         axes[0, 1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
@@ -317,10 +371,10 @@ def plot_loss(metrics, result):
     return fig
 
 
-def plot_load(experts, n_experts, layers):
+def plot_load(chosen, n_experts, layers):
     """How much work has each expert? One map per MoE layer, experts by epochs."""
-    epochs, L = experts.shape[:2]
-    load = n_experts * np.array([[load_share(experts[t, l], n_experts) for t in range(epochs)]
+    epochs, L = chosen.shape[:2]
+    load = n_experts * np.array([[load_share(chosen[t, l], n_experts) for t in range(epochs)]
                                  for l in range(L)])        # (L, epochs, E) 1 is a fair share
     idle = int((load[:, -1] == 0).sum())
     fig, axes = sheet(f"The last epoch leaves {idle} of {L * n_experts} experts idle; the "
@@ -400,20 +454,20 @@ def plot_methods(rows, name=lambda row: f"{row['method']}, K={row['config']['k']
     return fig
 
 
-def plot_patches(images, experts, probs, layer):
+def plot_patches(images, chosen, probs, layer):
     """Who sees what: the first expert of every patch, over the image.
 
-    images (n, 3, H, W) uint8, the first n of B. For one block number `layer`: experts (B, N, K) and
-    probs (B, N, E) of one epoch; for L block numbers both have L in front.
+    images (n, 3, height, width) uint8 are the first n of B. For one block number `layer`, chosen is
+    (B, N, K) and probs (B, N, E), of one epoch; for L block numbers both have L in front.
     """
     layers, E, n = np.atleast_1d(layer), probs.shape[-1], len(images)
-    experts = experts.reshape(-1, *experts.shape[-3:])              # (L, B, N, K)
+    chosen = chosen.reshape(-1, *chosen.shape[-3:])                 # (L, B, N, K)
     probs = probs.reshape(-1, *probs.shape[-3:]).astype(float)      # (L, B, N, E)
-    assert len(experts) == len(probs) == len(layers), "one epoch, please: pass experts[-1]"
-    L, B, N, _ = experts.shape
+    assert len(chosen) == len(probs) == len(layers), "one epoch, please: pass chosen[-1]"
+    L, B, N, _ = chosen.shape
     side = math.isqrt(N - 1)
     assert side * side == N - 1, f"{N} tokens are not a class token and a square of patches"
-    first = experts[:, :, 1:, 0].reshape(L, B, side, side)          # without the class token
+    first = chosen[:, :, 1:, 0].reshape(L, B, side, side)           # without the class token
     alpha = probs[:, :, 1:].max(axis=-1).reshape(L, B, side, side)
 
     deepest = first[-1]                                             # (B, side, side)
@@ -432,7 +486,7 @@ def plot_patches(images, experts, probs, layer):
         axis.set_ylabel(name)
     for i, image in enumerate(images):
         axes[0, i].imshow(image.transpose(1, 2, 0))
-        grey = image.mean(axis=0)                                   # (H, W)
+        grey = image.mean(axis=0)                           # (height, width)
         for l in range(L):
             axis = axes[1 + l, i]
             axis.imshow(grey, cmap="gray", vmin=-255, vmax=255)     # pale, under the colours
@@ -454,11 +508,11 @@ def figures(run_dir):
     drawn = {"loss.png": plot_loss(read_lines(run / "metrics.jsonl"), result)}
     if (run / "routing.npz").exists():                      # dense and soft models have no router
         routing = np.load(run / "routing.npz")
-        experts, probs, images = routing["experts"], routing["probs"], routing["images"]
+        chosen, probs, images = routing["experts"], routing["probs"], routing["images"]
         layers, E = routing["layers"], int(routing["n_experts"])
-        drawn["load.png"] = plot_load(experts, E, layers)
-        drawn["agreement.png"] = plot_agreement(consistency(experts, E), layers)
-        drawn["patches.png"] = plot_patches(images, experts[-1], probs, layers)
+        drawn["load.png"] = plot_load(chosen, E, layers)
+        drawn["agreement.png"] = plot_agreement(consistency(chosen, E), layers)
+        drawn["patches.png"] = plot_patches(images, chosen[-1], probs, layers)
     for name, figure in drawn.items():
         figure.savefig(run / name)
     return [run / name for name in drawn]

@@ -6,21 +6,14 @@
     python train.py --resume --out runs/NAME        go on where an interrupted run stopped
     python train.py --eval runs/NAME/checkpoint.pt  test a checkpoint, class by class
 
-dense   L_task
-soft    L_task, with Soft MoE blocks
-moe     L_task + load and entropy losses on its own routers (V-MoE as the TGR paper trains it)
-tgr     L_task + KL to the teacher's routers, which have the load and entropy losses instead
-mode    moe + alpha * mutual distillation among a token's K experts
-tgr+mode  tgr + alpha * mutual distillation
+From top to bottom: what can be set, what is minimised, how a model is looked at, one epoch, the
+whole run, the command.
 """
 import argparse
 import hashlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -31,33 +24,45 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import Tensor
 from tqdm.auto import tqdm
 
+import checkpoint
 import report
-from data import Data, augment, load, mix, normalise
+from checkpoint import HOW
+from data import Data, Sets, batches, class_names, load, split, steps_per_epoch
 from distill import mutual_distillation_loss
 from moe import MLP, MoE, SoftMoE, ViT
 from router import GATES, entropy_loss, load_loss
 from teacher import Guide, guidance_loss, teacher_router_losses
 
-METHODS = ("dense", "soft", "moe", "tgr", "mode", "tgr+mode")
+# --- what can be set: every field is a flag, a help line and a part of every result ---
 
-# --- the configuration: every field is a flag, a help line and a part of every result ---
+METHODS = {     # what each one adds to the task loss
+    "dense": (),                                # no experts
+    "soft": (),                                 # Soft MoE: every token mixes into every expert
+    "moe": ("balance",),                        # V-MoE as the TGR paper trains it
+    "tgr": ("guide",),                          # teacher-guided routing, TGR-MoE
+    "mode": ("balance", "mutual"),              # mutual distillation among experts, MoDE
+    "tgr+mode": ("guide", "mutual"),
+}
 
 
-def flag(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, own=False):
+    return field(default=default, metadata={"help": help, "choices": choices, "own": own})
+
+
+def own(*given):
+    """A flag of the student alone; every other one is also its teacher's."""
+    return flag(*given, own=True)
 
 
 @dataclass
 class Config:
     """Train a dense or sparse ViT. A preset fills only the fields that you do not give."""
-    method: str = flag("tgr+mode", "what is trained", METHODS)
+    method: str = own("tgr+mode", "what is trained", tuple(METHODS))
     preset: str = flag(None, "sizes and recipe; by default small on a GPU, tiny without",
                        ("tiny", "small"))
-    seed: int = flag(0, "of the weights, the order of the images and their augmentation")
+    seed: int = own(0, "of the weights, the order of the images and their augmentation")
     # data
     data: str = flag("auto", "which images", ("auto", "cifar100", "synthetic"))
     data_dir: str = flag("data", "where CIFAR-100 lies or is put")
@@ -76,42 +81,42 @@ class Config:
     patch: int = flag(None, "pixels on a patch's side")
     mlp_ratio: float = flag(None, "H / D of a plain MLP")
     drop_path: float = flag(None, "stochastic depth of the last block")
-    moe_blocks: str = flag(None, "blocks that are sparse, counted from 1: 5,7,9")
-    expert_ratio: float = flag(None, "H / D of one expert, or of the MLPs in moe_blocks with "
-                               "--method dense; by default mlp_ratio")
-    n_experts: int = flag(8, "E")
-    k: int = flag(2, "K, experts per token")
-    gate: str = flag("softmax_topk", "how a chosen expert is weighted", GATES)
-    noise: float = flag(0.0, "router noise in training, in units of V-MoE's 1/E")
-    capacity_factor: float = flag(None, "room per expert over an even share; not given: dropless")
+    moe_blocks: str = own(None, "blocks that are sparse, counted from 1: 5,7,9")
+    expert_ratio: float = own(None, "H / D of one expert, or of the MLPs in moe_blocks with "
+                              "--method dense; by default mlp_ratio")
+    n_experts: int = own(8, "E")
+    k: int = own(2, "K, experts per token")
+    gate: str = own("softmax_topk", "how a chosen expert is weighted", GATES)
+    noise: float = own(0.0, "router noise in training, in units of V-MoE's 1/E")
+    capacity_factor: float = own(None, "room per expert over an even share; not given: dropless")
     # objective
     label_smoothing: float = flag(None, "of the task loss")
-    load_weight: float = flag(0.005, "of L_load, on the routers or with tgr on the teacher's")
-    entropy_weight: float = flag(0.005, "of L_ent, likewise")
-    guide_weight: float = flag(5.0, "of the KL to the teacher's routers, over the MoE blocks' mean")
-    guide_until: float = flag(1.0, "the share of training that is guided; 0.5 is the first half")
-    guide_tokens: str = flag("all", "which tokens are guided", ("all", "class", "patches"))
-    alpha: float = flag(0.01, "of the mutual distillation, over the MoE blocks' mean")
+    load_weight: float = own(0.005, "of L_load, on the routers or with tgr on the teacher's")
+    entropy_weight: float = own(0.005, "of L_ent, likewise")
+    guide_weight: float = own(5.0, "of the KL to the teacher's routers, over the MoE blocks' mean")
+    guide_until: float = own(1.0, "the share of training that is guided; 0.5 is the first half")
+    guide_tokens: str = own("all", "which tokens are guided", ("all", "class", "patches"))
+    alpha: float = own(0.01, "of the mutual distillation, over the MoE blocks' mean")
     # optimiser
-    epochs: int = flag(None, "passes over the training images")
+    epochs: int = own(None, "passes over the training images")
     batch_size: int = flag(None, "images per step")
     lr: float = flag(None, "AdamW's peak learning rate; warm-up, then cosine to 0")
     warmup_epochs: float = flag(None, "epochs of linear warm-up")
     weight_decay: float = flag(0.05, "AdamW's, on matrices only")
     clip: float = flag(1.0, "largest norm of the gradient")
     # teacher
-    teacher: str = flag(None, "checkpoint of a dense run; without one a teacher is trained first")
-    teacher_epochs: int = flag(None, "by default as --epochs")
+    teacher: str = own(None, "checkpoint of a dense run; without one a teacher is trained first")
+    teacher_epochs: int = own(None, "by default as --epochs")
     # machine and files
     device: str = flag("auto", "cuda, cpu, ...; auto: cuda where there is one")
     precision: str = flag("auto", "auto: bf16 on a GPU that has it, else fp16 there; fp32 on a CPU",
                           ("auto", "fp32", "bf16", "fp16"))
     compile: bool = flag(None, "torch.compile; by default on a GPU with Triton")
-    out: str = flag(None, "folder of the run; by default a new one under runs/")
+    out: str = own(None, "folder of the run; by default a new one under runs/")
     save_every: int = flag(None, "epochs between checkpoints")
     probe_images: int = flag(256, "fixed training images whose routing is recorded every epoch")
-    resume: bool = flag(False, "continue the run in --out")
-    eval: str = flag(None, "only test this checkpoint")
+    resume: bool = own(False, "continue the run in --out")
+    eval: str = own(None, "only test this checkpoint")
 
 
 PRESETS = {
@@ -126,19 +131,12 @@ PRESETS = {
                  augment="light", mixup=0.0, cutmix=0.0, label_smoothing=0.0, train_images=10_000,
                  save_every=1),
 }
-# flags that say where and how to run, not what: a resumed run may change them
-ELSEWHERE = ("device", "data_dir", "compile", "out", "resume", "eval", "save_every")
-# what a student's own dense teacher has in common with it
-SHARED_WITH_TEACHER = (
-    "preset", "data", "data_dir", "labels", "split", "train_images", "augment", "mixup", "cutmix",
-    "dim", "depth", "heads", "patch", "mlp_ratio", "drop_path", "label_smoothing", "batch_size",
-    "lr", "warmup_epochs", "weight_decay", "clip", "device", "precision", "compile", "save_every",
-    "probe_images")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse(argv):
     """The flags that were given, as a dict; an unknown flag ends with one sentence and code 2."""
+    # not from `Config` itself: a preset must know which flags were left open
     parser = argparse.ArgumentParser(
         description=Config.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
         usage="python train.py [--FLAG VALUE ...]; --help explains every flag")
@@ -169,45 +167,13 @@ def resolve(given):
     if cfg.precision == "auto":
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
+    if cfg.compile is None:
+        cfg.compile = on_gpu and find_spec("triton") is not None
     for name in ("epochs", "batch_size", "teacher_epochs", "probe_images", "save_every", "depth",
                  "dim", "heads", "patch"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)} is too small: choose 1 or more")
     return cfg
-
-
-# --- from the configuration to images and models ---
-
-class Sets(NamedTuple):
-    """(images uint8, labels) for each use; `val` is None where all is trained on."""
-    train: tuple[Tensor, Tensor]
-    probe: tuple[Tensor, Tensor]      # fixed, never augmented; the held-out ones with --split val
-    val: tuple[Tensor, Tensor] | None
-    test: tuple[Tensor, Tensor]
-
-
-def split(cfg, data):
-    """Share the images out; the order in which a subset or a held-out tenth is taken is fixed."""
-    labels = getattr(data.train, cfg.labels)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = order.to(labels.device)
-    held_out = len(labels) // 10 if cfg.split == "val" else 0
-    kept = order[:len(labels) - held_out]
-    if cfg.train_images > len(kept):
-        raise ValueError(f"--train_images {cfg.train_images}: {data.name} has {len(kept)} to train "
-                         f"on; 0 takes them all")
-    kept = kept[:cfg.train_images or len(kept)]
-    if cfg.batch_size > len(kept):
-        raise ValueError(f"--batch_size {cfg.batch_size} is more than the {len(kept)} training "
-                         f"images: choose a smaller one")
-    val = order[len(labels) - held_out:]
-    probe = (val if held_out else kept)[:cfg.probe_images]
-
-    def pick(rows):
-        return data.train.images[rows], labels[rows]
-
-    return Sets(pick(kept), pick(probe), pick(val) if held_out else None,
-                (data.test.images, getattr(data.test, cfg.labels)))
 
 
 def build(cfg, data):
@@ -228,35 +194,16 @@ def build(cfg, data):
             return MLP(cfg.dim, expert_hidden)
         if cfg.method == "soft":
             return SoftMoE(cfg.dim, expert_hidden, cfg.n_experts, n_tokens)
-        return MoE(cfg.dim, expert_hidden, cfg.n_experts, cfg.k, keep_raw="mode" in cfg.method,
+        return MoE(cfg.dim, expert_hidden, cfg.n_experts, cfg.k, "mutual" in METHODS[cfg.method],
                    gate=cfg.gate, noise=cfg.noise, capacity_factor=cfg.capacity_factor)
 
     torch.manual_seed(cfg.seed)
-    vit = ViT(cfg.dim, cfg.depth, cfg.heads, hidden, cfg.patch, n_classes(cfg, data), blocks,
+    vit = ViT(cfg.dim, cfg.depth, cfg.heads, hidden, cfg.patch, len(class_names(cfg, data)), blocks,
               make_sparse, cfg.drop_path)
     return vit.to(cfg.device)
 
 
-def n_classes(cfg, data):
-    return len(data.fine_names if cfg.labels == "fine" else data.coarse_names)
-
-
-def teacher_config(cfg, data):
-    """The dense run that teaches cfg's student: its data, trunk and recipe, always seed 0.
-
-    One teacher for all seeds and methods, so that they differ in nothing else.
-    """
-    teacher = replace(
-        Config(**{name: getattr(cfg, name) for name in SHARED_WITH_TEACHER}),
-        method="dense", seed=0, epochs=cfg.teacher_epochs, teacher_epochs=cfg.teacher_epochs,
-        moe_blocks="", expert_ratio=cfg.mlp_ratio)
-    recipe = {k: v for k, v in asdict(teacher).items() if k not in ELSEWHERE}
-    key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
-    teacher.out = str(Path("runs", "teachers", f"{cfg.preset}-{data.name}-{key}"))
-    return teacher
-
-
-# --- the objective ---
+# --- what is minimised ---
 
 def objective(cfg, output, targets, teacher_logits=None):
     """Every term of the loss, already weighted; their sum is what training minimises.
@@ -267,145 +214,24 @@ def objective(cfg, output, targets, teacher_logits=None):
     terms = {"task": F.cross_entropy(output.logits.float(), targets,
                                      label_smoothing=cfg.label_smoothing)}
     routed = {b: layer for b, layer in output.layers.items() if layer.routing is not None}
-    if cfg.method in ("moe", "mode"):
-        terms["load"] = cfg.load_weight * sum(load_loss(r.routing.probs) for r in routed.values())
+    if "balance" in METHODS[cfg.method]:
+        terms["load"] = cfg.load_weight * sum(
+            load_loss(layer.routing.probs) for layer in routed.values())
         terms["entropy"] = cfg.entropy_weight * sum(
-            entropy_loss(r.routing.logits) for r in routed.values())
+            entropy_loss(layer.routing.logits) for layer in routed.values())
     if teacher_logits is not None:
+        # load and entropy shape the teacher's routers; the student's only follow them
         load, entropy = teacher_router_losses(teacher_logits)
         terms["teacher_load"] = cfg.load_weight * load
         terms["teacher_entropy"] = cfg.entropy_weight * entropy
         n_tokens = len(teacher_logits[min(routed)]) // len(targets)
         terms["guidance"] = cfg.guide_weight / len(routed) * sum(
-            guidance_loss(teacher_logits[b], r.routing.logits, cfg.guide_tokens, n_tokens)
-            for b, r in routed.items())
-    if cfg.method in ("mode", "tgr+mode"):
+            guidance_loss(teacher_logits[b], layer.routing.logits, cfg.guide_tokens, n_tokens)
+            for b, layer in routed.items())
+    if "mutual" in METHODS[cfg.method]:
         terms["mutual"] = cfg.alpha / len(routed) * sum(
-            mutual_distillation_loss(r.raw) for r in routed.values())
+            mutual_distillation_loss(layer.raw) for layer in routed.values())
     return terms
-
-
-def autocast(cfg, images):
-    return torch.autocast(images.device.type, AUTOCAST[cfg.precision], cfg.precision != "fp32")
-
-
-# --- looking at a model ---
-
-@torch.no_grad()
-def outputs(model, images, cfg, data, batch=500):
-    """The model's `Output` on each batch of clean images, in evaluation mode."""
-    model.eval()
-    for some in images.split(batch):
-        with autocast(cfg, some):
-            yield model(normalise(some, data.mean, data.std))
-
-
-def accuracy(model, images, labels, cfg, data):
-    logits = torch.cat([out.logits for out in outputs(model, images, cfg, data)])
-    return (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-def look(student, sets, cfg, data):
-    """Accuracy and routing on the probe images: (accuracy, experts, probs).
-
-    experts uint8 (L, B, N, K) and probs float16 (L, B, N, E) over the L routed blocks; None, None
-    where nothing is routed.
-    """
-    images, labels = sets.probe
-    outs = list(outputs(student, images, cfg, data))
-    logits = torch.cat([out.logits for out in outs])
-    hit = (logits.argmax(dim=1) == labels).float().mean().item()
-    blocks = [b for b, layer in outs[0].layers.items() if layer.routing is not None]
-    if not blocks:
-        return hit, None, None
-
-    def gather(name, dtype):
-        per_block = [torch.cat([getattr(out.layers[b].routing, name) for out in outs])
-                     for b in blocks]                                   # L of (B*N, K or E)
-        stacked = torch.stack(per_block).view(len(blocks), len(images), student.n_tokens, -1)
-        return stacked.to("cpu", dtype).numpy()
-
-    return hit, gather("chosen", torch.uint8), gather("probs", torch.float16)
-
-
-# --- files ---
-
-def save(path, content):
-    """Write a checkpoint so that `path` always holds either the old one or the new one, whole."""
-    path = Path(path)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def read(path):
-    """A checkpoint that `save` wrote, on the CPU; a file that is none raises ValueError."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**state["config"])
-        return state
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py "
-                         f"({type(error).__name__}): train it again or name another") from error
-
-
-def restore(model, state, path):
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path} holds a model of another shape ({first})") from None
-
-
-def commit():
-    """The commit this runs at: from git, else from GUIDED_MOE_COMMIT, else None."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        here = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        here = None
-    return here.stdout.strip() if here and here.stdout else os.environ.get("GUIDED_MOE_COMMIT")
-
-
-def describe(device):
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
-
-
-# --- the loop ---
-
-class Job(NamedTuple):
-    """One model to train, dense teacher or student, and where it stands."""
-    cfg: Config
-    data: Data
-    sets: Sets
-    student: ViT
-    state: dict | None       # the checkpoint it continues from
-
-
-def batches(cfg, data, sets, epoch):
-    """The epoch's augmented (images, targets), on the device; seed and epoch fix all of it.
-
-    A last batch that is not full is left out; another order leaves other images out next time.
-    """
-    images, labels = sets.train
-    generator = torch.Generator(images.device).manual_seed(cfg.seed * 100_003 + epoch)
-    order = torch.randperm(len(images), generator=generator, device=images.device)
-    for some in order.split(cfg.batch_size)[:steps_per_epoch(cfg, sets)]:
-        x = augment(images[some], cfg.augment, generator)
-        targets = F.one_hot(labels[some], n_classes(cfg, data)).float()
-        x, targets = mix(x, targets, cfg.mixup, cfg.cutmix, generator)
-        yield normalise(x, data.mean, data.std), targets
-
-
-def steps_per_epoch(cfg, sets):
-    return len(sets.train[0]) // cfg.batch_size
 
 
 def losses(cfg, student, guide, images, targets):
@@ -414,15 +240,111 @@ def losses(cfg, student, guide, images, targets):
         return objective(cfg, student(images), targets, guide(images) if guide else None)
 
 
-def parameter_groups(student, guide, weight_decay):
-    """Weight decay on matrices alone: not on biases (an expert's are stacked), norms, positions."""
-    named = [*student.named_parameters(), *(guide.routers.named_parameters() if guide else ())]
-    matrix = [name.endswith(("weight", "w_in", "w_out")) and p.ndim > 1 for name, p in named]
-    return [
-        {"params": [p for (_, p), m in zip(named, matrix, strict=True) if m],
-         "weight_decay": weight_decay},
-        {"params": [p for (_, p), m in zip(named, matrix, strict=True) if not m],
-         "weight_decay": 0.0}]
+def autocast(cfg, images):
+    return torch.autocast(images.device.type, AUTOCAST[cfg.precision], cfg.precision != "fp32")
+
+
+# --- how a model is looked at ---
+
+@torch.no_grad()
+def outputs(model, images, cfg, data, batch=500):
+    """The model's `Output` on each batch of clean images, in evaluation mode."""
+    model.eval()
+    for some in images.split(batch):
+        with autocast(cfg, some):
+            yield model(data.normalise(some))
+
+
+def accuracy(model, images, labels, cfg, data):
+    logits = torch.cat([out.logits for out in outputs(model, images, cfg, data)])
+    return (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+class Look(NamedTuple):
+    """What the probe images show after an epoch; None where nothing is routed, over L blocks."""
+    accuracy: float
+    chosen: np.ndarray | None = None        # (L, B, N, K) uint8
+    probs: np.ndarray | None = None         # (L, B, N, E) float16
+    dropped: float | None = None            # share of the choices that found their expert full
+
+
+def look(model, sets, cfg, data):
+    """Accuracy and routing on the probe images: a `Look`."""
+    images, labels = sets.probe
+    outs = list(outputs(model, images, cfg, data))
+    logits = torch.cat([out.logits for out in outs])
+    hit = (logits.argmax(dim=1) == labels).float().mean().item()
+    blocks = [b for b, layer in outs[0].layers.items() if layer.routing is not None]
+    if not blocks:
+        return Look(hit)
+
+    def gather(name, dtype):
+        per_block = [torch.cat([getattr(out.layers[b].routing, name) for out in outs])
+                     for b in blocks]                                   # L of (B*N, K or E)
+        stacked = torch.stack(per_block).view(len(blocks), len(images), model.n_tokens, -1)
+        return stacked.to("cpu", dtype).numpy()
+
+    chosen = gather("chosen", torch.uint8)
+    dropped = sum(int(out.layers[b].routing.dropped) for out in outs for b in blocks)
+    return Look(hit, chosen, gather("probs", torch.float16), dropped / chosen.size)
+
+
+# --- one epoch ---
+
+class Job(NamedTuple):
+    """One model to train, a dense teacher or a student, and where it stands."""
+    cfg: Config
+    data: Data
+    sets: Sets
+    model: ViT
+    state: dict | None       # the checkpoint it continues from
+
+    @property
+    def ended(self):
+        return self.state is not None and self.state["epoch"] >= self.cfg.epochs
+
+
+def one_epoch(job, guide, losses, optimizer, scaler, epoch):
+    """Train on every batch once; returns the epoch's mean of each term, {name: float}.
+
+    Raises FloatingPointError when loss or gradient stop being finite, before that step is taken.
+    """
+    cfg, data, sets, model, _ = job
+    steps = steps_per_epoch(cfg, sets)
+    # a check makes the host wait for a GPU, which should find its next work waiting instead
+    check_every = 50 if cfg.device.startswith("cuda") else 1
+    torch.manual_seed(cfg.seed * 100_003 + epoch)      # of stochastic depth and router noise
+    model.train()
+    sums = {}
+    bar = tqdm(batches(cfg, data, sets, epoch), total=steps, leave=False, ascii=True,
+               desc=f"epoch {epoch}/{cfg.epochs}", disable=not sys.stderr.isatty())
+    for step, (images, targets) in enumerate(bar):
+        progress = epoch - 1 + step / steps            # in epochs
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, progress)
+
+        # forward; once guidance has ended, the teacher is not even asked
+        guided = guide if progress < cfg.guide_until * cfg.epochs else None
+        terms = losses(cfg, model, guided, images, targets)
+        loss = sum(terms.values())
+
+        # backward; in fp16 the loss is scaled up, or small gradients would round to 0
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        # the student's gradient alone is clipped: its teacher's routers must not slow it down
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if step % check_every == 0 or step == steps - 1:
+            stop_unless_finite(loss, norm, scaler, model, f"epoch {epoch}, step {step + 1}")
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip, norm)
+        scaler.step(optimizer)
+        scaler.update()
+
+        # note; .item() would wait for the GPU in every step
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+    return {name: (total / steps).item() for name, total in sums.items()}
 
 
 def learning_rate(cfg, progress):
@@ -433,101 +355,11 @@ def learning_rate(cfg, progress):
     return cfg.lr * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def fit(job, guide=None, command="", own_losses=None):
-    """Train job.student, write its run folder and return the content of its result.json.
-
-    `own_losses` has the signature of `losses` and replaces it: how a study adds a control. A run
-    that has ended already is only read. Raises FloatingPointError when loss or gradient stop being
-    finite, before a checkpoint is spoilt.
-    """
-    cfg, data, sets, student, state = job
-    out, on_gpu = Path(cfg.out), cfg.device.startswith("cuda")
-    if state and state["epoch"] == cfg.epochs and (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
-    out.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(parameter_groups(student, guide, cfg.weight_decay), fused=on_gpu)
-    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
-    compute = own_losses or losses
-    compute = torch.compile(compute) if cfg.compile else compute
-
-    done, seconds, history, metrics = 0, 0.0, [], out / "metrics.jsonl"
-    if state:
-        done, seconds = state["epoch"], state["seconds"]
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if guide:
-            guide.routers.load_state_dict(state["routers"])
-        if (out / "routing.npz").exists():
-            history = list(np.load(out / "routing.npz")["experts"][:done])
-    lines = metrics.read_text().splitlines()[:done] if done else []
-    metrics.write_text("".join(line + "\n" for line in lines))
-
-    steps = steps_per_epoch(cfg, sets)
-    check_every = 50 if on_gpu else 1          # a check makes the host wait for the GPU
-    for epoch in range(done + 1, cfg.epochs + 1):
-        started, sums = time.perf_counter(), {}
-        torch.manual_seed(cfg.seed * 100_003 + epoch)      # stochastic depth and router noise
-        student.train()
-        bar = tqdm(batches(cfg, data, sets, epoch), total=steps, leave=False, ascii=True,
-                   desc=f"epoch {epoch}/{cfg.epochs}", disable=not sys.stderr.isatty())
-        for step, (images, targets) in enumerate(bar):
-            progress = epoch - 1 + step / steps
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, progress)
-
-            # forward
-            guided = guide if progress < cfg.guide_until * cfg.epochs else None
-            terms = compute(cfg, student, guided, images, targets)
-            loss = sum(terms.values())
-
-            # backward
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            grads = [p.grad for p in student.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            if step % check_every == 0 or step == steps - 1:
-                stop_unless_finite(loss, norm, scaler, student, f"epoch {epoch}, step {step + 1}")
-            torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.clip, norm)
-            scaler.step(optimizer)
-            scaler.update()
-
-            # look
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach()
-
-        line = {"epoch": epoch, **{name: (total / steps).item() for name, total in sums.items()},
-                "lr": learning_rate(cfg, progress)}
-        spent = time.perf_counter() - started              # .item() above has waited for the GPU
-        seconds += spent
-        line["probe_accuracy"], experts, probs = look(student, sets, cfg, data)
-        if sets.val:
-            line["val_accuracy"] = accuracy(student, *sets.val, cfg, data)
-        line |= {"seconds": spent, "images_per_second": steps * len(images) / spent}
-        if experts is not None:
-            history.append(experts)
-        with open(metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        say(cfg, line)
-        if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
-            if history:
-                np.savez_compressed(
-                    out / "routing.npz", experts=np.stack(history), probs=probs,
-                    images=sets.probe[0][:8].cpu().numpy(), n_experts=cfg.n_experts,
-                    layers=np.array(student.moe_blocks))
-            save(out / "checkpoint.pt", {
-                "config": asdict(cfg), "data_md5": data.md5, "epoch": epoch, "seconds": seconds,
-                "student": student.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "routers": guide.routers.state_dict() if guide else {}})
-    return conclude(job, guide, command, history, seconds)
-
-
-def stop_unless_finite(loss, norm, scaler, student, where):
+def stop_unless_finite(loss, norm, scaler, model, where):
     # under a loss scaler an infinite gradient is routine: that step is skipped and the scale halved
     if torch.isfinite(loss) and (scaler.is_enabled() or torch.isfinite(norm)):
         return
-    bad = [name for name, p in student.named_parameters()
+    bad = [name for name, p in model.named_parameters()
            if p.grad is not None and not torch.isfinite(p.grad).all()]
     raise FloatingPointError(
         f"{where}: the loss is {loss.item():.4g} and the gradient of {bad[0] if bad else 'nothing'}"
@@ -535,34 +367,121 @@ def stop_unless_finite(loss, norm, scaler, student, where):
         f"--precision fp32")
 
 
-def say(cfg, line):
-    terms = "  ".join(f"{name} {line[name]:.4f}" for name in ("task", *report.TERMS)
-                      if name in line)
+# --- the run ---
+
+def fit(job, guide=None, command="", own_losses=None):
+    """Train job.model, write its run folder and return the content of its result.json.
+
+    `own_losses` has the signature of `losses` and replaces it: this is how a study adds a control.
+    A run that has ended already is only read. FloatingPointError comes from `one_epoch`.
+    """
+    cfg, data, sets, model, _ = job
+    out = Path(cfg.out)
+    if job.ended and (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, guide, cfg.weight_decay),
+                                  fused=cfg.device.startswith("cuda"))
+    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
+    compute = own_losses or losses
+    compute = torch.compile(compute) if cfg.compile else compute
+
+    begun, seconds, history = resume(job, guide, optimizer, scaler)
+    for epoch in range(begun + 1, cfg.epochs + 1):
+        started = time.perf_counter()
+        terms = one_epoch(job, guide, compute, optimizer, scaler, epoch)
+        spent = time.perf_counter() - started
+        seconds += spent
+        seen = look(model, sets, cfg, data)
+        line = {"epoch": epoch, "terms": terms, "lr": optimizer.param_groups[0]["lr"],
+                "probe_accuracy": seen.accuracy}
+        if sets.val:
+            line["val_accuracy"] = accuracy(model, *sets.val, cfg, data)
+        if cfg.capacity_factor is not None:
+            line["dropped"] = seen.dropped
+        line |= {"seconds": spent,
+                 "images_per_second": steps_per_epoch(cfg, sets) * cfg.batch_size / spent}
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        say(cfg, line, left=(cfg.epochs - epoch) * (time.perf_counter() - started)
+            if epoch == begun + 1 else 0)
+
+        if seen.chosen is not None:
+            history.append(seen.chosen)
+        if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
+            if history:
+                np.savez_compressed(
+                    out / "routing.npz", experts=np.stack(history), probs=seen.probs,
+                    images=sets.probe[0][:8].cpu().numpy(), n_experts=cfg.n_experts,
+                    layers=np.array(model.moe_blocks))
+            checkpoint.save(out / "checkpoint.pt", {
+                "config": asdict(cfg), "data_md5": data.md5, "epoch": epoch, "seconds": seconds,
+                "student": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "routers": guide.routers.state_dict() if guide else {}})
+    return conclude(job, guide, command, history, seconds)
+
+
+def parameter_groups(model, guide, weight_decay):
+    """Weight decay on matrices alone: not on biases (an expert's are stacked), norms, positions."""
+    named = [*model.named_parameters(), *(guide.routers.named_parameters() if guide else ())]
+    matrix = [name.endswith(("weight", "w_in", "w_out")) and p.ndim > 1 for name, p in named]
+    return [
+        {"params": [p for (_, p), m in zip(named, matrix, strict=True) if m],
+         "weight_decay": weight_decay},
+        {"params": [p for (_, p), m in zip(named, matrix, strict=True) if not m],
+         "weight_decay": 0.0}]
+
+
+def resume(job, guide, optimizer, scaler):
+    """Put all back as it was when job.state was saved: (epochs done, seconds, routing history).
+
+    The weights are there already, since the job was made. Lines of metrics.jsonl and epochs of
+    routing.npz that are younger than the checkpoint are forgotten: they are about to come again.
+    """
+    out, state = Path(job.cfg.out), job.state
+    metrics = out / "metrics.jsonl"
+    if not state:
+        metrics.write_text("")
+        return 0, 0.0, []
+    done, history = state["epoch"], []
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if guide:
+        guide.routers.load_state_dict(state["routers"])
+    if (out / "routing.npz").exists():
+        history = list(np.load(out / "routing.npz")["experts"][:done])
+    lines = metrics.read_text().splitlines()[:done]
+    metrics.write_text("".join(line + "\n" for line in lines))
+    return done, state["seconds"], history
+
+
+def say(cfg, line, left):
+    """Print an epoch's line; `left` seconds, measured in the first epoch, are the rest."""
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
     seen = f"probe {line['probe_accuracy']:.1%}"
     if "val_accuracy" in line:
         seen += f"  validation {line['val_accuracy']:.1%}"
-    print(f"  epoch {line['epoch']:3d}/{cfg.epochs}  {terms}  {seen}  {line['seconds']:.1f} s",
-          flush=True)
+    if "dropped" in line:
+        seen += f"  dropped {line['dropped']:.1%}"
+    took = f"{line['seconds']:.1f} s" + (f"  about {left / 60:.1f} minutes left" if left else "")
+    print(f"  epoch {line['epoch']:3d}/{cfg.epochs}  {terms}  {seen}  {took}", flush=True)
 
 
 def conclude(job, guide, command, history, seconds):
     """The one look at the test set, result.json, the figures."""
-    cfg, data, sets, student, _ = job
+    cfg, data, sets, model, _ = job
     out = Path(cfg.out)
     exam = sets.val or sets.test
-    classes = student.head.out_features
-    knows = guide is not None and guide.teacher.head.out_features == classes
-    reached = accuracy(student, *exam, cfg, data)
-    total, active = student.params()
-    speeds = [json.loads(line)["images_per_second"]
-              for line in (out / "metrics.jsonl").read_text().splitlines()]
+    knows = guide is not None and guide.teacher.head.out_features == model.head.out_features
+    reached = accuracy(model, *exam, cfg, data)
+    total, active = model.params()
+    speeds = [line["images_per_second"] for line in report.read_lines(out / "metrics.jsonl")]
     over_time = report.consistency(np.stack(history), cfg.n_experts) if history else {}
     result = {
         "method": cfg.method, "preset": cfg.preset, "data": data.name, "data_md5": data.md5,
-        "labels": cfg.labels, "device": describe(cfg.device), "seed": cfg.seed,
-        "commit": commit(), "command": command,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "labels": cfg.labels, "seed": cfg.seed, "command": command,
+        **checkpoint.provenance(cfg.device),
         "epochs": cfg.epochs, "train_images": len(sets.train[0]), "test_images": len(exam[0]),
         "test_accuracy": None if sets.val else reached,
         "val_accuracy": reached if sets.val else None,
@@ -571,7 +490,7 @@ def conclude(job, guide, command, history, seconds):
         "agreement_final": over_time.get("half_agreement_final"),
         "load_entropy": over_time.get("final_load_entropy"),
         "images_per_second": statistics.median(speeds), "seconds": seconds,
-        "flops_per_image": student.flops(), "params_total": total, "params_active": active,
+        "flops_per_image": model.flops(), "params_total": total, "params_active": active,
         "out": str(out), "config": asdict(cfg), "consistency": over_time}
     (out / "result.json").write_text(json.dumps(result) + "\n")    # one line: cat makes a jsonl
     report.figures(out)
@@ -583,140 +502,113 @@ def conclude(job, guide, command, history, seconds):
 def plan(given):
     """What the flags ask for, checked before anything long begins: (teacher, student) jobs.
 
-    teacher is None, a ViT that was given, or the job that trains one. Raises ValueError or OSError
-    with one sentence.
+    teacher is None where the method needs none. Raises ValueError or OSError with one sentence.
     """
     state = None
     if given.get("resume"):
         if "out" not in given:
             raise ValueError("--resume continues the run in --out: name its folder")
-        state = read(Path(given["out"], "checkpoint.pt"))
+        state = checkpoint.read(Path(given["out"], "checkpoint.pt"), Config)
         for name, value in given.items():
-            if name not in ELSEWHERE and state["config"][name] != value:
+            if name not in HOW and state["config"][name] != value:
                 raise ValueError(f"the run in {given['out']} was started with --{name} "
                                  f"{state['config'][name]}, not {value}: leave the flag out, or "
                                  f"start another run with another --out")
-        cfg = resolve(state["config"] | {"device": "auto", "compile": None} | given)
-    else:
-        cfg = resolve(given)
-    if cfg.compile is None:
-        cfg.compile = cfg.device.startswith("cuda") and find_spec("triton") is not None
-
+        given = state["config"] | {"device": "auto", "compile": None} | given
+    cfg = resolve(given)
     data = load(cfg.data, cfg.data_dir, cfg.device)
     cfg.data = data.name
     sets = split(cfg, data)
     if cfg.out is None:
-        cfg.out = free_folder(f"runs/{cfg.method}-{cfg.preset}-{cfg.data}-seed{cfg.seed}")
+        name = f"{cfg.method}-{cfg.preset}-{cfg.data}-seed{cfg.seed}"
+        cfg.out = checkpoint.free_folder(f"runs/{name}")
     elif not state and Path(cfg.out, "metrics.jsonl").exists():
         raise ValueError(f"{cfg.out} already holds a run: add --resume to continue it, or choose "
                          f"another --out")
-    student = build(cfg, data)
+    model = build(cfg, data)
     if state:
         if state["data_md5"] != data.md5:
             raise ValueError(f"the run in {cfg.out} was started on other images: its data had the "
                              f"md5 {state['data_md5']}, {data.name} has {data.md5}")
-        restore(student, state["student"], cfg.out)
+        checkpoint.restore(model, state["student"], cfg.out)
+    job = Job(cfg, data, sets, model, state)
+    return teacher_of(job) if "guide" in METHODS[cfg.method] else None, job
 
-    teacher = None
-    if "tgr" in cfg.method and cfg.teacher:
-        taught = read(cfg.teacher)
-        if taught["config"]["method"] != "dense":
-            raise ValueError(f"{cfg.teacher} is a {taught['config']['method']} run: a teacher is "
+
+def teacher_of(job):
+    """The job of the dense model that teaches job.model: a given one has ended already.
+
+    Without --teacher it is a dense run with the student's data, trunk and recipe, always of seed 0:
+    one teacher for all seeds and methods, so that they differ in nothing else.
+    """
+    cfg, data, sets, student, _ = job
+    if cfg.teacher:
+        state = checkpoint.read(cfg.teacher, Config)
+        if state["config"]["method"] != "dense":
+            raise ValueError(f"{cfg.teacher} is a {state['config']['method']} run: a teacher is "
                              f"dense (python train.py --method dense)")
-        shape = Config(**taught["config"])
-        shape.device = cfg.device
-        teacher = build(shape, data)
-        restore(teacher, taught["student"], cfg.teacher)
-        Guide(teacher, student, cfg.n_experts)             # speaks up if their tokens differ
-    elif "tgr" in cfg.method:
-        teacher_cfg = teacher_config(cfg, data)
-        model, checkpoint = build(teacher_cfg, data), Path(teacher_cfg.out, "checkpoint.pt")
-        taught = read(checkpoint) if checkpoint.exists() else None
-        if taught:
-            restore(model, taught["student"], checkpoint)
-        teacher = Job(teacher_cfg, data, sets, model, taught)
-    return teacher, Job(cfg, data, sets, student, state)
+        # as it is, however far it came
+        its = replace(Config(**state["config"]), device=cfg.device, epochs=state["epoch"])
+        model, path = build(its, data), cfg.teacher
+        checkpoint.restore(model, state["student"], path)
+        Guide(model, student, cfg.n_experts)               # speaks up if their tokens differ
+        return Job(its, data, sets, model, state)
+    shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if not f.metadata["own"]}
+    its = replace(Config(**shared), method="dense", seed=0, moe_blocks="",
+                  expert_ratio=cfg.mlp_ratio, epochs=cfg.teacher_epochs,
+                  teacher_epochs=cfg.teacher_epochs)
+    recipe = {name: value for name, value in asdict(its).items() if name not in HOW}
+    key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
+    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{data.name}-{key}"))
+    model, path = build(its, data), Path(its.out, "checkpoint.pt")
+    state = checkpoint.read(path, Config) if path.exists() else None
+    if state:
+        checkpoint.restore(model, state["student"], path)
+    return Job(its, data, sets, model, state)
 
 
-def free_folder(name):
-    """`name`, or name-2, name-3 ...: the first that does not exist."""
-    number, path = 1, Path(name)
-    while path.exists():
-        number += 1
-        path = Path(f"{name}-{number}")
-    return str(path)
-
-
-def seconds_left(job, teacher=None):
-    """How long the rest of a job will take, from three steps that are timed now and not taken."""
-    cfg, data, sets, student, state = job
-    guide = Guide(teacher, student, cfg.n_experts).to(cfg.device) if teacher else None
-    took = []
-    for _ in range(4):
-        started = time.perf_counter()
-        images, targets = next(batches(cfg, data, sets, epoch=0))
-        sum(losses(cfg, student.train(), guide, images, targets).values()).backward()
-        if cfg.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - started)
-    student.zero_grad(set_to_none=True)
-    epochs = cfg.epochs - (state["epoch"] if state else 0)
-    return statistics.median(took[1:]) * steps_per_epoch(cfg, sets) * epochs   # took[0] warmed up
+def guide_of(teacher, job):
+    """The trained teacher of a job and its teacher routers, drawn from the student's seed."""
+    torch.manual_seed(job.cfg.seed)
+    return Guide(teacher.model, job.model, job.cfg.n_experts).to(job.cfg.device)
 
 
 def announce(teacher, job):
-    """What will be done, on what, and how long it should take."""
+    """Print what will be done, and on what."""
     cfg = job.cfg
     demo = " (a demonstration: the full recipe is preset small, on a GPU)"
     print(f"{cfg.method}, preset {cfg.preset}{demo if cfg.preset == 'tiny' else ''} on "
-          f"{describe(cfg.device)}, {cfg.precision}, "
+          f"{checkpoint.describe(cfg.device)}, {cfg.precision}, "
           f"{'compiled' if cfg.compile else 'not compiled'}. Data: {job.data.note}")
-    left, steps = 0.0, []
-    if isinstance(teacher, Job):
-        left += seconds_left(teacher)
+    steps = []
+    if teacher and not cfg.teacher:
         begun = teacher.state["epoch"] if teacher.state else 0
         steps.append(f"a dense teacher for {teacher.cfg.epochs} epochs on the same images, kept in "
                      f"{teacher.cfg.out}" + (f" ({begun} epochs are there)" if begun else ""))
-        teacher = build(teacher.cfg, job.data)             # as good for a timing
-    left += seconds_left(job, teacher)
     sparse = "" if cfg.method == "dense" else f", E={cfg.n_experts} in blocks {cfg.moe_blocks}"
     sparse += f", K={cfg.k}" if cfg.method not in ("dense", "soft") else ""
     steps.append(f"the {cfg.method} model for {cfg.epochs} epochs of {len(job.sets.train[0]):,} "
                  f"images{sparse}, in {cfg.out}")
-    print("plan: " + "; then ".join(steps))
-    print(f"estimate: {left / 60:.1f} minutes, from a few steps timed just now"
-          + (" without compilation: expect less" if cfg.compile else ""), flush=True)
+    print("plan: " + "; then ".join(steps), flush=True)
 
 
 def evaluate(given):
     """Test one checkpoint: overall, best and worst classes, calibration, load of the experts."""
-    state = read(given["eval"])
+    state = checkpoint.read(given["eval"], Config)
     cfg = resolve(state["config"] | {"device": "auto"} | given)
     data = load(cfg.data, cfg.data_dir, cfg.device)
-    student = build(cfg, data)
-    restore(student, state["student"], given["eval"])
+    model = build(cfg, data)
+    checkpoint.restore(model, state["student"], given["eval"])
     images, labels = split(cfg, data).test
-    outs = list(outputs(student, images, cfg, data))
+    outs = list(outputs(model, images, cfg, data))
     probs = torch.cat([out.logits for out in outs]).float().softmax(dim=1)
-    confidence, guess = probs.max(dim=1)
-    hit = (guess == labels).float()
-    names = getattr(data, f"{cfg.labels}_names")
-    by_class = sorted(((hit[labels == c].mean().item(), name) for c, name in enumerate(names)
-                       if (labels == c).any()), reverse=True)
-    top5 = (probs.topk(5).indices == labels[:, None]).any(dim=1).float().mean()
-    # expected calibration error over 15 equal bins of confidence (arXiv:1706.04599, eq. 3)
-    bins = (confidence * 15).long().clamp(max=14)
-    gap = sum(((confidence - hit)[bins == b].sum().abs() for b in range(15)), torch.zeros(()))
     print(f"{given['eval']}: {cfg.method}, epoch {state['epoch']}, on the {len(labels):,} test "
-          f"images of {data.name} ({cfg.labels} classes), {describe(cfg.device)}")
-    print(f"accuracy {hit.mean():.2%}   top-5 {top5:.2%}   "
-          f"calibration error {gap / len(labels):.2%}")
-    for word, some in (("best", by_class[:5]), ("worst", by_class[::-1][:5])):
-        print(f"{word:6}" + ", ".join(f"{name} {share:.0%}" for share, name in some))
+          f"images of {data.name} ({cfg.labels} classes), {checkpoint.describe(cfg.device)}")
+    print(report.exam_table(probs.cpu().numpy(), labels.cpu().numpy(), class_names(cfg, data)))
     for b, layer in outs[0].layers.items():
         if layer.routing is not None:
-            chosen = torch.cat([out.layers[b].routing.chosen for out in outs]).flatten()
-            shares = chosen.bincount(minlength=cfg.n_experts) / len(chosen)
+            chosen = torch.cat([out.layers[b].routing.chosen for out in outs]).cpu().numpy()
+            shares = report.load_share(chosen, cfg.n_experts)
             print(f"load of block {b}'s experts: " + " ".join(f"{share:.1%}" for share in shares))
 
 
@@ -732,16 +624,11 @@ def main(argv=None):
         sys.exit(2)
     try:
         announce(teacher, job)
-        if isinstance(teacher, Job):
+        if teacher and not teacher.ended:
             print(f"teacher: dense, {teacher.cfg.out}")
             fit(teacher, command=command)
-            teacher = teacher.student
             print(f"student: {job.cfg.method}, {job.cfg.out}")
-        guide = None
-        if teacher:
-            torch.manual_seed(job.cfg.seed)                # the teacher routers' own weights
-            guide = Guide(teacher, job.student, job.cfg.n_experts).to(job.cfg.device)
-        result = fit(job, guide, command)
+        result = fit(job, guide_of(teacher, job) if teacher else None, command)
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
