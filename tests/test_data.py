@@ -300,18 +300,84 @@ def test_with_both_on_half_of_the_batches_get_each():
 
 # --- what a run is given ---
 
+@pytest.fixture(scope="module")
+def few():
+    return D.synthetic(seed=5, n_train=64, n_test=40)
+
+
 def asked(**flags):
+    """A configuration, as far as data.py looks at it."""
     return SimpleNamespace(**dict(labels="fine", split="full", train_images=0, batch_size=16,
                                   probe_images=5, augment="none", mixup=0.0, cutmix=0.0, seed=0)
                            | flags)
 
 
-def test_every_batch_is_mixed_anew_and_another_epoch_in_another_way():
-    data = D.synthetic(seed=5, n_train=64, n_test=10)
-    cfg = asked(mixup=0.8)
-    sets = D.split(cfg, data)
-    shares = [[y.max(dim=1).values.min().item() for _, y in D.batches(cfg, data, sets, epoch)]
-              for epoch in (1, 1, 2)]
+def epoch_of(data, epoch=1, **flags):
+    """(images, targets) of a whole epoch."""
+    cfg = asked(**flags)
+    return tuple(map(torch.cat, zip(*D.batches(cfg, data, D.split(cfg, data), epoch), strict=True)))
+
+
+def pixels_of(images):
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_every_image_is_trained_on_once_in_an_epoch_but_for_the_rest_of_a_batch(few):
+    images, targets = epoch_of(few)
+    assert pixels_of(images) == pixels_of(few.normalise(few.train.images))
+    label = dict(zip((p.numpy().tobytes() for p in few.normalise(few.train.images)),
+                     few.train.fine.tolist(), strict=True))
+    for image, target in zip(images, targets, strict=True):
+        assert target.argmax() == label[image.numpy().tobytes()] and target.sum() == 1
+    assert len(epoch_of(few, batch_size=24)[0]) == 48                     # 64 = 24 + 24 + 16
+
+
+def test_every_seed_and_every_epoch_has_an_order_of_its_own(few):
+    first, again, seed, later = (epoch_of(few, epoch, seed=seed)[0]
+                                 for epoch, seed in ((1, 0), (1, 0), (1, 1), (2, 0)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, seed) and not torch.equal(first, later)
+
+
+def test_held_out_images_are_never_trained_on_and_are_the_probe(few):
+    sets = D.split(asked(split="val"), few)
+    assert len(sets.train[0]) == 58 and len(sets.val[0]) == 6 and len(sets.test[0]) == 40
+    assert not pixels_of(sets.train[0]) & pixels_of(sets.val[0])
+    assert pixels_of(sets.probe[0]) < pixels_of(sets.val[0])
+    assert D.split(asked(), few).val is None
+
+
+def test_the_probe_is_fixed_and_clean_and_the_shares_are_those_of_every_seed(few):
+    one, two = (D.split(asked(seed=seed, train_images=32), few) for seed in (0, 9))
+    assert torch.equal(one.probe[0], two.probe[0]) and torch.equal(one.train[0], two.train[0])
+    assert len(one.probe[0]) == 5 and one.probe[0].dtype == torch.uint8 and len(one.train[0]) == 32
+    assert pixels_of(one.probe[0]) < pixels_of(one.train[0]) < pixels_of(few.train.images)
+
+
+def test_labels_choose_100_or_20_classes(few):
+    fine, coarse = (D.split(asked(labels=labels), few) for labels in ("fine", "coarse"))
+    assert torch.equal(fine.train[1] // 5, coarse.train[1]) and coarse.test[1].max() < 20
+    assert epoch_of(few, labels="coarse")[1].shape == (64, 20)
+
+
+def test_augment_says_how_far_an_image_is_from_the_original(few):
+    clean, light, heavy = (epoch_of(few, augment=s)[0] for s in ("none", "light", "heavy"))
+    originals = pixels_of(few.normalise(few.train.images))
+    assert pixels_of(clean) == originals and not pixels_of(heavy) & originals
+    assert not torch.equal(clean, light) and not torch.equal(light, heavy)
+
+
+def test_mixup_and_cutmix_are_each_switched_on_by_their_own_number(few):
+    _, blended = epoch_of(few, mixup=0.8)
+    pasted, _ = epoch_of(few, cutmix=1.0)
+    assert (blended > 0).sum(dim=1).max() == 2
+    clean = pixels_of(few.normalise(few.train.images).movedim(1, -1).reshape(-1, 3))
+    assert pixels_of(pasted.movedim(1, -1).reshape(-1, 3)) <= clean     # whole pixels, no blend
+
+
+def test_every_batch_is_mixed_anew_and_another_epoch_in_another_way(few):
+    shares = [[y.max(dim=1).values.min().item()
+               for y in epoch_of(few, epoch, mixup=0.8)[1].split(16)] for epoch in (1, 1, 2)]
     assert shares[0] == shares[1] and len({*shares[0], *shares[2]}) == 8
 
 

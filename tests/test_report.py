@@ -165,6 +165,45 @@ def body(table):
     return [line for line in table.splitlines() if line.startswith("| ") and "method" not in line]
 
 
+def test_the_examples_in_the_docstrings_are_true():
+    import doctest
+    assert doctest.testmod(report) == (0, 4)
+
+
+def test_the_right_class_may_be_anywhere_among_the_k_most_probable():
+    probs = np.array([[0.1, 0.4, 0.3, 0.2], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    labels = np.array([3, 2, 1])                            # ranks 3, 3 and, by order, 2
+    assert [report.top_k_accuracy(probs, labels, k) for k in (1, 2, 3)] == [0, 1 / 3, 1]
+
+
+def test_over_and_under_confidence_in_two_bins_do_not_cancel():
+    # sure by 0.9 and wrong: gap 0.9; sure by 0.6 and right: gap 0.4; in one bin, 0.25 would be left
+    probs, labels = np.array([[0.9, 0.1], [0.6, 0.4]]), np.array([1, 0])
+    assert report.calibration_error(probs, labels) == pytest.approx((0.9 + 0.4) / 2)
+    assert report.calibration_error(probs, labels, bins=1) == pytest.approx(0.25)
+    sure = np.array([[1.0, 0.0]] * 3)
+    assert report.calibration_error(sure, np.array([0, 0, 1])) == pytest.approx(1 / 3)
+
+
+def test_an_exam_names_the_best_and_the_worst_classes_and_leaves_out_those_without_an_image():
+    names = [f"class {c}" for c in range(8)]
+    labels = np.repeat(np.arange(7), 4)                     # none of class 7
+    probs = np.eye(8)[labels]
+    for c in range(7):                                      # c of the 7 classes' 4 images go wrong
+        wrong = np.flatnonzero(labels == c)[:min(c, 4)]
+        probs[wrong] = np.eye(8)[7]
+    first, best, worst = report.exam_table(probs, labels, names).splitlines()
+    assert first.startswith("accuracy 35.71%   top-5 ")     # (4 + 3 + 2 + 1) / 28
+    assert best == "best  class 0 100%, class 1 75%, class 2 50%, class 3 25%, class 6 0%"
+    assert worst == "worst class 4 0%, class 5 0%, class 6 0%, class 3 25%, class 2 50%"
+
+
+def test_lines_of_an_older_run_still_tell_their_terms():
+    old = {"epoch": 1, "task": 2.0, "load": 0.1, "lr": 0.3, "seconds": 4.0}
+    assert report.terms(old) == {"task": 2.0, "load": 0.1}
+    assert report.terms({"terms": {"task": 1.0, "mine": 3.0}, "lr": 0.3}) == {"task": 1, "mine": 3}
+
+
 def test_the_closing_table_names_what_the_run_reached_what_it_cost_and_where_it_lies():
     table = closing_table(a_row())
     for said in ("40.0% of fine labels", "dense teacher 45.0%", "2.69 M total", "1.10 M active",

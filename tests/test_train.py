@@ -171,27 +171,6 @@ def test_the_recorded_routing_is_that_of_every_token_of_every_probe_image():
         assert abs(seen.probs[l, 3] - layers[block].routing.probs.detach().numpy()).max() < 1e-3
 
 
-def test_every_seed_and_every_epoch_has_an_order_of_its_own():
-    def labels(seed, epoch):
-        cfg = config("--seed", seed)
-        made = batches(cfg, SMALL, split(cfg, SMALL), epoch)
-        return torch.cat([targets.argmax(dim=1) for _, targets in made])
-
-    first = labels("0", 1)
-    assert torch.equal(first, labels("0", 1))
-    assert not torch.equal(first, labels("1", 1)) and not torch.equal(first, labels("0", 2))
-
-
-def test_held_out_images_are_never_trained_on():
-    cfg = config("--split", "val")
-    sets = split(cfg, SMALL)
-    train_rows = {t.numpy().tobytes() for t in sets.train[0]}
-    assert len(train_rows) == 58
-    assert not train_rows & {t.numpy().tobytes() for t in sets.val[0]}
-    assert {t.numpy().tobytes() for t in sets.probe[0]} <= {
-        t.numpy().tobytes() for t in sets.val[0]}
-
-
 # --- the same run twice, an interrupted run, a spoilt run ---
 
 def same(a, b):
@@ -337,20 +316,10 @@ def test_train_images_is_how_many_are_trained_on():
     assert run("--train_images", "32")[0]["train_images"] == 32
 
 
-def test_augment_says_how_far_an_image_is_from_the_original():
-    clean, light, heavy = (first_batch("--augment", s)[0] for s in ("none", "light", "heavy"))
-    originals = {i.numpy().tobytes() for i in SMALL.normalise(SMALL.train.images)}
-    assert {i.numpy().tobytes() for i in clean} <= originals
-    assert not {i.numpy().tobytes() for i in heavy} <= originals
-    assert not torch.equal(clean, light) and not torch.equal(light, heavy)
-
-
 @pytest.mark.parametrize("flag", ["--mixup", "--cutmix"])
 def test_mixing_shares_a_target_between_two_classes(flag):
-    assert first_batch()[1].max(dim=1).values.min() == 1
-    targets = first_batch(flag, "1.0")[1]
-    assert targets.max(dim=1).values.min() < 1
-    torch.testing.assert_close(targets.sum(dim=1), torch.ones(16))
+    assert first_batch("--augment", "none")[1].max(dim=1).values.min() == 1
+    assert first_batch(flag, "1.0")[1].max(dim=1).values.min() < 1
 
 
 @pytest.mark.parametrize("flags, read, expected", [
@@ -514,15 +483,6 @@ def test_save_every_counts_epochs_between_checkpoints(monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda p, c: saved.append(c["epoch"]) or original(p, c))
     run("--epochs", "5", "--save_every", "2")
     assert saved == [2, 4, 5]
-
-
-def test_probe_images_are_fixed_and_clean():
-    cfg = config("--probe_images", "5")
-    images, labels = split(cfg, SMALL).probe
-    assert len(images) == 5 and images.dtype == torch.uint8
-    assert torch.equal(images, split(config("--probe_images", "5", "--seed", "9"),
-                                           SMALL).probe[0])
-    assert len(labels) == 5
 
 
 def test_without_out_a_run_never_overwrites_another():
