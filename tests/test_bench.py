@@ -128,9 +128,9 @@ def test_a_rung_may_say_no_and_why(monkeypatch):
     assert run(monkeypatch, shy=shy)["shy"]["note"] == "refused: ValueError: not on this card"
 
 
-def test_triton_is_not_timed_in_its_interpreter(layer):
+def test_fused_is_not_timed_in_its_interpreter(layer):
     with pytest.raises(bench.Skip, match="interpreter"):
-        bench.rung("triton")(layer)
+        bench.rung("fused")(layer)
 
 
 def test_every_expert_on_every_token_is_spared_a_layer_too_large_for_it(monkeypatch):
@@ -235,7 +235,7 @@ def test_a_goal_is_judged_by_its_worst_case():
     assert "1.50" in found["auto / fastest dropless peer"]
     assert "1 of 2" in found["auto / fastest dropless peer"]                # 1.25 / 1.5 = .83
     assert "must met" in found["bytes kept: lean / dense, H = 4D"]          # .50 of .60
-    assert not any(line.startswith("triton") for line in found)
+    assert not any(line.startswith("fused") for line in found)
 
 
 def test_goal_of_lean_bytes_is_the_formula_of_the_issue():
