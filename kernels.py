@@ -4,8 +4,8 @@ A ladder of five rungs, the clearest first:
 
     reference    the definition: every expert on every token
     sliced       sort the choices by expert, then each expert multiplies its own rows
-    grouped      the same steps, each in a faster way
-    lean         the same again, with a backward by hand that keeps less memory
+    grouped      the same steps, and one call for all experts where that is faster
+    lean         the same products, with a backward by hand that keeps less memory
     fused        the steps of lean, inside two Triton kernels
 
 Each rung is called as
@@ -104,10 +104,10 @@ def sliced_mlp(rows, plan, w_in, b_in, w_out, b_out):
         for own, (wi, bi, wo, bo) in zip(rows.split(sizes), weights, strict=True)])
 
 
-# --- 3. the same steps, each in a faster way ---
+# --- 3. the same steps, and one call for all experts where that is faster ---
 
 def grouped(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    """What makes it fast? Rows move by gathers, in backward too, and one call serves all experts.
+    """What if the experts are many? One call multiplies for all, and rows only move by gathers.
 
     That call is grouped_mm. Where a slice per expert is faster, `sliced_mlp` takes its place.
     """
@@ -184,12 +184,12 @@ class OwnBias(torch.autograd.Function):
         return dout, db, None, None
 
 
-# On a CPU grouped_mm beats the slices below two limits. They are ours, chosen by timing; to see
-# what one is worth, set it to 0 and run `python notebooks/bench.py`. Its committed results,
-# notebooks/results/kernels_cpu.json, have layers on both sides of each.
+# On a CPU one call beats the slices below two limits. They are ours and were chosen by timing: to
+# see what one is worth, set it to 0 and run `python notebooks/bench.py`. The layers in
+# notebooks/results/kernels_cpu.json lie on both sides of each.
 HIDDEN_FITS = 8 * 2 ** 20   # bytes of all hidden rows (S, H): fewer stay in the cache between calls
-# Rows per expert, for `grouped` alone: with fewer, it costs more to stack the experts' gradients
-# into one tensor, as the backward of unbind does, than to compute them.
+# Rows per expert, for `grouped` alone. The slices' gradients are copied into one tensor, by the
+# backward of unbind, which matters the more the fewer rows there are; grouped_mm writes them there.
 FEW_ROWS = 200
 
 
