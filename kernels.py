@@ -311,7 +311,10 @@ def fused(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
 
 
 class Fused(torch.autograd.Function):
-    """`Lean` by two kernels. The host never reads a group's size, so one CUDA graph serves all."""
+    """`Lean` by two kernels.
+
+    The host never reads how many rows an expert has, so one CUDA graph serves every routing.
+    """
 
     @staticmethod
     def forward(ctx, x, chosen, gates, w_in, b_in, w_out, b_out):

@@ -226,8 +226,6 @@ MUTANTS = [
     ("kernels.py", "    raw[plan.order] = out ", "    raw[plan.order] = out.detach() "),
     ("kernels.py", "return gated_sum(raw.view(T, K, x.shape[1]), gates, return_choices)",
                    "return gated_sum(raw.view(K, T, -1).transpose(0, 1), gates, return_choices)"),
-    ("kernels.py", "return gated_sum(raw.view(T, K, x.shape[1]), gates, return_choices)",
-                   "return gated_sum(raw.view(T, K, -1), gates, return_choices)"),
     ("kernels.py", "rows.split(sizes)", "rows.split(sizes[::-1])"),
     # kernels.py: grouped
     ("kernels.py", "x[:, None].expand(T, K, D).reshape(T * K, D)", "x.repeat(K, 1)"),
