@@ -40,7 +40,7 @@ except ImportError:      # on Windows and macOS torch brings no Triton: four run
 # --- 1. the definition: every expert on every token, then keep the chosen ones ---
 
 def reference(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    """What is to be computed? Here at E / K times the cost, for every expert sees every token."""
+    """What is to be computed? Every expert sees every token: E / K times the necessary work."""
     everything = torch.stack([
         F.gelu(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e] for e in range(len(w_in))
     ], dim=1)                                                           # (T, E, D)
@@ -127,7 +127,7 @@ class Permute(torch.autograd.Function):
     """Rows (S, n) in another order: row i of the result is rows[order[i]]; `undo` is the inverse.
 
     Each row is wanted exactly once, so the gradient is a gather as well, dout[undo]. Autograd
-    cannot know that: its backward of rows[order] fills zeros and then adds dout, row by row.
+    cannot know that: its backward of rows[order] adds dout to a tensor of zeros, row by row.
     """
 
     @staticmethod
@@ -144,8 +144,8 @@ class Permute(torch.autograd.Function):
 def grouped_mm_mlp(rows, plan, w_in, b_in, w_out, b_out):
     """What `sliced_mlp` computes, in two calls of grouped_mm. It has no bias: `OwnBias` adds it."""
     ends = plan.offsets[1:].int()
-    # only here are the sizes at hand: a GPU would first have to finish the sort, and a compiled
-    # graph must serve all sizes
+    # sizes are read on an eager CPU alone: on a GPU the host would have to wait for the sort, and
+    # a compiled graph has to serve all sizes
     at_hand = not (rows.is_cuda or torch.compiler.is_compiling())
     sizes = plan.offsets.diff().tolist() if at_hand else None
     z = F.grouped_mm(rows, w_in, offs=ends)                             # (S, H)
@@ -177,19 +177,19 @@ class OwnBias(torch.autograd.Function):
         ids, = ctx.saved_tensors
         if ctx.sizes is None:
             # autograd would add row by row, on a GPU in an order that changes from run to run;
-            # a product with one-hot rows is as fast as any product and has a fixed order
+            # a product with one-hot rows gives the same bits every time
             db = F.one_hot(ids, ctx.E).to(dout.dtype).mT @ dout
         else:
             db = torch.stack([rows.sum(dim=0) for rows in dout.split(ctx.sizes)])
         return dout, db, None, None
 
 
-# On a CPU one call beats the slices below two limits. They are ours and were chosen by timing: to
-# see what one is worth, set it to 0 and run `python notebooks/bench.py`. The layers in
-# notebooks/results/kernels_cpu.json lie on both sides of each.
+# On a CPU one call is the faster below either of two limits. Both are ours, chosen by timing. What
+# is one worth? Set it to 0 and run `python notebooks/bench.py`: the layers that it times, as those
+# in notebooks/results/kernels_cpu.json, lie on both sides of each.
 HIDDEN_FITS = 8 * 2 ** 20   # bytes of all hidden rows (S, H): fewer stay in the cache between calls
-# Rows per expert, for `grouped` alone. The slices' gradients are copied into one tensor, by the
-# backward of unbind, which matters the more the fewer rows there are; grouped_mm writes them there.
+# Rows per expert, for `grouped` alone. The backward of unbind copies the slices' gradients into one
+# tensor, and the fewer the rows, the more that copy counts. grouped_mm writes them there at once.
 FEW_ROWS = 200
 
 
@@ -232,7 +232,7 @@ class Lean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, chosen, gates, w_in, b_in, w_out, b_out):
         (T, K), plan = chosen.shape, plan_choices(chosen, len(w_in))
-        ctx.K = K                                                       # z does not say it if T = 0
+        ctx.K = K                                                       # len(z) / T, but T may be 0
         rows = x.index_select(0, plan.order // K)                       # (S, D)
         z, out = rows.new_empty(len(rows), w_in.shape[2]), torch.empty_like(rows)
         for r, e, b, mm, _ in groups(plan, rows, w_in):
@@ -247,7 +247,7 @@ class Lean(torch.autograd.Function):
     def backward(ctx, dout):
         x, gates, z, *plan, w_in, w_out, b_out = ctx.saved_tensors
         (T, D), K, plan = x.shape, ctx.K, Plan(*plan)
-        wide = torch.promote_types(x.dtype, torch.float32)              # dgate adds H products
+        wide = torch.promote_types(x.dtype, torch.float32)              # dgate is a sum of products
         ungated = gates is None                                         # dout (T, K, D), not (T, D)
         d = dout.reshape(-1, D).index_select(0, plan.order if ungated else plan.order // K)
         rows = x.index_select(0, plan.order // K)                       # (S, D), and so is d
@@ -289,8 +289,8 @@ def groups(plan, rows, w_in):
 # --- 5. what happens between two products happens inside them ---
 #
 # Rows are gathered while a product loads them and scattered while it stores them (scattermoe,
-# arXiv:2403.08245). Bias, GELU, gates and the sums of Lean's backward use numbers that are still
-# in registers when a product ends: its epilogue (SonicMoE, arXiv:2512.14080). Two kernels:
+# arXiv:2403.08245). Bias, GELU, gates and sums work on a product's numbers while these are still in
+# registers, in its epilogue (SonicMoE, arXiv:2512.14080). Two kernels serve six products:
 #
 #     grouped_gemm  up    x at order // K, times w_in          -> z and gelu(z)
 #                   down  gelu(z), times w_out                 -> out, at order
@@ -299,7 +299,7 @@ def groups(plan, rows, w_in):
 #     grouped_dw    each expert's a^T b                        -> dw_in, dw_out
 
 def fused(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    """What must still pass through memory? What six products read and write, and 3*S*H numbers.
+    """What must still pass through memory? What six products read and write, and 3*S*H more.
 
     Notebook 4 counts them. `fused` keeps for its backward what `lean` keeps, and it has no second
     derivatives either.
@@ -321,8 +321,8 @@ class Fused(torch.autograd.Function):
         (T, K), (E, D, H), S = chosen.shape, w_in.shape, chosen.numel()
         block, plan = choose_block_sizes(S, E, x.dtype), plan_choices(chosen, E)
         tiles = plan_tiles(plan.offsets, S, block.rows)
-        x = x if x.stride(1) == 1 else x.contiguous()       # rows may lie apart, their numbers not
-        z, a = x.new_empty(S, H), x.new_empty(S, H)         # not one (2, S, H): a can be freed
+        x = x if x.stride(1) == 1 else x.contiguous()       # a row's numbers lie side by side
+        z, a = x.new_empty(S, H), x.new_empty(S, H)         # two tensors: z is kept, a is freed
         raw = x.new_empty(S, D)                             # row s is choice s, not sorted
         gemm("up", block, plan, tiles, x, w_in, a, shared_by=K, bias=b_in, z=z)
         gemm("down", block, plan, tiles, a, w_out, raw, bias=b_out, gates=gates)
@@ -387,11 +387,11 @@ def plan_tiles(offsets, S, rows):
 
 
 class BlockSizes(NamedTuple):
-    """How large a block of the result does one program compute, and in which steps?"""
+    """How large a block of the result does one program compute, and in what steps?"""
     rows: int
     columns: int
     narrow: int              # the columns in "da", whose epilogue needs registers of its own
-    depth: int               # of one step along the sum
+    step: int                # along the sums, at a time
     warps: int
     stages: int              # steps that are loaded ahead
 
@@ -399,10 +399,10 @@ class BlockSizes(NamedTuple):
 def choose_block_sizes(S, E, dtype):
     """Three fixed choices, ours, by shape and dtype. Trying out others would wait for the GPU."""
     if S < 64 * E:
-        return BlockSizes(rows=32, columns=32, narrow=32, depth=16, warps=4, stages=2)
+        return BlockSizes(rows=32, columns=32, narrow=32, step=16, warps=4, stages=2)
     if dtype == torch.float32:
-        return BlockSizes(rows=64, columns=64, narrow=32, depth=32, warps=4, stages=2)
-    return BlockSizes(rows=128, columns=128, narrow=64, depth=64, warps=8, stages=3)
+        return BlockSizes(rows=64, columns=64, narrow=32, step=32, warps=4, stages=2)
+    return BlockSizes(rows=128, columns=128, narrow=64, step=64, warps=8, stages=3)
 
 
 def gemm(epilogue, block, plan, tiles, a, w, out, shared_by=0, bias=None, gates=None, z=None,
@@ -415,7 +415,7 @@ def gemm(epilogue, block, plan, tiles, a, w, out, shared_by=0, bias=None, gates=
         grouped_gemm[(len(tiles.expert) * -(-width // columns),)](
             a, w, out, bias, gates, z, gated_a, dgates, db, plan.order, plan.offsets, *tiles,
             a.stride(0), *w.stride(), E, depth, width, shared_by, epilogue, PRECISION,
-            block.rows, columns, block.depth, num_warps=block.warps, num_stages=block.stages)
+            block.rows, columns, block.step, num_warps=block.warps, num_stages=block.stages)
 
 
 def gemm_dw(block, plan, a, b, a_shared_by=0, b_shared_by=0):
@@ -426,7 +426,7 @@ def gemm_dw(block, plan, a, b, a_shared_by=0, b_shared_by=0):
         grouped_dw[(E * -(-height // block.rows) * -(-width // block.columns),)](
             a, b, dw, plan.order, plan.offsets, a.stride(0), b.stride(0),
             height, width, a_shared_by, b_shared_by, PRECISION,
-            block.rows, block.columns, block.depth,
+            block.rows, block.columns, block.step,
             # a row is found through `order`, by a load before the load: twice the stages
             num_warps=block.warps, num_stages=2 * block.stages)
     return dw

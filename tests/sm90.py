@@ -61,7 +61,7 @@ def product(epilogue, D, H, dtype):
     constants = {"E": E, "DEPTH": depth, "WIDTH": width, "EPILOGUE": epilogue, "PRECISION": "ieee",
                  "SHARED_BY": K if epilogue in ("up", "da") else 0, "ROWS": block.rows,
                  "COLUMNS": block.narrow if epilogue == "da" else block.columns,
-                 "STEP": block.depth,
+                 "STEP": block.step,
                  "stride_wc" if epilogue in ("up", "down") else "stride_wd": 1}
     constants |= {name: None for name in optional if name not in used}
     return compiled(kernels.grouped_gemm, pointers, constants, block.warps, block.stages)
@@ -73,7 +73,7 @@ def gradient(which, D, H, dtype):
     height, width = (D, H) if which == "dw_in" else (H, D)
     constants = {"HEIGHT": height, "WIDTH": width, "A_SHARED_BY": K if which == "dw_in" else 0,
                  "B_SHARED_BY": 0 if which == "dw_in" else K, "PRECISION": "ieee",
-                 "ROWS": block.rows, "COLUMNS": block.columns, "STEP": block.depth}
+                 "ROWS": block.rows, "COLUMNS": block.columns, "STEP": block.step}
     return compiled(kernels.grouped_dw, pointers, constants, block.warps, 2 * block.stages)
 
 
