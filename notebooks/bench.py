@@ -5,15 +5,14 @@
     python notebooks/bench.py --readme README.md notebooks/results/kernels_cpu.json
     python notebooks/bench.py notebooks/results/kernels_cpu.json   # which goals are met
 
-One MLP layer, forward and backward, from the same weights, routing and dL/dy for everybody.
-`dense` is a plain MLP of equal active FLOPs, hidden K*H. Contenders take turns in one process and
-in a new order each round. Nobody is timed whose output or gradients miss float64; the two peers
-that route by themselves cannot be checked so, and their rows say it. Peers are optional: put them
-on PYTHONPATH. Letters as in kernels.py: T tokens, D width, H hidden, E experts, K per token.
+One MLP layer, forward and backward, from the same weights, routing and dL/dy for everybody in
+contenders.py; whoever is wrong is refused there and not timed. `dense` is a plain MLP of equal
+active FLOPs, hidden K*H. Contenders take turns in one process and in a new order each round. Peers
+are optional: install them, or put them on PYTHONPATH. Letters as in kernels.py: T tokens, D width,
+H hidden, E experts, K per token.
 """
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -21,328 +20,20 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import kernels
+from notebooks.contenders import PEERS, Skip, check, draw, everybody, kept
 from report import put_between
 
 SHAPES = {                                      # images, tokens of an image, D, H
     "tiny": (128, 17, 96, 192), "small": (128, 65, 192, 384),       # the presets of train.py
     "perf": (64, 65, 384, 1536), "perf32k": (512, 64, 384, 1536), "perf64k": (1024, 64, 384, 1536),
 }
-# what an error may be beyond twice the plain loop's own, in units of the largest true value
-TINY = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-TOO_LARGE = 128 * 2 ** 20                       # bytes of z = (T, E, H), for those that form it all
-
-
-# --- one layer to compute, and the truth about it ---
-
-class Layer(NamedTuple):
-    """What every contender is given."""
-    leaves: dict            # x (T, D), gates (T, K), w_in, b_in, w_out, b_out: all that has a grad
-    experts: torch.Tensor   # (T, K)
-    dy: torch.Tensor        # (T, D)
-    images: int             # of T / images tokens each, for peers that route image by image
-
-
-def draw(images, tokens, D, H, E, K, dtype, device):
-    """Inputs of order 1 and the choices of a mildly uneven softmax, the same on every call."""
-    cpu, T = torch.Generator().manual_seed(0), images * tokens
-
-    def normal(*size):
-        return torch.randn(size, generator=cpu)
-
-    probs = (normal(T, E) + 0.5 * normal(E)).softmax(dim=-1)
-    gates, experts = probs.topk(K)                                      # (T, K)
-    leaves = {"x": normal(T, D), "gates": gates, "w_in": normal(E, D, H) * D ** -0.5,
-              "b_in": normal(E, H), "w_out": normal(E, H, D) * H ** -0.5, "b_out": normal(E, D)}
-    # gates stay float32, as a router under autocast makes them
-    leaves = {name: t.to(device, t.dtype if name == "gates" else dtype)
-              for name, t in leaves.items()}
-    return Layer(leaves, experts.to(device), normal(T, D).to(device, dtype), images)
-
-
-def definition(leaves, experts, act=F.gelu):
-    """kernels.reference expert by expert, each on its own rows: room for 65,536 tokens."""
-    x, gates, *weights = leaves.values()
-    raw = x.new_zeros(*experts.shape, x.shape[1])                       # (T, K, D)
-    for e, (wi, bi, wo, bo) in enumerate(zip(*(w.unbind() for w in weights), strict=True)):
-        t, k = (experts == e).nonzero(as_tuple=True)
-        raw[t, k] = act(x[t] @ wi + bi) @ wo + bo
-    return (raw * gates[..., None]).sum(dim=1).to(x.dtype)
-
-
-def swiglu(z):
-    gate, up = z.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class Contender(NamedTuple):
-    """One way to compute a layer; `forward()` reads the leaves, which have their own layout."""
-    forward: Callable                           # () -> y
-    leaves: dict                                # name -> what autograd differentiates
-    truth: dict | None                          # the same leaves in our layout; None: no check
-    ours: Callable = lambda grads: grads        # gradients in its layout -> in ours
-    experts: torch.Tensor | None = None         # if not the layer's own choices
-    act: Callable = F.gelu
-    note: str = ""
-
-    def step(self, dy):
-        """y and its gradients by name: what is timed."""
-        y = self.forward()
-        leaves = dict(self.leaves)
-        return y, dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True))
-
-
-class Skip(Exception):
-    """Why a contender does not run on this layer."""
-
-
-def leaf(t):
-    return t.detach().clone().contiguous().requires_grad_()
-
-
-def check(c, layer):
-    """Refuse a contender that misses float64; returns its worst error over the plain loop's.
-
-    An error may be twice that of the plain loop in the same dtype (FlashAttention's rule) and TINY.
-    """
-    if c.truth is None:
-        return None
-    experts = layer.experts if c.experts is None else c.experts
-
-    def run(cast):
-        leaves = {name: leaf(cast(t)) for name, t in c.truth.items()}
-        y = definition(leaves, experts, c.act)
-        grads = torch.autograd.grad(y, leaves.values(), layer.dy.to(y.dtype))
-        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-    true, plain = run(torch.Tensor.double), run(lambda t: t)
-    y, grads = c.step(layer.dy)
-    worst = 0.0
-    for name, value in {"y": y.detach(), **c.ours(grads)}.items():
-        if not value.isfinite().all():
-            raise Skip(f"refused: {name} is not finite")
-        error, usual = ((v.double() - true[name]).abs().max().item() for v in (value, plain[name]))
-        room = TINY[layer.dy.dtype] * true[name].abs().max().item()
-        if error > 2 * usual + room:
-            raise Skip(f"refused: {name} is off by {error:.1e}, a plain loop by {usual:.1e}")
-        worst = max(worst, error / (usual or room or 1.0))
-    return worst
-
-
-def flops(step):
-    """FLOPs of step(), as torch counts them, told the price of grouped_mm: it would count nothing.
-
-    (S, D) by (E, D, H) takes 2 S D H, and so do the gradients, (S, H) by (E, H, D) for the rows and
-    (D, S) by (S, H) for the matrices.
-    """
-    price = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1]}
-    with FlopCounterMode(display=False, custom_mapping=price) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def kept(c):
-    """Bytes of all storages that forward saves for backward, without its parameters'."""
-    own = {t.untyped_storage().data_ptr() for name, t in c.leaves.items()
-           if name not in ("x", "gates")}
-    storages = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = c.forward()                         # alive, so that no address is given out twice
-    del y
-    return sum(size for where, size in storages.items() if where not in own)
-
-
-# --- contenders: ours ---
-
-def rung(name):
-    def build(layer):
-        if name == "triton" and (not layer.dy.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-            raise Skip("CUDA only: the interpreter's time means nothing")
-        if name == "reference":
-            small_enough(layer)
-        leaves = {n: leaf(t) for n, t in layer.leaves.items()}
-        x, gates, *weights = leaves.values()
-        return Contender(
-            lambda: kernels.expert_mlp(x, layer.experts, gates, *weights, backend=name),
-            leaves, layer.leaves)
-    return build
-
-
-def small_enough(layer):
-    E, _, H = layer.leaves["w_in"].shape
-    size = len(layer.dy) * E * H * layer.dy.element_size()
-    if size > TOO_LARGE:
-        raise Skip(f"too large: every expert on every token would make {size / 2 ** 20:.0f} MiB")
-
-
-def dense(layer):
-    """The first K experts side by side: what `definition` gives if all choose 0 .. K-1, gates 1."""
-    T, K = layer.experts.shape
-    given = {name: t if name in ("x", "gates") else t[:K] for name, t in layer.leaves.items()}
-    given["gates"] = torch.ones_like(given["gates"])
-    leaves = {"x": leaf(given["x"]), "w_in": leaf(given["w_in"].movedim(0, 1).flatten(1)),
-              "b_in": leaf(given["b_in"].flatten()), "w_out": leaf(given["w_out"].flatten(0, 1)),
-              "b_out": leaf(given["b_out"].sum(0))}
-    x, wi, bi, wo, bo = leaves.values()
-
-    def ours(grads):
-        return {"x": grads["x"], "w_in": grads["w_in"].unflatten(1, (K, -1)).movedim(1, 0),
-                "b_in": grads["b_in"].unflatten(0, (K, -1)),
-                "w_out": grads["w_out"].unflatten(0, (K, -1)),
-                "b_out": grads["b_out"].expand(K, -1)}
-
-    return Contender(lambda: torch.addmm(bo, F.gelu(torch.addmm(bi, x, wi)), wo), leaves, given,
-                     ours, experts=torch.arange(K, device=x.device).expand(T, K))
-
-
-def compiled(build):
-    def build_compiled(layer):
-        c = build(layer)
-        return c._replace(forward=torch.compile(c.forward))
-    return build_compiled
-
-
-def every_expert(layer):
-    """Every expert on every token as two batched products, then gates that are mostly zero."""
-    small_enough(layer)
-    leaves = {name: leaf(t) for name, t in layer.leaves.items()}
-    x, gates, wi, bi, wo, bo = leaves.values()
-
-    def forward():
-        share = gates.new_zeros(len(x), len(wi)).scatter_add(1, layer.experts, gates)   # (T, E)
-        z = torch.baddbmm(bi[:, None], x.expand(len(wi), -1, -1), wi)                   # (E, T, H)
-        out = torch.baddbmm(bo[:, None], F.gelu(z), wo)                                 # (E, T, D)
-        return (out * share.T[..., None]).sum(dim=0).to(x.dtype)
-
-    return Contender(forward, leaves, layer.leaves)
-
-
-# --- contenders: peers, each adapted to our weights and routing where it can be ---
-
-def without_biases(layer):
-    return {name: torch.zeros_like(t) if name in ("b_in", "b_out") else t
-            for name, t in layer.leaves.items()}
-
-
-def transformers(implementation):
-    """NemotronHExperts: two products without a gate branch, as ours, but no biases."""
-    def build(layer):
-        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-        E, D, H = layer.leaves["w_in"].shape
-        mlp = NemotronHExperts(SimpleNamespace(
-            n_routed_experts=E, hidden_size=D, moe_intermediate_size=H, moe_latent_size=None,
-            mlp_hidden_act="gelu", _experts_implementation=implementation))
-        mlp.up_proj.data = leaf(layer.leaves["w_in"].mT).data           # (E, H, D)
-        mlp.down_proj.data = leaf(layer.leaves["w_out"].mT).data        # (E, D, H)
-        leaves = {"x": leaf(layer.leaves["x"]), "gates": leaf(layer.leaves["gates"]),
-                  "w_in": mlp.up_proj, "w_out": mlp.down_proj}
-        return Contender(
-            lambda: mlp(leaves["x"], layer.experts, leaves["gates"]), leaves,
-            without_biases(layer), lambda g: {n: t.mT if n[0] == "w" else t for n, t in g.items()},
-            note="no biases")
-    return build
-
-
-def drops_tokens(layer, moe, note):
-    """A peer that takes images and chooses, and drops, by itself: nothing to compare it with."""
-    T, D = layer.dy.shape
-    moe = moe.to(layer.dy)
-    x = leaf(layer.leaves["x"])
-    return Contender(lambda: moe(x.view(layer.images, -1, D))[0].reshape(T, D),
-                     {"x": x} | dict(moe.named_parameters()), None,
-                     note=f"unchecked: drops tokens, own routing, {note}")
-
-
-def lucidrains(layer):
-    from mixture_of_experts import MoE
-    E, D, H = layer.leaves["w_in"].shape
-    if layer.experts.shape[1] != 2:
-        raise Skip("knows K = 2 alone")
-    moe = MoE(D, num_experts=E, hidden_dim=H, activation=torch.nn.GELU)
-    return drops_tokens(layer, moe, "no biases")
-
-
-def st_moe(layer):
-    from st_moe_pytorch import MoE
-    E, D, H = layer.leaves["w_in"].shape
-    K = layer.experts.shape[1]
-    if K < 2:
-        raise Skip("knows K >= 2 alone")
-    moe = MoE(D, num_experts=E, expert_hidden_mult=H / D, gating_top_n=K)
-    return drops_tokens(layer, moe, "GEGLU of hidden 2H/3")
-
-
-def scattermoe(layer):
-    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
-    cuda_only(layer)
-    leaves = {name: leaf(t.to(layer.dy.dtype)) for name, t in layer.leaves.items()}
-    x, gates, wi, bi, wo, bo = leaves.values()
-
-    def forward():
-        *order, ends = flatten_sort_count(layer.experts, len(wi))
-        z = parallel_linear(x, wi, layer.experts.shape[1], *order, ends, bi, grouped_out=True)
-        return parallel_linear(F.gelu(z), wo, 1, *order, ends, bo, gates, grouped_in=True)
-
-    return Contender(forward, leaves, leaves, note=f"gates in {str(gates.dtype)[6:]}")
-
-
-def liger(layer):
-    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-    cuda_only(layer)
-    E, _, H = layer.leaves["w_in"].shape
-    wi, wo = layer.leaves["w_in"], layer.leaves["w_out"]
-    given = without_biases(layer)
-    half = 2 * H // 3
-    given |= {"w_in": torch.cat([wi, wi.flip(1)], dim=2)[..., :2 * half],
-              "b_in": wi.new_zeros(E, 2 * half), "w_out": wo[:, :half]}
-    leaves = {name: leaf(given[name].mT if name[0] == "w" else given[name])
-              for name in ("x", "gates", "w_in", "w_out")}
-    experts = layer.experts.int()
-    return Contender(
-        lambda: LigerFusedMoEFunction.apply(leaves["x"], leaves["w_in"], leaves["w_out"], experts,
-                                            leaves["gates"]),
-        leaves, given, lambda g: {n: t.mT if n[0] == "w" else t for n, t in g.items()},
-        act=swiglu, note="SwiGLU of hidden 2H/3, no biases")
-
-
-def cuda_only(layer):
-    if not layer.dy.is_cuda:
-        raise Skip("CUDA only")
-
-
-PEERS = {       # name: (what pip calls it, adapter)
-    "transformers_eager": ("transformers", transformers("eager")),
-    "transformers_grouped_mm": ("transformers", transformers("grouped_mm")),
-    "lucidrains": ("mixture-of-experts", lucidrains), "st_moe": ("st-moe-pytorch", st_moe),
-    "scattermoe": ("scattermoe", scattermoe), "liger": ("liger-kernel", liger),
-}
-
-
-def contenders(with_compiled):
-    """name -> adapter: dense first, for everybody is measured against it."""
-    ours = {"dense": dense}
-    if with_compiled:
-        ours |= {"dense_compiled": compiled(dense), "grouped_compiled": compiled(rung("grouped"))}
-    ours |= {name: rung(name) for name in ("auto", *kernels.BACKENDS)}
-    return ours | {"every_expert": every_expert} | {name: peer[1] for name, peer in PEERS.items()}
 
 
 # --- the clock ---
@@ -399,7 +90,7 @@ def others_cpu():
 
 def race(layer, builds, args, absent):
     """Rows of every contender on one layer: checked once, then timed at each number of threads."""
-    (T, K), (E, D, H) = layer.experts.shape, layer.leaves["w_in"].shape
+    (T, K), (E, D, H) = layer.chosen.shape, layer.leaves["w_in"].shape
     shape = {"device": layer.dy.device.type, "dtype": str(layer.dy.dtype)[6:],
              "T": T, "D": D, "H": H, "E": E, "K": K}
     rows, ready, steps = {}, {}, {}
@@ -493,18 +184,18 @@ GOALS = [       # what, where, ratio, then the most it may be: must, ambitious, 
     ("bytes kept: lean / ((D + KH) itemsize + 64 K)", {}, lean_bytes, (1.00,)),
     ("bytes kept: lean / dense, H = 4D", {"D": 384, "H": 1536},
      over("lean", "dense", field="bytes_kept_per_token"), (0.60,)),
-    *((f"triton / {rival}", {"device": "cuda", "dtype": "bfloat16", "D": 384},
-       over("triton", rival), goal) for rival, goal in (
+    *((f"fused / {rival}", {"device": "cuda", "dtype": "bfloat16", "D": 384},
+       over("fused", rival), goal) for rival, goal in (
            ("dense", (1.45, 1.20, 1.05)), ("grouped", (1.00, 0.80, 0.70)),
            ("grouped_compiled", (1.10, 0.90, 0.80)), ("scattermoe", (0.85, 0.67, 0.57)),
            ("liger", (1.00, 0.85, 0.75)))),
-    ("330 TFLOP/s / triton's", {"device": "cuda", "T": 65536, "E": 8, "K": 2},
-     lambda at: 330 / at["triton"]["tflops"] if "triton" in at else None,
+    ("330 TFLOP/s / fused's", {"device": "cuda", "T": 65536, "E": 8, "K": 2},
+     lambda at: 330 / at["fused"]["tflops"] if "fused" in at else None,
      (1.00, 330 / 400, 330 / 450)),
-    ("bytes kept: triton / scattermoe", {"device": "cuda"},
-     over("triton", "scattermoe", field="bytes_kept_per_token"), (0.50,)),
-    ("error over plain loop's: triton / grouped", {"device": "cuda"},
-     over("triton", "grouped", field="error_over_plain"), (1.20,)),
+    ("bytes kept: fused / scattermoe", {"device": "cuda"},
+     over("fused", "scattermoe", field="bytes_kept_per_token"), (0.50,)),
+    ("error over plain loop's: fused / grouped", {"device": "cuda"},
+     over("fused", "grouped", field="error_over_plain"), (1.20,)),
 ]
 
 
@@ -678,7 +369,7 @@ def main(argv=None):
     if args.path:
         return print(goals(json.loads(Path(args.path).read_text())["rows"]))
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    builds = contenders(args.device == "cuda" if args.compiled is None else args.compiled)
+    builds = everybody(args.device == "cuda" if args.compiled is None else args.compiled)
     random.seed(0)
     rows, absent = [], {}
     env = environment(args, argv, absent)

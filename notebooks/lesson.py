@@ -1,12 +1,10 @@
-"""lesson.py -- what do the four notebooks share? Guesses, checks, figures, whose number it is.
+"""lesson.py -- what do the notebooks share? Guesses, checks, figures, whose number it is.
 
 No class or function of the modules is defined here a second time.
 """
-import inspect
 import io
 import json
 import os
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +13,8 @@ import torch
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
 from PIL import Image as Picture
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm as bar
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # before kernels.py imports triton
-
-import kernels
 import train
 from data import normalise
 from notebooks import study
@@ -142,115 +134,6 @@ def patch_map(axis, image, experts=None, strength=None, title=""):
                   color="white" if expert == 7 and s > 0.5 else "black", fontsize=9)
 
 
-def box(axis, x, y, width, height, text, colour, size=8):
-    """One labelled rectangle of a drawing; (x, y) is its first corner."""
-    axis.fill([x, x + width, x + width, x], [y, y, y + height, y + height],
-              facecolor=(*to_rgb(colour), 0.3), edgecolor=colour, linewidth=1)
-    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
-
-
-def journey(axis, experts, plan):
-    """Draw a `kernels.Plan`: every choice of experts (T, K), to its row and back to its token."""
-    (T, K), chosen = experts.shape, experts.flatten().tolist()
-    for s, e in enumerate(chosen):
-        box(axis, 0, s, 4, 0.8, f"choice {s}: token {s // K} to expert {e}", COLOURS[e])
-        box(axis, 10.5, s, 3.3, 0.8, f"choice {s}: from expert {e}", COLOURS[e])
-    for r, s in enumerate(plan.order.tolist()):
-        e = chosen[s]
-        box(axis, 5.5, r, 3.5, 0.8, f"row {r}: expert {e}, token {s // K}", COLOURS[e])
-        axis.plot([4, 5.5], [s + 0.4, r + 0.4], [9, 10.5], [r + 0.4, s + 0.4], color=COLOURS[e])
-    for t in range(T):
-        box(axis, 14, K * t, 3.6, K - 0.2, f"token {t}: {K} gated\noutputs, added", "0.5")
-    heads = {0: "as routed", 5.5: "as computed", 10.5: "put back", 14: "added up"}
-    for x, head in heads.items():
-        axis.text(x, -0.3, head, weight="bold")
-    axis.set(xlim=(-0.1, 17.7), ylim=(T * K, -1))
-    axis.axis("off")
-
-
-def tiling(axis, plan, tiles, rows, width, columns):
-    """Draw which program of grouped_gemm computes which tile of a result (S, width)."""
-    S, E, across = len(plan.ids), len(plan.offsets) - 1, -(-width // columns)
-    for tile, (e, start) in enumerate(zip(*(t.tolist() for t in tiles), strict=True)):
-        alive = min(rows, plan.offsets[e + 1].item() - start) if e < E else 0
-        what = f"expert {e}, {alive} of {rows} rows" if alive else "return at once"
-        y, height = (start, alive) if alive else (tile, 0.8)    # idle ones stand beside the result
-        for n in range(across):
-            x, wide = columns * n, min(columns, width - columns * n)
-            if not alive:
-                x, wide = width + 5 + 1.3 * n, 1.2
-            box(axis, x, y, wide, height, tile * across + n, COLOURS[e] if alive else "0.5", size=9)
-        at = width + (0.2 if alive else 5.2 + 1.3 * across)
-        axis.text(at, y + height / 2, f"tile {tile}: {what}", va="center", fontsize=8)
-    axis.set(xlim=(-0.1, width + 10 + 1.3 * across), ylim=(S + 0.1, -0.1), yticks=range(S),
-             xticks=range(width), ylabel="row, sorted by expert",
-             xlabel="column of the result; the numbers in the boxes are those of the programs")
-
-
-def finish(axis, xlabel, ylabel="", log_ticks=()):
-    """The axes' names and the legend; with `log_ticks` a logarithmic x axis marked there."""
-    if log_ticks:
-        axis.set_xscale("log")
-        axis.set_xticks(log_ticks, [f"{value:g}" for value in log_ticks])
-        axis.minorticks_off()
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(fontsize=8, framealpha=1)
-
-
-# --- code: how it is written, what it moves ---
-
-def source(function, first="", last=""):
-    """Print a function of the modules, or its lines from the one with `first` to that with `last`.
-
-    A Triton kernel keeps what was written in `fn`.
-    """
-    lines = inspect.getsource(getattr(function, "fn", function)).splitlines()
-    start = next(i for i, line in enumerate(lines) if first in line)
-    end = next(i for i in range(start, len(lines)) if last in lines[i]) if last else len(lines)
-    print(textwrap.dedent("\n".join(lines[start:end + 1])))
-
-
-def moved(step):
-    """Elements that the operators of step() read and write, each operand of each operator once."""
-    with Moved() as count:
-        step()
-    return count.elements
-
-
-def errors(mlp, layer):
-    """What is the largest error of a rung of kernels.py, on its output and on every gradient?
-
-    `layer` is one of bench.py's. Against kernels.reference in float64, over the largest true
-    value of each. Returns their names and the errors.
-    """
-    def run(mlp, cast):
-        leaves = {name: cast(t).clone().requires_grad_() for name, t in layer.leaves.items()}
-        x, gates, *weights = leaves.values()
-        y = mlp(x, layer.experts, gates, *weights)
-        grads = torch.autograd.grad(y, leaves.values(), layer.dy.to(y.dtype))
-        return {"y": y.detach(),
-                **{f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}}
-
-    true, got = run(kernels.reference, torch.Tensor.double), run(mlp, torch.Tensor.detach)
-    return list(true), np.array([((got[name].double() - t).abs().max() / t.abs().max()).item()
-                                 for name, t in true.items()])
-
-
-class Moved(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result, name = operator(*args, **(kwargs or {})), operator.__name__
-        aliases = [r.alias_info for r in operator._schema.returns if r.alias_info]
-        view = bool(aliases) and not any(a.is_write for a in aliases)
-        if not view and not name.startswith(("empty", "new_empty", "detach")):
-            # the first operand of these is written, or asked for its dtype, and never read
-            read = args[1:] if name.startswith(("copy_", "index_copy_", "new_")) else args
-            self.elements += sum(t.numel() for t in tree_leaves((read, kwargs, result))
-                                 if isinstance(t, torch.Tensor))
-        return result
-
-
 # --- what was measured before, and by whom ---
 
 def measured(about):
@@ -271,25 +154,6 @@ def read(name):
 def rows(grid, scale="cpu"):
     """The study's runs of one grid, a dict per run; arms shared with other grids are among them."""
     return study.rows_of(grid, scale)
-
-
-def timings():
-    """Who made results/kernels_cpu.json, and its rows that nobody else's work disturbed."""
-    from notebooks import bench
-    record = json.loads((RESULTS / "kernels_cpu.json").read_text())
-    timed = [r for r in record["rows"] if r["ms"] and not bench.disturbed(r)]
-    return (record["env"] | {"seed": 0},                    # bench.draw knows no other seed
-            sorted(timed, key=lambda r: (-r["D"], -r["E"], -r["K"], r["threads"])))
-
-
-def over(timed, name, rival="dense", field="times_dense", **where):
-    """A field of one contender over a rival's, for every race that both ran."""
-    def race(r):
-        return r["D"], r["E"], r["K"], r["threads"]
-
-    rivals = {race(r): r[field] for r in timed if r["backend"] == rival}
-    return [r[field] / rivals[race(r)] for r in timed
-            if r["backend"] == name and race(r) in rivals and where.items() <= r.items()]
 
 
 def probe_images():

@@ -49,30 +49,32 @@ def compiled(kernel, pointers, constants, warps, stages):
 
 
 def product(epilogue, D, H, dtype):
-    tile, p = kernels.choose_tile(S, E, DTYPES[dtype]), "*" + dtype
+    block, numbers = kernels.choose_block_sizes(S, E, DTYPES[dtype]), "*" + dtype
     index = dict.fromkeys(("ORDER", "OFFSETS", "EXPERT", "START"), "*i64")
     used = {"up": ("BIAS", "Z"), "down": ("BIAS", "GATES"), "dx": (),
             "da": ("GATES", "Z", "GATED_A", "DGATES", "DB")}[epilogue]
-    optional = dict.fromkeys(("BIAS", "Z", "GATED_A"), p)
+    optional = dict.fromkeys(("BIAS", "Z", "GATED_A"), numbers)
     optional |= dict.fromkeys(("GATES", "DGATES", "DB"), "*fp32")
-    pointers = dict.fromkeys("AWC", p) | index | {name: optional[name] for name in used}
-    depth, N = (D, H) if epilogue in ("up", "da") else (H, D)
-    constants = {"E": E, "DEPTH": depth, "N": N, "EPILOGUE": epilogue, "PRECISION": "ieee",
-                 "SHARED_BY": K if epilogue in ("up", "da") else 0, "BM": tile.rows,
-                 "BN": tile.narrow if epilogue == "da" else tile.columns, "BD": tile.depth,
-                 "stride_wn" if epilogue in ("up", "down") else "stride_wd": 1}
+    pointers = dict.fromkeys(("A", "W", "OUT"), numbers) | index
+    pointers |= {name: optional[name] for name in used}
+    depth, width = (D, H) if epilogue in ("up", "da") else (H, D)
+    constants = {"E": E, "DEPTH": depth, "WIDTH": width, "EPILOGUE": epilogue, "PRECISION": "ieee",
+                 "SHARED_BY": K if epilogue in ("up", "da") else 0, "ROWS": block.rows,
+                 "COLUMNS": block.narrow if epilogue == "da" else block.columns,
+                 "STEP": block.step,
+                 "stride_wc" if epilogue in ("up", "down") else "stride_wd": 1}
     constants |= {name: None for name in optional if name not in used}
-    return compiled(kernels.grouped_gemm, pointers, constants, tile.warps, tile.stages)
+    return compiled(kernels.grouped_gemm, pointers, constants, block.warps, block.stages)
 
 
 def gradient(which, D, H, dtype):
-    tile, p = kernels.choose_tile(S, E, DTYPES[dtype]), "*" + dtype
-    pointers = {"A": p, "B": p, "DW": p, "ORDER": "*i64", "OFFSETS": "*i64"}
-    M, N = (D, H) if which == "dw_in" else (H, D)
-    constants = {"M": M, "N": N, "A_SHARED_BY": K if which == "dw_in" else 0,
+    block, numbers = kernels.choose_block_sizes(S, E, DTYPES[dtype]), "*" + dtype
+    pointers = dict.fromkeys(("A", "B", "DW"), numbers) | {"ORDER": "*i64", "OFFSETS": "*i64"}
+    height, width = (D, H) if which == "dw_in" else (H, D)
+    constants = {"HEIGHT": height, "WIDTH": width, "A_SHARED_BY": K if which == "dw_in" else 0,
                  "B_SHARED_BY": 0 if which == "dw_in" else K, "PRECISION": "ieee",
-                 "BM": tile.rows, "BN": tile.columns, "BS": tile.depth}
-    return compiled(kernels.grouped_dw, pointers, constants, tile.warps, 2 * tile.stages)
+                 "ROWS": block.rows, "COLUMNS": block.columns, "STEP": block.step}
+    return compiled(kernels.grouped_dw, pointers, constants, block.warps, 2 * block.stages)
 
 
 def main(words):

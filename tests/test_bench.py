@@ -1,4 +1,4 @@
-"""Tests of bench.py: is what it prints true, and does it refuse to time what is wrong?
+"""Tests of bench.py and contenders.py: is what is printed true, and what is wrong not timed?
 
 Nothing here looks at how long something takes, and no peer need be installed.
 """
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import kernels
-from notebooks import bench
+from notebooks import bench, contenders
 
 IMAGES, TOKENS, D, H = 2, 9, 8, 16
 FLAGS = ["--device=cpu", "--shapes=2x9x8x16", "--experts=4", "--k=2", "--repeats=2", "--threads=1"]
@@ -22,7 +23,7 @@ FLAGS = ["--device=cpu", "--shapes=2x9x8x16", "--experts=4", "--k=2", "--repeats
 
 @pytest.fixture
 def layer():
-    return bench.draw(IMAGES, TOKENS, D, H, E=4, K=2, dtype=torch.float32, device="cpu")
+    return contenders.draw(IMAGES, TOKENS, D, H, E=4, K=2, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +40,17 @@ def run(monkeypatch, rungs=("reference", "grouped"), more=(), **broken):
     return {row["backend"]: row for row in bench.main([*FLAGS, *more])}
 
 
-# --- what a layer costs ---
+# --- contenders.py: what a layer costs ---
 
 def test_a_product_by_groups_costs_what_its_products_one_by_one_cost_forward_and_backward():
     rows, w = torch.ones(12, D, requires_grad=True), torch.ones(3, D, H, requires_grad=True)
     ends = torch.tensor([3, 3, 12]).int()                       # 3 rows, none, 9 rows
     for product in (lambda: F.grouped_mm(rows, w, offs=ends),
                     lambda: torch.cat([rows[:3] @ w[0], rows[3:] @ w[2]])):
-        assert bench.flops(product) == 2 * 12 * D * H
+        assert contenders.flops(product) == 2 * 12 * D * H
         y = product()
         backward = partial(torch.autograd.grad, y, (rows, w), torch.ones_like(y))
-        assert bench.flops(backward) == 2 * (2 * 12 * D * H)
+        assert contenders.flops(backward) == 2 * (2 * 12 * D * H)
 
 
 # --- the rows ---
@@ -85,7 +86,7 @@ def test_a_busy_neighbour_is_noticed_and_our_own_work_is_not(monkeypatch):
 def test_absent_peers_are_named(monkeypatch, tmp_path, capsys):
     run(monkeypatch, more=["--json", str(tmp_path / "k.json")])
     absent = json.loads((tmp_path / "k.json").read_text())["env"]["absent"]
-    assert set(absent) == set(bench.PEERS)
+    assert set(absent) == set(contenders.PEERS)
     assert "absent: scattermoe" in capsys.readouterr().out
 
 
@@ -128,51 +129,94 @@ def test_a_rung_may_say_no_and_why(monkeypatch):
     assert run(monkeypatch, shy=shy)["shy"]["note"] == "refused: ValueError: not on this card"
 
 
-def test_triton_is_not_timed_in_its_interpreter(layer):
-    with pytest.raises(bench.Skip, match="interpreter"):
-        bench.rung("triton")(layer)
+def test_fused_is_not_timed_in_its_interpreter(layer):
+    with pytest.raises(contenders.Skip, match="interpreter"):
+        contenders.rung("fused")(layer)
 
 
 def test_every_expert_on_every_token_is_spared_a_layer_too_large_for_it(monkeypatch):
-    monkeypatch.setattr(bench, "TOO_LARGE", 18 * 4 * 16 * 4 - 1)        # T E H float32, less one
+    monkeypatch.setattr(contenders, "TOO_LARGE", 18 * 4 * 16 * 4 - 1)   # T E H float32, less one
     rows = run(monkeypatch)
     assert "too large" in rows["reference"]["note"] and "too large" in rows["every_expert"]["note"]
     assert rows["reference"]["ms"] is None and rows["grouped"]["ms"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("build", [bench.dense, bench.every_expert, bench.rung("grouped")])
+@pytest.mark.parametrize("build", [contenders.dense, contenders.every_expert,
+                                   *map(contenders.rung, ("sliced", "grouped", "lean"))])
 def test_what_is_right_is_not_refused_in_any_dtype(build, dtype):
-    layer = bench.draw(IMAGES, TOKENS, D, H, E=4, K=2, dtype=dtype, device="cpu")
-    assert bench.check(build(layer), layer) >= 0
+    layer = contenders.draw(IMAGES, TOKENS, D, H, E=4, K=2, dtype=dtype, device="cpu")
+    assert contenders.check(build(layer), layer) >= 0
 
 
 def test_the_truth_is_the_reference_of_kernels_py(layer):
     found, expected = [], []
-    for compute, out in ((bench.definition, found), (reference, expected)):
-        leaves = {name: bench.leaf(t.double()) for name, t in layer.leaves.items()}
-        y = compute(leaves, layer.experts)
+    for compute, out in ((contenders.definition, found), (reference, expected)):
+        leaves = {name: contenders.leaf(t.double()) for name, t in layer.leaves.items()}
+        y = compute(leaves, layer.chosen)
         out += [y, *torch.autograd.grad(y, leaves.values(), layer.dy.double())]
     assert_close(found, expected)
 
 
-def reference(leaves, experts):
+def reference(leaves, chosen):
     x, gates, *weights = leaves.values()
-    return kernels.expert_mlp(x, experts, gates, *weights, backend="reference")
+    return kernels.expert_mlp(x, chosen, gates, *weights, backend="reference")
 
 
 # --- bytes ---
 
 def test_the_dense_mlp_keeps_its_input_and_both_sides_of_its_gelu(layer):
     # x (8) and z and gelu(z) (2 * 16 each), in four bytes, of 18 tokens; no parameter counts
-    assert bench.kept(bench.dense(layer)) == 18 * 4 * (8 + 2 * 2 * 16)
+    assert contenders.kept(contenders.dense(layer)) == 18 * 4 * (8 + 2 * 2 * 16)
 
 
 def test_what_is_saved_twice_or_as_a_view_is_kept_once():
     x = torch.ones(5, 8, requires_grad=True)
     w = torch.ones(8, 8, requires_grad=True)
-    once = bench.Contender(lambda: (x @ w) * x.view(5, 8).mT.mT, {"x": x, "w": w}, None)
-    assert bench.kept(once) == 2 * 5 * 8 * 4                            # x, and x @ w
+    once = contenders.Contender(lambda: (x @ w) * x.view(5, 8).mT.mT, {"x": x, "w": w}, None)
+    assert contenders.kept(once) == 2 * 5 * 8 * 4                       # x, and x @ w
+
+
+# --- what notebook 4 imports ---
+
+HERE = Path(bench.__file__).parent
+
+
+def a_fresh_python(code):
+    """Its output; it starts in notebooks/, as a page's kernel does."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                         timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_no_file_that_notebook_4_imports_is_executed_under_two_names():
+    cells = json.loads((HERE / "04_fast_dispatch.ipynb").read_text())["cells"]
+    first, imports, *_ = ("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    assert "import bench, contenders" in imports
+    code = f"""{first}
+{imports}
+print(*(m.__file__ for m in sys.modules.values() if (getattr(m, "__file__", None) or "")
+        .startswith(str(root))), sep="\\n")
+"""
+    files = [Path(line).name for line in a_fresh_python(code).split()]
+    assert {"kernels.py", "bench.py", "contenders.py", "lesson_4.py"} <= set(files)
+    assert len(files) == len(set(files)), sorted(files)
+
+
+@pytest.mark.parametrize("module", ["bench", "contenders", "lesson_4"])
+def test_windows_can_import_what_serves_notebook_4(module):
+    # what Python has on Linux and not on Windows; triton is not on Windows either
+    code = f"""if True:
+        import os, sys
+        sys.path.insert(0, {str(HERE.parent)!r})
+        import torch
+        sys.modules |= dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios", "triton"))
+        del os.fork, os.sysconf, os.O_NONBLOCK, os.uname
+        import notebooks.{module}
+        print("imported")
+    """
+    assert a_fresh_python(code) == "imported\n"
 
 
 # --- the README and the goals ---
@@ -235,7 +279,7 @@ def test_a_goal_is_judged_by_its_worst_case():
     assert "1.50" in found["auto / fastest dropless peer"]
     assert "1 of 2" in found["auto / fastest dropless peer"]                # 1.25 / 1.5 = .83
     assert "must met" in found["bytes kept: lean / dense, H = 4D"]          # .50 of .60
-    assert not any(line.startswith("triton") for line in found)
+    assert not any(line.startswith("fused") for line in found)
 
 
 def test_goal_of_lean_bytes_is_the_formula_of_the_issue():

@@ -18,7 +18,7 @@ import torch
 from torch.testing import assert_close
 
 import kernels
-from kernels import BACKENDS, choose, expert_mlp, plan, plan_tiles, sliced_mlp
+from kernels import BACKENDS, expert_mlp, plan_choices, plan_tiles, sliced_mlp
 
 T, D, H, E, K = 37, 20, 45, 5, 2            # no multiple of any block
 CUDA = torch.cuda.is_available()
@@ -29,16 +29,17 @@ needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not 
 # Every way through the ladder: (rung, by what, device, dtypes, D, H); grouped_mm wants rows of a
 # multiple of 16 bytes, and Triton's interpreter multiplies bfloat16 wrongly.
 WAYS = {
+    "sliced": ("sliced", None, "cpu", (f64, f32, bf16), D, H),
     "grouped by slices": ("grouped", "slices", "cpu", (f64, f32, bf16), D, H),
     "grouped by grouped_mm": ("grouped", "grouped_mm", "cpu", (f32, bf16), 24, 48),
     "grouped by grouped_mm, sizes unknown": ("grouped", "blind", "cpu", (f32, bf16), 24, 48),
     "lean by slices": ("lean", "slices", "cpu", (f64, f32, bf16), D, H),
     "lean by grouped_mm": ("lean", "grouped_mm", "cpu", (f32, bf16), 24, 48),
-    "triton": ("triton", None, DEVICE, (f32, f16, bf16) if CUDA else (f32, f16), D, H),
+    "fused": ("fused", None, DEVICE, (f32, f16, bf16) if CUDA else (f32, f16), D, H),
 }
-MARKS = {"triton": needs_triton}
-BY_AUTOGRAD = [name for name in BACKENDS if name != "triton"]   # and gradcheck in float64
-BY_HAND = ["lean", pytest.param("triton", marks=needs_triton)]
+MARKS = {"fused": needs_triton}
+IN_FLOAT64 = [name for name in BACKENDS if name != "fused"]
+BY_HAND = ["lean", pytest.param("fused", marks=needs_triton)]
 every_way = pytest.mark.parametrize("way", [pytest.param(w, marks=MARKS.get(w, ())) for w in WAYS])
 every_way_and_dtype = pytest.mark.parametrize(
     "way, dtype", [pytest.param(w, dtype, marks=MARKS.get(w, ()))
@@ -75,12 +76,12 @@ CASES = {       # name: (E, the experts that the tokens chose)
 }
 
 
-def an_mlp_layer(E, experts, dtype=f64, D=D, H=H, device="cpu"):
+def an_mlp_layer(E, chosen, dtype=f64, D=D, H=H, device="cpu"):
     """x, gates, w_in, b_in, w_out, b_out: inputs of order 1 whose outputs are of order 1.
 
     The gates are never less precise than float32, as a router's, and some are 0: dropped choices.
     """
-    T, K = experts.shape
+    T, K = chosen.shape
     sizes = {"x": (T, D), "gates": (T, K), "w_in": (E, D, H), "b_in": (E, H),
              "w_out": (E, H, D), "b_out": (E, D)}
     scale = {"w_in": D ** -0.5, "w_out": H ** -0.5}
@@ -91,11 +92,11 @@ def an_mlp_layer(E, experts, dtype=f64, D=D, H=H, device="cpu"):
     return layer
 
 
-def everything(backend, tensors, experts, asked=True, view=lambda name, t: t):
+def everything(backend, tensors, chosen, asked=True, view=lambda name, t: t):
     """y, and if asked raw, and the gradient of every input, for fixed dL/dy, dL/draw of order 1."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
     x, gates, *weights = (view(name, t) for name, t in leaves.items())
-    out = expert_mlp(x, experts.to(x.device), gates, *weights, backend, return_choices=asked)
+    out = expert_mlp(x, chosen.to(x.device), gates, *weights, backend, return_choices=asked)
     out = dict(zip(("y", "raw"), out, strict=True)) if asked else {"y": out}
     grid = torch.Generator().manual_seed(1)
     sum((t * torch.randn(t.shape, generator=grid, dtype=f64).to(t)).sum()
@@ -103,13 +104,13 @@ def everything(backend, tensors, experts, asked=True, view=lambda name, t: t):
     return out | {f"d{name}": t.grad for name, t in leaves.items()}
 
 
-def assert_as_good_as_a_loop(backend, layer, experts, asked):
+def assert_as_good_as_a_loop(backend, layer, chosen, asked):
     """FlashAttention's rule: at most twice the error of the plain loop in the same precision."""
-    truth = everything("reference", {n: t.double() for n, t in layer.items()}, experts, asked)
-    ours = everything(backend, layer, experts, asked)
+    truth = everything("reference", {n: t.double() for n, t in layer.items()}, chosen, asked)
+    ours = everything(backend, layer, chosen, asked)
     if layer["x"].dtype == f64:
         return assert_same(ours, truth)
-    loop = everything("reference", layer, experts, asked)
+    loop = everything("reference", layer, chosen, asked)
     for name, mine in ours.items():
         true = truth[name]
         assert mine.shape == true.shape and mine.dtype == loop[name].dtype, name
@@ -131,7 +132,7 @@ def go(monkeypatch):
     """go(way): its rung, device, D and H, with grouped_mm chosen or not as it says."""
     def go(way):
         backend, by, device, _, D, H = WAYS[way]
-        monkeypatch.setattr(kernels, "_grouped_mm_takes", lambda *_: by != "slices")
+        monkeypatch.setattr(kernels, "use_grouped_mm", lambda *_: by != "slices")
         if by == "blind":           # as on a GPU and while compiling: the host must not look
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         return backend, device, D, H
@@ -143,10 +144,10 @@ def go(monkeypatch):
 def test_the_reference_worked_by_hand():
     # D = H = 1. Expert 0: gelu(3x - 1) * 2 + 1; expert 1: gelu(-x) * 5. At x = 2 with
     # gelu(5) = 5 and gelu(-2) = -.0455: raw = 11 and -.2275, y = .5 * 11 - 2 * .2275 = 5.045
-    x, experts, gates = torch.tensor([[2.0]]), torch.tensor([[0, 1]]), torch.tensor([[0.5, 2.0]])
+    x, chosen, gates = torch.tensor([[2.0]]), torch.tensor([[0, 1]]), torch.tensor([[0.5, 2.0]])
     w_in, b_in = torch.tensor([[[3.0]], [[-1.0]]]), torch.tensor([[-1.0], [0.0]])
     w_out, b_out = torch.tensor([[[2.0]], [[5.0]]]), torch.tensor([[1.0], [0.0]])
-    y, raw = expert_mlp(x, experts, gates, w_in, b_in, w_out, b_out, "reference", True)
+    y, raw = expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, "reference", True)
     assert_close(raw, torch.tensor([[[11.0], [-0.2275]]]), rtol=0, atol=1e-4)
     assert_close(y, torch.tensor([[5.0450]]), rtol=0, atol=1e-4)
 
@@ -166,17 +167,17 @@ def test_every_masked_load_says_what_the_masked_lanes_hold():
 @every_way_and_dtype
 def test_every_rung_is_as_exact_as_a_loop_over_the_experts(way, dtype, case, go):
     backend, device, D, H = go(way)
-    n_experts, experts = CASES[case]()
-    layer = an_mlp_layer(n_experts, experts, dtype, D, H, device)
+    n_experts, chosen = CASES[case]()
+    layer = an_mlp_layer(n_experts, chosen, dtype, D, H, device)
     for asked in (False, True)[:1 if n_experts == 128 else 2]:      # Triton's interpreter is slow
-        assert_as_good_as_a_loop(backend, layer, experts, asked)
+        assert_as_good_as_a_loop(backend, layer, chosen, asked)
 
 
 @every_way
 def test_transposed_and_expanded_inputs_are_as_good_as_contiguous_ones(way, go):
     backend, device, D, H = go(way)
-    experts = torch.tensor([[1, 3, 0]]).expand(T, 3)
-    layer = an_mlp_layer(E, experts, f32, D, H, device)
+    chosen = torch.tensor([[1, 3, 0]]).expand(T, 3)
+    layer = an_mlp_layer(E, chosen, f32, D, H, device)
     layer |= {name: layer[name].mT.contiguous() for name in ("x", "w_in", "w_out", "b_in")}
     layer["gates"] = layer["gates"][:1]
 
@@ -186,42 +187,43 @@ def test_transposed_and_expanded_inputs_are_as_good_as_contiguous_ones(way, go):
         return t.mT if name in ("x", "w_in", "w_out", "b_in") else t
 
     for asked in (False, True):
-        assert_same(everything(backend, layer, experts, asked, view),
-                    everything("reference", layer, experts, asked, view))
+        assert_same(everything(backend, layer, chosen, asked, view),
+                    everything("reference", layer, chosen, asked, view))
 
 
 @every_way
 def test_rows_of_a_wider_tensor_and_expanded_gradients_are_as_good(way, go):
     backend, device, D, H = go(way)
-    experts = distinct(T, E, K).to(device)
+    chosen = distinct(T, E, K).to(device)
     results = []
     for rung in (backend, "reference"):
         torch.manual_seed(2)
-        layer = an_mlp_layer(E, experts, f32, D + 4, H, device)
+        layer = an_mlp_layer(E, chosen, f32, D + 4, H, device)
         x, gates, w_in, b_in, w_out, b_out = (t.requires_grad_() for t in layer.values())
         weights = w_in[:, 4:], b_in, w_out[..., 4:], b_out[:, 4:]
-        y, raw = expert_mlp(x[:, 4:], experts, gates, *weights, rung, return_choices=True)
-        alone = expert_mlp(x[:, 4:], experts, gates, *weights, rung)
+        y, raw = expert_mlp(x[:, 4:], chosen, gates, *weights, rung, return_choices=True)
+        alone = expert_mlp(x[:, 4:], chosen, gates, *weights, rung)
         (y.sum() + 2 * raw.sum() + 3 * alone.sum()).backward()     # .sum() gives strides of 0
         results.append({n: t.grad for n, t in layer.items()})
     assert_same(*results)
 
 
-@pytest.mark.parametrize("rung", BY_AUTOGRAD)
+@pytest.mark.parametrize("rung", IN_FLOAT64)
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_gradients_are_those_of_finite_differences(rung, asked):
-    experts = torch.tensor([[0, 2], [2, 0], [0, 1]])                # nobody visits expert 3
-    x, *rest = (t.requires_grad_() for t in an_mlp_layer(4, experts, D=3, H=2).values())
+    chosen = torch.tensor([[0, 2], [2, 0], [0, 1]])                # nobody visits expert 3
+    x, *rest = (t.requires_grad_() for t in an_mlp_layer(4, chosen, D=3, H=2).values())
     assert torch.autograd.gradcheck(
-        lambda x, *rest: expert_mlp(x, experts, *rest, rung, asked), (x, *rest))
+        lambda x, *rest: expert_mlp(x, chosen, *rest, rung, asked), (x, *rest))
 
 
+@pytest.mark.parametrize("rung", ["sliced", "grouped"])
 @pytest.mark.parametrize("asked", [False, True])
-def test_where_autograd_wrote_the_backward_it_has_second_derivatives_too(asked):
-    experts = torch.tensor([[0, 2], [2, 0], [0, 1]])                # nobody visits expert 3
-    x, *rest = (t.requires_grad_() for t in an_mlp_layer(4, experts, D=3, H=2).values())
+def test_where_autograd_wrote_the_backward_it_has_second_derivatives_too(rung, asked):
+    chosen = torch.tensor([[0, 2], [2, 0], [0, 1]])                # nobody visits expert 3
+    x, *rest = (t.requires_grad_() for t in an_mlp_layer(4, chosen, D=3, H=2).values())
     assert torch.autograd.gradgradcheck(
-        lambda x, *rest: expert_mlp(x, experts, *rest, "grouped", asked), (x, *rest))
+        lambda x, *rest: expert_mlp(x, chosen, *rest, rung, asked), (x, *rest))
 
 
 @pytest.mark.parametrize("sizes", [[2, 0, 3], None])
@@ -239,9 +241,9 @@ def test_a_bias_of_ones_own_has_first_and_second_derivatives(sizes):
 
 @pytest.mark.parametrize("rung", BY_HAND)
 def test_second_derivatives_are_refused_where_the_backward_is_written_by_hand(rung):
-    experts = distinct(T, E, K).to(DEVICE)
-    x, *rest = an_mlp_layer(E, experts, f32, device=DEVICE).values()
-    y = expert_mlp(x.requires_grad_(), experts, *rest, rung)
+    chosen = distinct(T, E, K).to(DEVICE)
+    x, *rest = an_mlp_layer(E, chosen, f32, device=DEVICE).values()
+    y = expert_mlp(x.requires_grad_(), chosen, *rest, rung)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -253,11 +255,11 @@ def test_nothing_uninitialised_is_read_and_idle_experts_get_gradients_of_exactly
     torch.use_deterministic_algorithms(True, warn_only=True)        # torch.empty now gives NaN
     try:
         for idle, asked in itertools.product((0, 2, E - 1), (False, True)):
-            experts = without(idle).to(device)
-            x, gates, *weights = an_mlp_layer(E, experts, f32, D, H, device).values()
+            chosen = without(idle).to(device)
+            x, gates, *weights = an_mlp_layer(E, chosen, f32, D, H, device).values()
             leaves = [t.requires_grad_() for t in (x, *weights)]
             for times in (1, 2):
-                out = expert_mlp(x, experts, gates, *weights, backend, return_choices=asked)
+                out = expert_mlp(x, chosen, gates, *weights, backend, return_choices=asked)
                 sum(t.square().sum() for t in (out if asked else [out])).backward()
                 assert all(torch.isfinite(t.grad).all() for t in leaves), times
                 for w in weights:
@@ -270,62 +272,87 @@ def test_nothing_uninitialised_is_read_and_idle_experts_get_gradients_of_exactly
 @every_way
 def test_weights_that_nobody_visits_could_be_anything(way, go):
     backend, device, D, H = go(way)
-    experts = without(2)
-    layer = an_mlp_layer(E, experts, f32, D, H, device)
-    before = everything(backend, layer, experts, asked=False)
+    chosen = without(2)
+    layer = an_mlp_layer(E, chosen, f32, D, H, device)
+    before = everything(backend, layer, chosen, asked=False)
     for name in ("w_in", "b_in", "w_out", "b_out"):
         layer[name][2] = torch.nan
-    for name, after in everything(backend, layer, experts, asked=False).items():
+    for name, after in everything(backend, layer, chosen, asked=False).items():
         assert torch.equal(after, before[name])
 
 
 @every_way
 def test_two_runs_give_the_same_bits(way, go):
     backend, device, D, H = go(way)
-    experts = distinct(T, E, K)
-    layer = an_mlp_layer(E, experts, f32, D, H, device)
-    one, two = (everything(backend, layer, experts, asked=False) for _ in range(2))
+    chosen = distinct(T, E, K)
+    layer = an_mlp_layer(E, chosen, f32, D, H, device)
+    one, two = (everything(backend, layer, chosen, asked=False) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @every_way
 def test_shuffling_the_tokens_shuffles_the_outputs_and_nothing_else(way, go):
     backend, device, D, H = go(way)
-    experts = distinct(T, E, K).to(device)
-    x, gates, *weights = an_mlp_layer(E, experts, f32, D, H, device).values()
+    chosen = distinct(T, E, K).to(device)
+    x, gates, *weights = an_mlp_layer(E, chosen, f32, D, H, device).values()
     shuffle = torch.randperm(T, device=device)
-    assert_close(expert_mlp(x[shuffle], experts[shuffle], gates[shuffle], *weights, backend),
-                 expert_mlp(x, experts, gates, *weights, backend)[shuffle])
+    assert_close(expert_mlp(x[shuffle], chosen[shuffle], gates[shuffle], *weights, backend),
+                 expert_mlp(x, chosen, gates, *weights, backend)[shuffle])
 
 
-# --- grouped: by autograd ---
+# --- sliced and grouped: by autograd ---
 
-def test_no_expert_writes_a_full_size_gradient_of_zeros():
-    # w_in[e] in a loop would: a SelectBackward for every expert and weight
-    experts = distinct(T, E, K)
-    leaves = [t.requires_grad_() for t in an_mlp_layer(E, experts).values()]
-    todo, names = [expert_mlp(leaves[0], experts, *leaves[1:]).grad_fn], set()
+def steps_of_the_backward(rung):
+    """The names of the operators that autograd will run."""
+    chosen = distinct(T, E, K)
+    leaves = [t.requires_grad_() for t in an_mlp_layer(E, chosen).values()]
+    todo, names = [expert_mlp(leaves[0], chosen, *leaves[1:], rung).grad_fn], set()
     while todo:
         node = todo.pop()
         names.add(node.name())
         todo += [parent for parent, _ in node.next_functions if parent is not None]
+    return names
+
+
+@pytest.mark.parametrize("rung", ["sliced", "grouped"])
+def test_no_expert_writes_a_full_size_gradient_of_zeros(rung):
+    # w_in[e] in a loop would: a SelectBackward for every expert and weight
+    names = steps_of_the_backward(rung)
     assert "SelectBackward0" not in names and "AddmmBackward0" in names
+
+
+def test_grouped_adds_no_row_to_another_in_its_backward_and_sliced_does():
+    # IndexBackward adds the rows of x[order // K] one by one; Permute's backward is a gather
+    assert "IndexBackward0" in steps_of_the_backward("sliced")
+    names = steps_of_the_backward("grouped")
+    assert "PermuteBackward" in names and not any(name.startswith("Index") for name in names)
+
+
+def test_in_sliced_each_expert_multiplies_its_own_rows_alone(monkeypatch):
+    seen = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda b, rows, w: seen.append(len(rows)) or
+                        addmm(b, rows, w))
+    chosen = torch.tensor([[0, 2], [2, 0], [0, 3]])                 # nobody visits experts 1 and 4
+    x, *rest = an_mlp_layer(E, chosen).values()
+    expert_mlp(x, chosen, *rest, "sliced")
+    assert seen == [n for n in (3, 0, 2, 1, 0) for product in ("in", "out")]
 
 
 def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     w, odd = torch.zeros(E, D, 44), torch.zeros(E, D, 45)
     x = torch.zeros(T, D)
     monkeypatch.setattr(kernels, "HIDDEN_FITS", T * 44 * 4)         # bytes of x's hidden rows
-    assert not kernels._grouped_mm_takes(x, w)                      # a CPU needs no grouped_mm
-    assert kernels._grouped_mm_takes(x[1:], w)                      # ... unless they are fewer
-    assert kernels._grouped_mm_takes(torch.zeros(T * E - 1, D), w, T)       # ... or an expert's are
-    assert not kernels._grouped_mm_takes(torch.zeros(T * E, D), w, T)
-    assert not kernels._grouped_mm_takes(x[1:], w[:1], T)           # one expert is a plain MLP
+    assert not kernels.use_grouped_mm(x, w)                      # a CPU needs no grouped_mm
+    assert kernels.use_grouped_mm(x[1:], w)                      # ... unless they are fewer
+    assert kernels.use_grouped_mm(torch.zeros(T * E - 1, D), w, T)       # ... or an expert's are
+    assert not kernels.use_grouped_mm(torch.zeros(T * E, D), w, T)
+    assert not kernels.use_grouped_mm(x[1:], w[:1], T)           # one expert is a plain MLP
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert kernels._grouped_mm_takes(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
-    assert not kernels._grouped_mm_takes(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
-    assert not kernels._grouped_mm_takes(x, odd) and not kernels._grouped_mm_takes(x.double(), w)
-    assert not kernels._grouped_mm_takes(x, w)                      # float32 compiles to slices
+    assert kernels.use_grouped_mm(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
+    assert not kernels.use_grouped_mm(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
+    assert not kernels.use_grouped_mm(x, odd) and not kernels.use_grouped_mm(x.double(), w)
+    assert not kernels.use_grouped_mm(x, w)                      # float32 compiles to slices
 
 
 def test_small_layers_are_multiplied_in_one_call(monkeypatch):
@@ -335,9 +362,10 @@ def test_small_layers_are_multiplied_in_one_call(monkeypatch):
     w = [torch.zeros(E, D, 44), torch.zeros(E, 44), torch.zeros(E, 44, D), torch.zeros(E, D)]
 
     def calls(rows):
-        experts = torch.arange(rows)[:, None] % E
-        kernels.grouped(torch.zeros(rows, D), experts, torch.ones(rows, 1), *w)
-        return seen.pop(), len(list(kernels.groups(plan(experts, E), torch.zeros(rows, D), w[0])))
+        chosen = torch.arange(rows)[:, None] % E
+        kernels.grouped(torch.zeros(rows, D), chosen, torch.ones(rows, 1), *w)
+        return seen.pop(), len(list(kernels.groups(
+            plan_choices(chosen, E), torch.zeros(rows, D), w[0])))
 
     few = kernels.FEW_ROWS * E
     monkeypatch.setattr(kernels, "HIDDEN_FITS", 0)
@@ -354,8 +382,8 @@ def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_size
         weights = [w.requires_grad_() for w in weights]
         optimizer, losses = torch.optim.SGD(weights, lr=0.1), []
         for _ in range(20):
-            experts = distinct(T, E, K)                             # other group sizes every time
-            loss = (layer_of(x, experts, gates, *weights).float() - 1).square().mean()
+            chosen = distinct(T, E, K)                             # other group sizes every time
+            loss = (layer_of(x, chosen, gates, *weights).float() - 1).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -376,12 +404,12 @@ def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_size
     assert compiled[-1] < 0.8 * compiled[0]
 
 
-# --- lean and triton: what is kept, and the plan ---
+# --- lean and fused: what is kept, and the plan ---
 
 def kept(backend, asked, K, dtype):
     """Bytes of distinct memory, weights apart, that one layer keeps for its backward."""
-    experts = distinct(T, E, K).to(DEVICE if backend == "triton" else "cpu")
-    layer = an_mlp_layer(E, experts, dtype, device=experts.device)
+    chosen = distinct(T, E, K).to(DEVICE if backend == "fused" else "cpu")
+    layer = an_mlp_layer(E, chosen, dtype, device=chosen.device)
     x, gates, *weights = (t.requires_grad_() for t in layer.values())
     memory = {}
 
@@ -390,7 +418,7 @@ def kept(backend, asked, K, dtype):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = expert_mlp(x, experts, gates, *weights, backend, return_choices=asked)
+        out = expert_mlp(x, chosen, gates, *weights, backend, return_choices=asked)
     for w in weights:
         memory.pop(w.untyped_storage().data_ptr(), None)
     del out
@@ -399,13 +427,13 @@ def kept(backend, asked, K, dtype):
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 @pytest.mark.parametrize("rung, dtype", [("lean", f64), ("lean", f32), ("lean", bf16),
-                                         pytest.param("triton", f32, marks=needs_triton),
-                                         pytest.param("triton", f16, marks=needs_triton)])
+                                         pytest.param("fused", f32, marks=needs_triton),
+                                         pytest.param("fused", f16, marks=needs_triton)])
 def test_only_x_the_preactivations_the_gates_and_the_plan_are_kept(rung, dtype, K):
     size, gate = dtype.itemsize, max(4, dtype.itemsize)
-    # int64: order and ids, or experts for triton; E+1 offsets and Triton's tiles
+    # int64: order and ids, or for fused order and chosen; E+1 offsets and the tiles of fused
     index = 2 * 8 * T * K + 8 * (E + 1)
-    if rung == "triton":
+    if rung == "fused":
         index += 2 * 8 * (-(-T * K // 32) + E)
     exact = (D + K * H) * size * T + gate * T * K + index
     assert kept(rung, False, K, dtype) == exact <= ((D + K * H) * size + 64 * K) * T
@@ -415,7 +443,7 @@ def test_only_x_the_preactivations_the_gates_and_the_plan_are_kept(rung, dtype, 
 
 
 def test_the_plan_worked_by_hand():
-    ids, order, offsets = plan(torch.tensor([[2, 0], [0, 3], [2, 2]]), E=5)
+    ids, order, offsets = plan_choices(torch.tensor([[2, 0], [0, 3], [2, 2]]), E=5)
     assert ids.tolist() == [0, 0, 2, 2, 2, 3] and order.tolist() == [1, 2, 0, 4, 5, 3]
     assert offsets.tolist() == [0, 2, 2, 5, 6, 6]           # experts 1 and 4 are idle
     # tiles of 2 rows: 1 for expert 0, 2 for expert 2, 1 for expert 3; 8 were made room for
@@ -426,9 +454,9 @@ def test_the_plan_worked_by_hand():
 @pytest.mark.parametrize("rows", [1, 2, 3, 32])
 @pytest.mark.parametrize("case", CASES)
 def test_the_tiles_cover_every_row_once_and_never_two_experts(case, rows):
-    n_experts, experts = CASES[case]()
-    ids, order, offsets = plan(experts, n_experts)
-    S, seen = experts.numel(), []
+    n_experts, chosen = CASES[case]()
+    ids, order, offsets = plan_choices(chosen, n_experts)
+    S, seen = chosen.numel(), []
     assert order.sort().values.tolist() == list(range(S))
     for e, start in zip(*(v.tolist() for v in plan_tiles(offsets, S, rows)), strict=True):
         if e < n_experts:
@@ -443,36 +471,37 @@ def test_the_plan_counts_beyond_2_to_the_31():
     expert, start = plan_tiles(offsets, S=3 * n, rows=2 ** 29)
     assert expert.tolist() == [0] * 4 + [2] * 8 + [3] * 3
     assert start.tolist()[:12] == [i * 2 ** 29 for i in range(12)]
-    assert all(v.dtype == torch.int64 for v in (*plan(torch.tensor([[0]]), 1), expert, start))
+    plan = plan_choices(torch.tensor([[0]]), 1)
+    assert all(v.dtype == torch.int64 for v in (*plan, expert, start))
 
 
-# --- triton: what the other tests cannot see ---
+# --- fused: what the other tests cannot see ---
 
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="the interpreter's test; tests marked gpu do it for real")
 @pytest.mark.parametrize("epilogue", ["up", "down", "dx", "da"])
 def test_rows_whose_elements_lie_beyond_2_to_the_31_are_computed_as_any_others(epilogue):
     # address space, not memory: only the pages of the last rows are ever touched
-    N, depth, few = 45, 20, 7
-    w, bias = torch.randn(1, depth, N).half(), torch.randn(1, N).half()
-    rows, z_rows = torch.randn(few, depth).half(), torch.randn(few, N).half()
+    width, depth, few = 45, 20, 7
+    w, bias = torch.randn(1, depth, width).half(), torch.randn(1, width).half()
+    rows, z_rows = torch.randn(few, depth).half(), torch.randn(few, width).half()
     gates = torch.rand(few)
-    tile = kernels.choose_tile(few, 1, f16)
+    block = kernels.choose_block_sizes(few, 1, f16)
     results = []
     for first in (0, 2 ** 31 // depth + 5):
         S = first + few
-        a, z, c, extra = (torch.empty(S, n, dtype=f16) for n in (depth, N, N, N))
+        a, z, out, extra = (torch.empty(S, n, dtype=f16) for n in (depth, width, width, width))
         dgates, gate, order = torch.empty(S, 2), torch.empty(S), torch.empty(S, dtype=torch.int64)
         a[first:], z[first:], gate[first:] = rows, z_rows, gates
         order[first:] = torch.arange(first, S).flip(0)
-        p = kernels.Plan(None, order, torch.tensor([first, S]))
+        plan = kernels.Plan(None, order, torch.tensor([first, S]))
         tiles = kernels.Tiles(torch.tensor([0]), torch.tensor([first]))
         words = {"up": {"bias": bias, "z": z}, "down": {"bias": bias, "gates": gate}, "dx": {},
                  "da": {"gates": gate, "z": z, "gated_a": extra, "dgates": dgates,
-                        "db": torch.empty(1, N)}}[epilogue]
-        kernels.gemm(epilogue, tile, p, tiles, a, w, c, **words)
-        dw = kernels.gemm_dw(tile, p, a, z)
-        results.append([v[-few:].clone() for v in (c, z)] + [dw] +
+                        "db": torch.empty(1, width)}}[epilogue]
+        kernels.gemm(epilogue, block, plan, tiles, a, w, out, **words)
+        dw = kernels.gemm_dw(block, plan, a, z)
+        results.append([v[-few:].clone() for v in (out, z)] + [dw] +
                        ([extra[-few:].clone(), dgates[-few:].clone()] if epilogue == "da" else []))
     for near, far in zip(*results, strict=True):
         assert near.any() and torch.equal(near, far)
@@ -484,26 +513,26 @@ def test_tokens_and_experts_far_apart_in_memory_are_found():
     far = 2 ** 30 + 8
     apart = torch.empty(2 * far + D, dtype=f16).as_strided((3, D), (far, 1))
     w_apart = torch.empty(2 * far + D * H, dtype=f16).as_strided((3, D, H), (far, H, 1))
-    experts = torch.tensor([[2], [1], [2]])
-    layer = an_mlp_layer(3, experts, f16)
+    chosen = torch.tensor([[2], [1], [2]])
+    layer = an_mlp_layer(3, chosen, f16)
     x, gates, w_in, *weights = layer.values()
-    expected = expert_mlp(x, experts, gates, w_in, *weights, "triton")
+    expected = expert_mlp(x, chosen, gates, w_in, *weights, "fused")
     apart.copy_(x)
     w_apart.copy_(w_in)
-    assert torch.equal(expert_mlp(apart, experts, gates, w_apart, *weights, "triton"), expected)
+    assert torch.equal(expert_mlp(apart, chosen, gates, w_apart, *weights, "fused"), expected)
 
 
 @needs_triton
 def test_long_sums_are_made_in_float32():
     # y is a sum of 2048 positive products, near 2000: float16 has steps of 1 there, and a sum made
     # in float16 would round to them after every block
-    experts = torch.zeros(16, 1, dtype=torch.int64)
-    layer = an_mlp_layer(1, experts, f16, D=16, H=2048, device=DEVICE)
+    chosen = torch.zeros(16, 1, dtype=torch.int64)
+    layer = an_mlp_layer(1, chosen, f16, D=16, H=2048, device=DEVICE)
     for name in ("x", "w_in", "w_out"):
         layer[name].uniform_(0.5, 1.5)
     layer["w_in"].div_(16)
     layer["gates"].fill_(1.0)
-    assert_as_good_as_a_loop("triton", layer, experts, False)
+    assert_as_good_as_a_loop("fused", layer, chosen, False)
 
 
 @needs_triton
@@ -521,112 +550,109 @@ def test_the_kernels_compile_for_a_hopper_gpu_with_tensor_cores_and_no_spills():
 # --- the one name that the rest imports ---
 
 def test_y_is_the_gated_sum_in_float32_even_of_bfloat16_outputs():
-    experts = distinct(T, E, 3)
-    x, gates, *weights = an_mlp_layer(E, experts, bf16).values()
+    chosen = distinct(T, E, 3)
+    x, gates, *weights = an_mlp_layer(E, chosen, bf16).values()
     gates = torch.rand(T, 3)                                        # float32, no bfloat16 number
-    for rung in ("reference", "grouped", "lean"):
-        y, raw = expert_mlp(x, experts, gates, *weights, rung, return_choices=True)
+    for rung in ("reference", "sliced", "grouped", "lean"):
+        y, raw = expert_mlp(x, chosen, gates, *weights, rung, return_choices=True)
         assert y.dtype == raw.dtype == bf16
         by_hand = sum(raw[:, k].float() * gates[:, k, None] for k in range(3))
         assert_close(y, by_hand.bfloat16(), rtol=0, atol=0)
-        assert_close(y, expert_mlp(x, experts, gates, *weights, rung), rtol=0, atol=0)
+        assert_close(y, expert_mlp(x, chosen, gates, *weights, rung), rtol=0, atol=0)
 
 
 @every_way
 def test_the_outputs_before_the_gates_come_only_when_asked_for(way, go):
     backend, device, D, H = go(way)
-    experts = distinct(T, E, K).to(device)
-    x, gates, *weights = an_mlp_layer(E, experts, f32, D, H, device).values()
-    y, raw = expert_mlp(x, experts, gates, *weights, backend, return_choices=True)
-    assert torch.equal(raw, expert_mlp(x, experts, 7 * gates, *weights, backend, True)[1])
-    assert_close(y, expert_mlp(x, experts, gates, *weights, backend))
+    chosen = distinct(T, E, K).to(device)
+    x, gates, *weights = an_mlp_layer(E, chosen, f32, D, H, device).values()
+    y, raw = expert_mlp(x, chosen, gates, *weights, backend, return_choices=True)
+    assert torch.equal(raw, expert_mlp(x, chosen, 7 * gates, *weights, backend, True)[1])
+    assert_close(y, expert_mlp(x, chosen, gates, *weights, backend))
 
 
 @every_way
 def test_the_outputs_before_the_gates_teach_the_experts_and_not_the_gates(way, go):
     backend, device, D, H = go(way)
-    experts = without(2).to(device)
-    layer = an_mlp_layer(E, experts, f32, D, H, device)
+    chosen = without(2).to(device)
+    layer = an_mlp_layer(E, chosen, f32, D, H, device)
     leaves = [t.requires_grad_() for t in layer.values()]
-    expert_mlp(leaves[0], experts, *leaves[1:], backend, return_choices=True)[1].sum().backward()
+    expert_mlp(leaves[0], chosen, *leaves[1:], backend, return_choices=True)[1].sum().backward()
     # d raw / d b_out = 1 for every choice of the expert
-    assert_close(leaves[-1].grad[:, 0], experts.flatten().bincount(minlength=E).float())
+    assert_close(leaves[-1].grad[:, 0], chosen.flatten().bincount(minlength=E).float())
     assert leaves[1].grad is None or not leaves[1].grad.any()
 
 
-def test_auto_on_a_cpu_is_grouped_and_does_no_work_for_the_others(monkeypatch):
+@pytest.mark.parametrize("dtype", [f64, f32, bf16])
+def test_auto_is_grouped_whatever_else_could_run(dtype, monkeypatch):
+    taken = []
+    for name in BACKENDS:
+        monkeypatch.setitem(BACKENDS, name, lambda *_, name=name: taken.append(name))
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    for device in ("cpu", "meta"):
+        expert_mlp(*[torch.empty(1, 1, 1, dtype=dtype, device=device)] * 7)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    expert_mlp(*[torch.empty(1, 1, 1, dtype=dtype)] * 7)
+    assert taken == ["grouped"] * 3
+
+
+def test_auto_does_no_work_for_experts_that_were_not_chosen(monkeypatch):
     rows = []
     monkeypatch.setattr(kernels, "sliced_mlp",
                         lambda r, *rest: rows.append(len(r)) or sliced_mlp(r, *rest))
-    experts = distinct(T, E, K)
-    x, gates, *weights = an_mlp_layer(E, experts).values()
-    assert torch.equal(expert_mlp(x, experts, gates, *weights),
-                       expert_mlp(x, experts, gates, *weights, backend="grouped"))
+    chosen = distinct(T, E, K)
+    x, gates, *weights = an_mlp_layer(E, chosen).values()
+    assert torch.equal(expert_mlp(x, chosen, gates, *weights),
+                       expert_mlp(x, chosen, gates, *weights, backend="grouped"))
     assert rows == [T * K, T * K]
 
 
-def a_tensor(dtype=bf16, device="cuda"):
-    """As much of a tensor as `choose` looks at."""
-    return SimpleNamespace(dtype=dtype, device=torch.device(device), is_cuda=device == "cuda")
+def test_only_an_explicit_backend_is_refused_and_the_reason_is_given(monkeypatch):
+    chosen = distinct(T, E, K)
+    x, gates, *weights = an_mlp_layer(E, chosen).values()
+    with pytest.raises(ValueError, match="no backend 'tpu': choose auto, reference, sliced, "):
+        expert_mlp(x, chosen, gates, *weights, backend="tpu")
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(RuntimeError, match="cannot run here: Triton is not installed; choose auto"):
+        expert_mlp(x, chosen, gates, *weights, backend="fused")
+    assert torch.isfinite(expert_mlp(x, chosen, gates, *weights)).all()
+    monkeypatch.setattr(kernels, "triton", object())
+    with pytest.raises(RuntimeError, match=r"not torch\.float64 and torch\.float64"):
+        expert_mlp(x, chosen, gates, *weights, backend="fused")
+    x, gates, *weights = an_mlp_layer(E, chosen, bf16).values()
+    with pytest.raises(RuntimeError, match=r"not torch\.bfloat16 and torch\.float32"):
+        expert_mlp(x, chosen, gates, *(w.float() for w in weights), backend="fused")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
+        expert_mlp(x, chosen, gates, *weights, backend="fused")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="on the cpu and TRITON_INTERPRET=1 was not set"):
+        expert_mlp(x, chosen, gates, *weights, backend="fused")
 
 
 @needs_triton
-def test_auto_says_which_rung_it_took_and_why(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    half, single = a_tensor(), a_tensor(f32)
-    assert choose(half, half)[0] == "grouped" and "no GPU" in choose(half, half)[1]
-    monkeypatch.setattr(kernels, "SEEN_ON_A_GPU", True)
-    assert choose(half, half) == ("triton", "half precision on a GPU with tensor cores")
-    assert choose(a_tensor(f16), a_tensor(f16))[0] == "triton"
-    assert choose(single, single)[0] == "grouped" and "float32" in choose(single, single)[1]
-    assert choose(a_tensor(f64), a_tensor(f64))[0] == "grouped"
-    assert "CPU" in choose(a_tensor(device="cpu"), half)[1]
-    with monkeypatch.context() as m:
-        m.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-        assert choose(half, half)[0] == "grouped" and "8.0" in choose(half, half)[1]
-    with monkeypatch.context() as m:
-        m.setattr(kernels, "triton", None)
-        assert choose(half, half) == ("grouped", "Triton is not installed")
-    with monkeypatch.context() as m:
-        m.setattr(kernels, "INTERPRETED", True)
-        assert choose(half, half)[0] == "grouped"
-    with monkeypatch.context() as m:
-        m.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert choose(half, half)[0] == "grouped" and "compile" in choose(half, half)[1]
+def test_the_kernels_take_half_and_single_precision_from_compute_capability_8_on(monkeypatch):
+    def on_a_gpu(dtype):                            # as much of a tensor as is looked at
+        return SimpleNamespace(dtype=dtype, device=torch.device("cuda"), is_cuda=True)
 
-
-def test_only_an_explicit_backend_is_refused_and_the_reason_is_given(monkeypatch):
-    experts = distinct(T, E, K)
-    x, gates, *weights = an_mlp_layer(E, experts).values()
-    with pytest.raises(ValueError, match="no backend 'tpu': choose auto, reference, grouped, lean"):
-        expert_mlp(x, experts, gates, *weights, backend="tpu")
-    monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(RuntimeError, match="cannot run here: Triton is not installed; choose auto"):
-        expert_mlp(x, experts, gates, *weights, backend="triton")
-    assert torch.isfinite(expert_mlp(x, experts, gates, *weights)).all()
-    monkeypatch.setattr(kernels, "triton", object())
-    with pytest.raises(RuntimeError, match=r"not torch\.float64 and torch\.float64"):
-        expert_mlp(x, experts, gates, *weights, backend="triton")
-    x, gates, *weights = an_mlp_layer(E, experts, bf16).values()
-    with pytest.raises(RuntimeError, match=r"not torch\.bfloat16 and torch\.float32"):
-        expert_mlp(x, experts, gates, *(w.float() for w in weights), backend="triton")
-    monkeypatch.setattr(kernels, "INTERPRETED", True)
-    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
-        expert_mlp(x, experts, gates, *weights, backend="triton")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    with pytest.raises(RuntimeError, match="on the cpu and TRITON_INTERPRET=1 was not set"):
-        expert_mlp(x, experts, gates, *weights, backend="triton")
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        for dtype in (f32, f16, bf16):
+            assert kernels.why_not_fused(on_a_gpu(dtype), on_a_gpu(dtype)) is None
+    assert "float64" in kernels.why_not_fused(on_a_gpu(f64), on_a_gpu(f64))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "8.0" in kernels.why_not_fused(on_a_gpu(f16), on_a_gpu(f16))
 
 
 def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
     code = """if True:
         import sys; sys.modules["triton"] = None
         import torch, kernels
-        experts, w, b = torch.tensor([[0, 1]]), torch.ones(2, 4, 4), torch.ones(2, 4)
+        chosen, w, b = torch.tensor([[0, 1]]), torch.ones(2, 4, 4), torch.ones(2, 4)
         for backend in ("auto", *kernels.BACKENDS):
             try:
-                y = kernels.expert_mlp(b[:1], experts, b[:1, :2], w, b, w, b, backend)
+                y = kernels.expert_mlp(b[:1], chosen, b[:1, :2], w, b, w, b, backend)
                 print(backend, y[0, 0].item())
             except RuntimeError as refusal:
                 print(refusal)
@@ -634,9 +660,9 @@ def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(kernels.__file__).parent,
                          capture_output=True, text=True, timeout=120)
     *ran, refused = run.stdout.splitlines()
-    assert [line.split()[0] for line in ran] == ["auto", "reference", "grouped", "lean"], run.stderr
+    assert [line.split()[0] for line in ran] == ["auto", *list(BACKENDS)[:-1]], run.stderr
     assert len({line.split()[1] for line in ran}) == 1
-    assert refused == "backend='triton' cannot run here: Triton is not installed; choose auto"
+    assert refused == "backend='fused' cannot run here: Triton is not installed; choose auto"
 
 
 # --- on a real GPU ---
@@ -647,32 +673,32 @@ gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("sizes", [(4160, 192, 384, 8), (4160, 384, 1536, 8), (512, 96, 192, 64)])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "fused"])
 def test_on_a_gpu_bfloat16_is_as_exact_as_a_loop(backend, sizes):
     T, D, H, E = sizes
-    experts = distinct(T, E, K)
-    layer = an_mlp_layer(E, experts, bf16, D, H, "cuda")
+    chosen = distinct(T, E, K)
+    layer = an_mlp_layer(E, chosen, bf16, D, H, "cuda")
     for asked in (False, True):
-        assert_as_good_as_a_loop(backend, layer, experts, asked)
+        assert_as_good_as_a_loop(backend, layer, chosen, asked)
 
 
 @pytest.mark.gpu
 @gpu
 def test_on_a_gpu_a_cuda_graph_holds_forward_and_backward_for_any_routing():
-    experts = distinct(4096, 8, K).cuda()
-    x, *rest = an_mlp_layer(8, experts, bf16, 128, 256, "cuda").values()
+    chosen = distinct(4096, 8, K).cuda()
+    x, *rest = an_mlp_layer(8, chosen, bf16, 128, 256, "cuda").values()
     leaves = [t.requires_grad_() for t in (x, *rest)]
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         for _ in range(2):
-            torch.autograd.grad(expert_mlp(x, experts, *rest, "triton").sum(), leaves)
+            torch.autograd.grad(expert_mlp(x, chosen, *rest, "fused").sum(), leaves)
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
-        y = expert_mlp(x, experts, *rest, "triton")
+        y = expert_mlp(x, chosen, *rest, "fused")
         grads = torch.autograd.grad(y.sum(), leaves)
-    experts.copy_(distinct(4096, 8, K))             # other groups than those that were recorded
+    chosen.copy_(distinct(4096, 8, K))             # other groups than those that were recorded
     graph.replay()
-    again = expert_mlp(x, experts, *rest, "triton")
+    again = expert_mlp(x, chosen, *rest, "fused")
     assert torch.equal(y, again)
     for a, b in zip(grads, torch.autograd.grad(again.sum(), leaves), strict=True):
         assert torch.equal(a, b)
@@ -683,15 +709,15 @@ def test_on_a_gpu_a_cuda_graph_holds_forward_and_backward_for_any_routing():
 def test_on_a_gpu_more_than_2_to_the_31_elements_are_as_good_as_few():
     # the last tokens, computed in a batch whose z has more than 2**31 elements and in a small one
     T, D, H, E = 2 ** 31 // 2048 + 999, 64, 2048, 4
-    experts = distinct(T, E, 1).cuda()
-    x, gates, *weights = an_mlp_layer(E, experts[:8], bf16, D, H, "cuda").values()
+    chosen = distinct(T, E, 1).cuda()
+    x, gates, *weights = an_mlp_layer(E, chosen[:8], bf16, D, H, "cuda").values()
     x = torch.randn(T, D, device="cuda", dtype=bf16).requires_grad_()
     gates = torch.rand(T, 1, device="cuda")
-    y = expert_mlp(x, experts, gates, *weights, "triton")
+    y = expert_mlp(x, chosen, gates, *weights, "fused")
     (dx,) = torch.autograd.grad(y.sum(), x)
     few = slice(-500, None)
     part = x[few].detach().requires_grad_()
-    y_few = expert_mlp(part, experts[few], gates[few], *weights, "triton")
+    y_few = expert_mlp(part, chosen[few], gates[few], *weights, "fused")
     (dx_few,) = torch.autograd.grad(y_few.sum(), part)
     assert_close(y[few], y_few)
     assert_close(dx[few], dx_few)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import moe
 from moe import MLP, Attention, Block, Experts, MoE, SoftMoE, ViT, upcycle
-from notebooks import bench
+from notebooks import contenders
 from router import Routing
 
 B, N, D, H, E, K = 3, 13, 20, 45, 5, 2
@@ -367,7 +367,7 @@ def test_the_flops_are_those_that_torch_counts(make):
     vit = make()
     images = some_images(1).to(next(vit.parameters()).dtype)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        assert vit.flops() == bench.flops(lambda: vit(images))
+        assert vit.flops() == contenders.flops(lambda: vit(images))
 
 
 def test_the_dense_vit_of_the_tables_has_2_7_million_parameters_and_about_190_mmac():

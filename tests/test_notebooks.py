@@ -151,10 +151,10 @@ def test_the_folder_stays_light():
 def test_what_an_operator_moves_is_what_it_reads_and_what_it_writes_and_a_view_moves_nothing():
     import torch
 
-    from notebooks import lesson
+    from notebooks.lesson_4 import moved
     a, b = torch.ones(10, 20), torch.ones(20, 30)
-    assert lesson.moved(lambda: a @ b) == 10 * 20 + 20 * 30 + 10 * 30
-    assert lesson.moved(lambda: a.t()[3:].detach()) == 0
-    assert lesson.moved(lambda: torch.empty_like(a).copy_(a)) == 2 * 200
-    assert lesson.moved(lambda: a.add_(a)) == 3 * 200
-    assert lesson.moved(lambda: a.new_zeros(7)) == 7
+    assert moved(lambda: a @ b) == 10 * 20 + 20 * 30 + 10 * 30
+    assert moved(lambda: a.t()[3:].detach()) == 0
+    assert moved(lambda: torch.empty_like(a).copy_(a)) == 2 * 200
+    assert moved(lambda: a.add_(a)) == 3 * 200
+    assert moved(lambda: a.new_zeros(7)) == 7

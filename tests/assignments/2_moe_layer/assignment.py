@@ -5,8 +5,9 @@ BLANKS = {
     "kernels.py": {
         "reference": "the definition, every expert on every token; handout.md, part A",
         "gated_sum": "y is the gated sum over a token's choices; handout.md, part A",
-        "plan": "sort the choices by expert; handout.md, part B, and the docstring's example",
-        "grouped": "gather, multiply group by group, undo the sort; handout.md, part B",
+        "sliced": "gather, multiply slice by slice, undo the sort; handout.md, part B",
+        "plan_choices": "sort the choices by expert; handout.md, part B, and the docstring's "
+                        "example",
         "sliced_mlp": "a slice of rows per expert; handout.md, part B",
     },
     "router.py": {
@@ -21,7 +22,6 @@ BLANKS = {
 CHECKS = (13, 13)
 HARD_CODED = ("router.py", "within_capacity")
 NOT_ASKED = {
-    "w_in)": "which of two equal products is the faster one here: tests/test_kernels.py",
     "[w_in[e] for e in range(len(w_in))], b_in.unbind()":
         "the same numbers; what it costs in memory is in tests/test_kernels.py",
 }

@@ -15,11 +15,11 @@ def a_world(g, tokens=T, k=K, experts=E):
     return random(g, tokens, D), chosen, gates, weights
 
 
-def every_expert(x, experts, gates, w_in, b_in, w_out, b_out):
+def every_expert(x, chosen, gates, w_in, b_in, w_out, b_out):
     """The same sum by one einsum over all experts, with gates (T, E) that are mostly 0."""
     hidden = F.gelu(torch.einsum("td,edh->teh", x, w_in) + b_in)
     out = torch.einsum("teh,ehd->ted", hidden, w_out) + b_out
-    weight = torch.zeros(len(x), len(w_in), dtype=gates.dtype).scatter(1, experts, gates)
+    weight = torch.zeros(len(x), len(w_in), dtype=gates.dtype).scatter(1, chosen, gates)
     return torch.einsum("te,ted->td", weight, out)
 
 
@@ -44,7 +44,7 @@ def gradients_reach_x_the_gates_and_every_weight(student, g):
     dy = random(g, T, D)
     expected = gradient(lambda x, gates, *w: every_expert(x, experts, gates, *w) * dy,
                         x, gates, *weights)
-    for rung in ("reference", "grouped"):
+    for rung in ("reference", "sliced"):
         run = getattr(student.kernels, rung)
         got = gradient(lambda x, gates, *w, run=run: run(x, experts, gates, *w) * dy,
                        x, gates, *weights)
@@ -82,13 +82,13 @@ def idle_experts_one_busy_expert_and_no_tokens_at_all(student, g):
         idle = next(e for e in range(E) if e not in ids)
         for w in weights:
             w[idle] = math.nan                                  # whoever reads it will show it
-        grads = gradient(lambda x, *w, e=experts, gates=gates: student.kernels.grouped(
+        grads = gradient(lambda x, *w, e=experts, gates=gates: student.kernels.sliced(
             x, e, gates, *w), x, *[w.nan_to_num(0.5) for w in weights])
-        same(f"y where {name}", student.kernels.grouped(x, experts, gates, *weights), expected)
+        same(f"y where {name}", student.kernels.sliced(x, experts, gates, *weights), expected)
         for w, dw in zip(("w_in", "b_in", "w_out", "b_out"), grads[1:], strict=True):
             same(f"d{w} of an idle expert where {name}", dw[idle], torch.zeros_like(dw[idle]))
     _, _, _, weights = a_world(g)
-    for rung in ("reference", "grouped"):
+    for rung in ("reference", "sliced"):
         y = getattr(student.kernels, rung)(
             torch.zeros(0, D, dtype=torch.float64), torch.zeros(0, K, dtype=torch.long),
             torch.zeros(0, K, dtype=torch.float64), *weights)

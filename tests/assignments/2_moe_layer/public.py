@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def a_world(g, tokens=T, k=K, experts=E, dtype=torch.float64):
-    """x, experts, gates and the four weights of E experts; no gate or bias is 0 or 1."""
+    """x, chosen, gates and the four weights of E experts; no gate or bias is 0 or 1."""
     chosen = torch.stack([torch.randperm(experts, generator=g)[:k] for _ in range(tokens)])
     gates = torch.rand(tokens, k, generator=g, dtype=torch.float64) + 0.1
     shapes = (experts, D, H), (experts, H), (experts, H, D), (experts, D)
@@ -22,10 +22,10 @@ def mlp(x, e, w_in, b_in, w_out, b_out):
     return F.gelu(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]
 
 
-def token_by_token(x, experts, gates, *weights):
+def token_by_token(x, chosen, gates, *weights):
     """(y, raw) by two loops."""
     raw = torch.stack([torch.stack([mlp(x[t], e, *weights) for e in row])
-                       for t, row in enumerate(experts.tolist())])
+                       for t, row in enumerate(chosen.tolist())])
     return torch.einsum("tk,tkd->td", gates.to(raw.dtype), raw), raw
 
 
@@ -67,7 +67,7 @@ class Products(TorchFunctionMode):
 
 @check(hint="stack all experts' outputs (T, E, D), then pick the chosen ones")
 def the_definition_gives_each_token_the_gated_sum_of_its_experts(student, g):
-    alone(student, "grouped", "lean", "fused")
+    alone(student, "sliced", "grouped", "lean", "fused")
     for k in (1, 3):
         world = a_world(g, k=k)
         y, raw = token_by_token(*world)
@@ -90,16 +90,16 @@ def a_gated_sum_weighs_each_choice_and_adds_up(student, g):
     same("raw of gated_sum", both[1], raw)
 
 
-@check(points=2, hint="sort experts.reshape(-1) stably; offsets say where each expert's rows begin")
+@check(points=2, hint="sort chosen.reshape(-1) stably; offsets say where each expert's rows begin")
 def a_plan_lists_the_choices_expert_by_expert(student, g):
     # nobody visits expert 1; choice s = t*K + k
-    made = student.kernels.plan(torch.tensor([[2, 0], [0, 3], [2, 3]]), E=4)
+    made = student.kernels.plan_choices(torch.tensor([[2, 0], [0, 3], [2, 3]]), E=4)
     for name, expected in (("ids", [0, 0, 2, 2, 3, 3]), ("order", [1, 2, 0, 4, 3, 5]),
                            ("offsets", [0, 2, 2, 4, 6])):
         same(f"{name} of [[2, 0], [0, 3], [2, 3]]", getattr(made, name), torch.tensor(expected))
-    experts = torch.randint(0, E, (T, K), generator=g)
-    made = student.kernels.plan(experts, E + 1)                # nobody visits the last either
-    flat = experts.flatten().tolist()
+    chosen = torch.randint(0, E, (T, K), generator=g)
+    made = student.kernels.plan_choices(chosen, E + 1)         # nobody visits the last either
+    flat = chosen.flatten().tolist()
     order = [s for e in range(E) for s in range(T * K) if flat[s] == e]
     same("order", made.order, torch.tensor(order))
     same("ids", made.ids, torch.tensor([flat[s] for s in order]))
@@ -111,34 +111,34 @@ def a_slice_of_rows_goes_through_its_own_expert(student, g):
     x, _, _, *weights = a_world(g)
     sizes = [7, 0, 19, 1, 10]
     ids = torch.tensor([e for e in range(E) for _ in range(sizes[e])])
-    p = student.kernels.Plan(ids, torch.randperm(T, generator=g),
-                             torch.tensor([sum(sizes[:e]) for e in range(E + 1)]))
+    plan = student.kernels.Plan(ids, torch.randperm(T, generator=g),
+                                torch.tensor([sum(sizes[:e]) for e in range(E + 1)]))
     expected = torch.stack([mlp(x[r], e, *weights) for r, e in enumerate(ids.tolist())])
-    same("rows out of sliced_mlp", student.kernels.sliced_mlp(x, p, *weights), expected)
+    same("rows out of sliced_mlp", student.kernels.sliced_mlp(x, plan, *weights), expected)
 
 
 @check(points=3, hint="row r of the plan is choice order[r] of token order[r] // K; undo it last")
-def grouped_gives_what_the_definition_gives(student, g):
-    alone(student, "reference", "lean", "fused")
+def sliced_gives_what_the_definition_gives(student, g):
+    alone(student, "reference", "grouped", "lean", "fused")
     for k in (1, 2, E):
         world = a_world(g, k=k)
         y, raw = token_by_token(*world)
-        got = student.kernels.grouped(*world, return_choices=True)
-        require(isinstance(got, tuple), "grouped with return_choices=True", "a pair (y, raw)",
+        got = student.kernels.sliced(*world, return_choices=True)
+        require(isinstance(got, tuple), "sliced with return_choices=True", "a pair (y, raw)",
                 type(got).__name__)
-        same(f"raw of grouped, K={k}", got[1], raw)
-        same(f"y of grouped, K={k}", got[0], y)
+        same(f"raw of sliced, K={k}", got[1], raw)
+        same(f"y of sliced, K={k}", got[0], y)
 
 
 @check(hint="each expert multiplies its own rows: T*K rows in all, not T*E of them")
 def experts_that_were_not_chosen_cost_nothing(student, g):
-    alone(student, "reference", "lean", "fused")
+    alone(student, "reference", "grouped", "lean", "fused")
     x, _, gates, *weights = a_world(g, tokens=35, k=1)
     even = torch.arange(35).view(35, 1) % E
     with Products() as products:
-        student.kernels.grouped(x, even, gates, *weights)
+        student.kernels.sliced(x, even, gates, *weights)
     needed = 35 * (H + D)
-    require(products.entries <= 2 * needed, "entries that the products of grouped put out, K=1 of "
+    require(products.entries <= 2 * needed, "entries that the products of sliced put out, K=1 of "
             f"E={E}", f"{needed} = 35 rows of H + D, twice that at most", products.entries)
 
 

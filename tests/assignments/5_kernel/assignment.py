@@ -7,7 +7,7 @@ BLANKS = {
         "plan_tiles": "no tile has rows of two experts; handout.md, part A, and the docstring",
         "Lean.backward": "the docstring of Lean has the formulas; handout.md, part B",
         "gelu": "its docstring has both formulas; handout.md, part C",
-        "grouped_gemm": "its signature and the table of part 4 say what is where; handout.md, "
+        "grouped_gemm": "its signature and the table of part 5 say what is where; handout.md, "
                         "part D",
         "grouped_dw": "one expert's a^T b, summed over its rows; handout.md, part E",
     },
@@ -15,6 +15,6 @@ BLANKS = {
 CHECKS = (9, 15)             # public, hidden
 HARD_CODED = ("kernels.py", "over_choices")
 NOT_ASKED = {
-    "slot = tl.load(ORDER + r, mask=alive)\n    row":
-        "the slots of masked lanes are only ever addresses in masked lanes",
+    "choice = tl.load(ORDER + r, mask=alive)\n    row":
+        "the choices of masked lanes are only ever addresses in masked lanes",
 }

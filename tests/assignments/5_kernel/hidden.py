@@ -33,7 +33,7 @@ def as_good_as_the_loop(quantity, got, plain, true):
 
 # --- the answers, measured ---
 
-@check(points=2, hint="F1: the length of Tiles times the tiles of N. F2: which have expert E?")
+@check(points=2, hint="F1: the length of Tiles times the blocks across. F2: which have expert E?")
 def how_many_programs_start_and_how_many_find_work(student, g):
     tiles, columns = -(-37 * 2 // 32) + 5, -(-45 // 32)
     used = len(range(0, 37 * 2, 32))
@@ -48,14 +48,14 @@ def which_masked_lanes_may_hold_anything(student, g):
     a, w, z = torch.zeros(16, 32), torch.zeros(32, 16), torch.zeros(16, 16)
     a[:12, :20], w[:20, :10], z[:12, :10] = 1, 1, 1
     found = answered(student, "nan_is_seen", dict.fromkeys((
-        "A beyond DEPTH", "W beyond N", "A after the group, up", "Z after the group, da",
+        "A beyond DEPTH", "W beyond WIDTH", "A after the group, up", "Z after the group, da",
         "A after the group, dw"), True))
     def stored(a=a, w=w, z=z):
         return (a @ w)[:12, :10], ((a @ w) * F.gelu(z)).sum(dim=0)[:10], (a.mT @ z)[:20, :10]
     depth, columns, after, after_z = a.clone(), w.clone(), a.clone(), z.clone()
     depth[:, 20:] = columns[:, 10:] = after[12:] = after_z[12:] = math.nan
     for name, value in (("A beyond DEPTH", stored(a=depth)[0]),
-                        ("W beyond N", stored(w=columns)[0]),
+                        ("W beyond WIDTH", stored(w=columns)[0]),
                         ("A after the group, up", stored(a=after)[0]),
                         ("Z after the group, da", stored(z=after_z)[1]),
                         ("A after the group, dw", stored(a=after)[2])):
@@ -65,11 +65,11 @@ def which_masked_lanes_may_hold_anything(student, g):
 @check(points=3, hint="F4: which is multiplied by the gate? F5, F6: the docstring of lean. F7: "
                       "which number comes after 2048 in float16?")
 def what_a_gate_of_0_stops_what_is_kept_and_how_float16_counts(student, g):
-    x, experts, gates, *weights = a_world(g, (1,), 1, torch.float64)
+    x, chosen, gates, *weights = a_world(g, (1,), 1, torch.float64)
     leaves = x, torch.zeros_like(gates), *weights
     d = random(g, 1, D)
     grads = dict(zip(public.NAMES, gradient(
-        lambda x, *rest: (loop(x, experts, *rest)[0] * d).sum(), *leaves), strict=True))
+        lambda x, *rest: (loop(x, chosen, *rest)[0] * d).sum(), *leaves), strict=True))
     grads["gate"] = grads["gates"]
     found = answered(student, "gets_nothing_from_gate_0",
                      dict.fromkeys(("x", "w_in", "b_out", "gate"), True))
@@ -77,13 +77,13 @@ def what_a_gate_of_0_stops_what_is_kept_and_how_float16_counts(student, g):
         same(f"F4, {name}", answer, not grads[name].any())
 
     module, saved = kernels(student, launches=False), []
-    x, experts, gates, *weights = a_world(g, (7, 7), K, torch.float16, 192, 768)
+    x, chosen, gates, *weights = a_world(g, (7, 7), K, torch.float16, 192, 768)
     with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
-        module.Lean.apply(x.requires_grad_(), experts, gates, *weights)
-    order = sorted(range(14), key=experts.flatten().tolist().__getitem__)
+        module.Lean.apply(x.requires_grad_(), chosen, gates, *weights)
+    order = sorted(range(14), key=chosen.flatten().tolist().__getitem__)
     z = torch.stack([x[s // K].double() @ weights[0][e].double() + weights[1][e]
                      for s, e in zip(order, [0] * 7 + [1] * 7, strict=True)])
-    parts = {"x": x, "z": z, "gelu(z)": F.gelu(z), "raw": loop(x, experts, gates, *weights)[1]}
+    parts = {"x": x, "z": z, "gelu(z)": F.gelu(z), "raw": loop(x, chosen, gates, *weights)[1]}
     kept, bytes_kept = answered(student, "kept", dict.fromkeys(parts, True)), 0
     for name, part in parts.items():
         there = any(v.shape == part.shape and torch.allclose(v.double(), part.double(), 0.01, 0.01)
@@ -118,10 +118,10 @@ def tiles_are_right_for_no_rows_one_expert_and_rows_beyond_2_to_the_31(student, 
 
 @check(points=2, hint="gates is None: dout is (T, K, D), a row for each choice, and no gate counts")
 def the_outputs_before_the_gates_have_a_backward_too(student, g):
-    x, experts, gates, *weights = a_world(g, (3, 0, 4, 1), dtype=torch.float64)
+    x, chosen, gates, *weights = a_world(g, (3, 0, 4, 1), dtype=torch.float64)
     d, Lean = random(g, 4, K, D), kernels(student, launches=False).Lean
-    got = gradient(lambda x, *w: (Lean.apply(x, experts, None, *w) * d).sum(), x, *weights)
-    expected = gradient(lambda x, *w: (loop(x, experts, gates, *w)[1] * d).sum(), x, *weights)
+    got = gradient(lambda x, *w: (Lean.apply(x, chosen, None, *w) * d).sum(), x, *weights)
+    expected = gradient(lambda x, *w: (loop(x, chosen, gates, *w)[1] * d).sum(), x, *weights)
     for name, a, b in zip(("x", "w_in", "b_in", "w_out", "b_out"), got, expected, strict=True):
         same(f"d{name} of lean, through raw", a, b)
 
@@ -165,7 +165,7 @@ def dx_multiplies_by_the_transposed_and_scatters(student, g):
     launch = public.a_launch(student, g)
     launch.w = launch.w.mT.contiguous().mT
     public.launched(launch, "dx", launch.rows)
-    same("C of 'dx'", launch.c,
+    same("OUT of 'dx'", launch.out,
          public.in_order(launch, public.products(launch, launch.rows, 0)).float())
 
 
@@ -174,7 +174,7 @@ def dx_multiplies_by_the_transposed_and_scatters(student, g):
 def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
     launch = public.a_launch(student, g, depth=H, n=D + 3)
     n, tiles_n = D + 3, -(-(D + 3) // public.BLOCK)
-    launch.z, order = random(g, launch.S, n).float(), launch.p.order
+    launch.z, order = random(g, launch.S, n).float(), launch.plan.order
     dgates = torch.full((launch.S, tiles_n), math.nan)
     db = torch.zeros(len(launch.tiles.expert), n)
     public.launched(launch, "da", launch.x, K, gates=launch.gates, z=launch.z,
@@ -182,7 +182,7 @@ def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
     z, gate = launch.z.double(), launch.gates.double()[order, None]
     da, slope = public.products(launch, launch.x, K), gradient(lambda z: F.gelu(z).sum(), z)
     dz = gate * da * slope
-    same("C of 'da', which is dz, sorted by expert", launch.c, dz.float())
+    same("OUT of 'da', which is dz, sorted by expert", launch.out, dz.float())
     same("GATED_A, gate gelu(z), sorted by expert", launch.extra, (gate * F.gelu(z)).float())
     same("DGATES, <da, gelu(z)> of each choice, summed over its tiles", dgates.sum(dim=1),
          public.in_order(launch, (da * F.gelu(z)).sum(dim=1)).float(), scale=10.0)
@@ -194,22 +194,22 @@ def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
          expected.float(), scale=10.0)
     public.launched(launch, "da", launch.x, K, z=launch.z, gated_a=launch.extra, dgates=dgates,
                     db=db)
-    same("C of 'da' without gates", launch.c, (da * slope).float())
+    same("OUT of 'da' without gates", launch.out, (da * slope).float())
 
 
-@check(points=2, hint="mask what lies beyond DEPTH, N and M, and after the group's last row")
+@check(points=2, hint="mask lanes beyond DEPTH, WIDTH and HEIGHT, and after the group's last row")
 def sizes_smaller_than_a_block_and_just_above_one_are_right(student, g):
     for n, depth in ((17, 3), (3, 33), (16, 16)):
-        of = f"N={n}, DEPTH={depth}"
+        of = f"WIDTH={n}, DEPTH={depth}"
         launch = public.a_launch(student, g, (2, 18, 0), n=n, depth=depth)
         public.launched(launch, "up", launch.x, K, bias=launch.bias, z=launch.z)
         z = public.products(launch, launch.x, K) + launch.bias.double()[launch.ids]
         same(f"Z of 'up', {of}", launch.z, z.float())
-        same(f"C of 'up', {of}", launch.c, F.gelu(z).float())
-        dw = launch.module.gemm_dw(launch.tile, launch.p, launch.rows, launch.z)
+        same(f"OUT of 'up', {of}", launch.out, F.gelu(z).float())
+        dw = launch.module.gemm_dw(launch.block, launch.plan, launch.rows, launch.z)
         expected = [launch.rows[r].double().mT @ launch.z[r].double()
                     for r in (slice(0, 2), slice(2, 20), slice(0, 0))]
-        same(f"DW, M={depth}, N={n}", dw, torch.stack(expected).float())
+        same(f"DW, HEIGHT={depth}, WIDTH={n}", dw, torch.stack(expected).float())
 
 
 @check(points=2, hint="accumulate in tl.float32 and convert once, when the result is stored")
@@ -220,13 +220,13 @@ def long_sums_are_made_in_float32(student, g):
     launch.w.uniform_(0.5, 1.5, generator=g)
     public.launched(launch, "dx", launch.rows)
     as_good_as_the_loop(
-        "1024 products, added up by grouped_gemm,", launch.c,
+        "1024 products, added up by grouped_gemm,", launch.out,
         public.in_order(launch, launch.rows @ launch.w[0]),
         public.in_order(launch, public.products(launch, launch.rows, 0)))
     tall = torch.rand(2, 1024, 16, generator=g).add(0.5).half()
-    p = launch.module.Plan(None, torch.arange(1024), torch.tensor([0, 1024]))
+    plan = launch.module.Plan(None, torch.arange(1024), torch.tensor([0, 1024]))
     as_good_as_the_loop(
-        "1024 products, added up by grouped_dw,", launch.module.gemm_dw(launch.tile, p, *tall),
+        "1024 products, added up by grouped_dw,", launch.module.gemm_dw(launch.block, plan, *tall),
         (tall[0].mT @ tall[1])[None], (tall[0].double().mT @ tall[1].double())[None])
 
 
@@ -240,9 +240,9 @@ def rows_and_experts_far_apart_in_memory_are_found(student, g):
     launch.w = memory[2 * D:].as_strided((3, D, H), (far, H, 1)).copy_(launch.w)
     expected = public.products(launch, rows, 0)
     public.launched(launch, "dx", rows)
-    same(f"C of rows and matrices {far} elements apart", launch.c,
+    same(f"OUT of rows and matrices {far} elements apart", launch.out,
          public.in_order(launch, expected).half())
-    dw = launch.module.gemm_dw(launch.tile, launch.p, rows, rows)
+    dw = launch.module.gemm_dw(launch.block, launch.plan, rows, rows)
     same(f"DW of rows {far} elements apart", dw,
          torch.stack([torch.outer(row, row) for row in rows.double()]).half())
 
@@ -253,7 +253,7 @@ def rows_and_experts_far_apart_in_memory_are_found(student, g):
 def the_edges_no_token_one_token_one_expert_and_every_expert(student, g):
     module = kernels(student)
     for sizes, k in (((0, 0, 0), 2), ((0, 1, 1), 2), ((5,), 1), ((0, 0, 18), 1), ((3, 3, 3), 3)):
-        of = f"the triton rung, K={k}, {list(sizes)} choices of the experts"
+        of = f"fused, K={k}, {list(sizes)} choices of the experts"
         world = a_world(g, sizes, k)
         same(f"y of {of}", module.fused(*world), loop(*public.doubles(world))[0].float())
         public.same_gradients(module.fused, world, random(g, len(world[0]), D), of)
@@ -266,9 +266,9 @@ def idle_experts_get_zeros_from_dirty_memory(student, g):
         w[1] = math.nan                                   # nobody visits expert 1
     # as torch.use_deterministic_algorithms, which imports a compiler first: torch.empty gives NaN
     torch._C._set_deterministic_algorithms(True, warn_only=True)
-    for name, rung in (("lean", module.lean), ("the triton rung", module.fused)):
-        x, experts, *rest = world
-        grads = gradient(lambda x, *rest, r=rung, c=experts: r(x, c, *rest), x, *rest)
+    for name, rung in (("lean", module.lean), ("fused", module.fused)):
+        x, chosen, *rest = world
+        grads = gradient(lambda x, *rest, r=rung, c=chosen: r(x, c, *rest), x, *rest)
         for of, grad in zip(public.NAMES, grads, strict=True):
             require(bool(grad.isfinite().all()), f"d{of} of {name}", "finite numbers",
                     f"{int((~grad.isfinite()).sum())} entries that are not")
@@ -278,6 +278,6 @@ def idle_experts_get_zeros_from_dirty_memory(student, g):
 
 
 @check(points=2, hint="accumulate in tl.float32; convert with .to(dtype) only what is stored")
-def the_triton_rung_is_as_exact_in_float16_as_plain_torch(student, g):
+def fused_is_as_exact_in_float16_as_plain_torch(student, g):
     the_rung_is_as_exact(kernels(student).fused, g, (9, 0, 13, 2), torch.float16,
-                         "the triton rung", forward=True)
+                         "fused", forward=True)

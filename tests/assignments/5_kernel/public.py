@@ -29,24 +29,24 @@ NAMES = ("x", "gates", "w_in", "b_in", "w_out", "b_out")
 # --- a world, and what is expected of it ---
 
 def a_world(g, sizes=SIZES, k=K, dtype=torch.float32, d=D, h=H):
-    """x, experts (T, k) with sizes[e] choices of expert e, gates and the four weights."""
+    """x, chosen (T, k) with sizes[e] choices of expert e, gates and the four weights."""
     ids = torch.tensor([e for e, n in enumerate(sizes) for _ in range(n)],
                        dtype=torch.long)
-    experts = ids[torch.randperm(len(ids), generator=g)].view(-1, k)
-    T, n = len(experts), len(sizes)
+    chosen = ids[torch.randperm(len(ids), generator=g)].view(-1, k)
+    T, n = len(chosen), len(sizes)
     weights = [random(g, n, d, h) / math.sqrt(d), random(g, n, h),
                random(g, n, h, d) / math.sqrt(h), random(g, n, d)]
     wide = torch.promote_types(dtype, torch.float32)
     gates = (torch.rand(T, k, generator=g, dtype=torch.float64) + 0.1).to(wide)
-    return [random(g, T, d).to(dtype), experts, gates, *(w.to(dtype) for w in weights)]
+    return [random(g, T, d).to(dtype), chosen, gates, *(w.to(dtype) for w in weights)]
 
 
-def loop(x, experts, gates, w_in, b_in, w_out, b_out):
+def loop(x, chosen, gates, w_in, b_in, w_out, b_out):
     """(y, raw), expert by expert, each on all tokens."""
-    raw, y = torch.zeros(*experts.shape, x.shape[1], dtype=x.dtype), torch.zeros_like(x)
+    raw, y = torch.zeros(*chosen.shape, x.shape[1], dtype=x.dtype), torch.zeros_like(x)
     for e in range(len(w_in)):
         out = F.gelu(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]
-        mine = experts == e
+        mine = chosen == e
         raw = raw + mine[..., None] * out[:, None]
         y = y + ((gates * mine).sum(dim=1, keepdim=True) * out).to(x.dtype)
     return y, raw
@@ -57,9 +57,9 @@ def doubles(world):
 
 
 def gradients(run, world, d):
-    """The gradient of <run(world), d> on everything but the experts."""
-    x, experts, *rest = world
-    return gradient(lambda x, *rest: (run(x, experts, *rest) * d.to(x.dtype)).sum(), x, *rest)
+    """The gradient of <run(world), d> on everything but the choices."""
+    x, chosen, *rest = world
+    return gradient(lambda x, *rest: (run(x, chosen, *rest) * d.to(x.dtype)).sum(), x, *rest)
 
 
 def same_gradients(run, world, d, of):
@@ -78,8 +78,8 @@ def kernels(student, launches=True):
         raise CannotRun("Triton is not installed here: pip install triton, on Linux")
     module = student.kernels
 
-    def plan(experts, n_experts):
-        flat = experts.flatten().tolist()
+    def plan_choices(chosen, n_experts):
+        flat = chosen.flatten().tolist()
         order = sorted(range(len(flat)), key=flat.__getitem__)
         starts = [sum(v < e for v in flat) for e in range(n_experts + 1)]
         return module.Plan(*(torch.tensor(v, dtype=torch.long)
@@ -89,7 +89,7 @@ def kernels(student, launches=True):
         y = torch.einsum("tkd,tk->td", raw.to(gates.dtype), gates).to(raw.dtype)
         return [y, raw] if return_choices else y
 
-    module.plan, module.gated_sum = plan, gated_sum
+    module.plan_choices, module.gated_sum = plan_choices, gated_sum
     if launches and not isinstance(module.grouped_gemm, Watched):        # a second seed
         module.grouped_gemm = Watched(module.grouped_gemm)
         module.grouped_dw = Watched(module.grouped_dw)
@@ -141,7 +141,8 @@ class Lanes:
         place = f"line {frame.f_lineno} of kernels.py" if frame else "a launch"
         self.failure = Failure(f"what {self.kernel} {how} in {place}", "elements of its tensors",
                                where,
-                               "mask lanes beyond the group's rows, DEPTH, N or M; int64 indices")
+                               "mask lanes beyond the group's rows, DEPTH, WIDTH or HEIGHT; "
+                               "int64 indices")
         raise self.failure
 
     def __enter__(self):
@@ -182,18 +183,18 @@ def a_launch(student, g, sizes=SIZES, k=K, n=H, depth=D, dtype=torch.float32):
     nothing = torch.full((S, n), math.nan, dtype=dtype)
     return SimpleNamespace(
         module=module, S=S, k=k, ids=[e for e, m in enumerate(sizes) for _ in range(m)],
-        tile=module.Tile(BLOCK, BLOCK, BLOCK, BLOCK, 4, 2),
-        p=module.Plan(None, torch.randperm(S, generator=g), torch.tensor(starts)),
+        block=module.BlockSizes(BLOCK, BLOCK, BLOCK, BLOCK, 4, 2),
+        plan=module.Plan(None, torch.randperm(S, generator=g), torch.tensor(starts)),
         tiles=module.Tiles(torch.tensor(expert), torch.tensor(start)),
         x=random(g, S // k, depth).to(dtype), rows=random(g, S, depth).to(dtype),
         w=(random(g, len(sizes), depth, n) / math.sqrt(depth)).to(dtype),
         bias=random(g, len(sizes), n).to(dtype), gates=random(g, S).to(torch.float32),
-        c=nothing.clone(), z=nothing.clone(), extra=nothing.clone())
+        out=nothing.clone(), z=nothing.clone(), extra=nothing.clone())
 
 
 def products(launch, rows, shared_by):
     """Row r of the plan times its expert's matrix, one by one, in float64."""
-    order, w = launch.p.order.tolist(), launch.w.double()
+    order, w = launch.plan.order.tolist(), launch.w.double()
     return torch.stack([rows[order[r] // shared_by if shared_by else r].double() @ w[launch.ids[r]]
                         for r in range(launch.S)])
 
@@ -201,13 +202,13 @@ def products(launch, rows, shared_by):
 def in_order(launch, rows):
     """Rows of the plan -> rows of the choices."""
     out = torch.empty_like(rows)
-    for r, s in enumerate(launch.p.order.tolist()):
+    for r, s in enumerate(launch.plan.order.tolist()):
         out[s] = rows[r]
     return out
 
 
 def launched(launch, epilogue, a, shared_by=0, **options):
-    launch.module.gemm(epilogue, launch.tile, launch.p, launch.tiles, a, launch.w, launch.c,
+    launch.module.gemm(epilogue, launch.block, launch.plan, launch.tiles, a, launch.w, launch.out,
                        shared_by=shared_by, **options)
 
 
@@ -294,7 +295,7 @@ def up_gathers_each_row_and_keeps_what_comes_before_the_gelu(student, g):
     launched(launch, "up", launch.x, K, bias=launch.bias, z=launch.z)
     z = products(launch, launch.x, K) + launch.bias.double()[launch.ids]
     same("Z of 'up', sorted by expert", launch.z, z.float())
-    same("C of 'up', gelu(Z)", launch.c, F.gelu(z).float())
+    same("OUT of 'up', gelu(Z)", launch.out, F.gelu(z).float())
 
 
 @check(points=2, hint="A is sorted (SHARED_BY = 0), C and GATES are in the order of the choices")
@@ -302,18 +303,18 @@ def down_scatters_each_gated_row_to_its_choice(student, g):
     launch = a_launch(student, g)
     out = in_order(launch, products(launch, launch.rows, 0) + launch.bias.double()[launch.ids])
     launched(launch, "down", launch.rows, bias=launch.bias)
-    same("C of 'down' without gates", launch.c, out.float())
+    same("OUT of 'down' without gates", launch.out, out.float())
     launched(launch, "down", launch.rows, bias=launch.bias, gates=launch.gates)
-    same("C of 'down'", launch.c, (out * launch.gates.double()[:, None]).float())
+    same("OUT of 'down'", launch.out, (out * launch.gates.double()[:, None]).float())
 
 
 # --- part E ---
 
-@check(points=3, hint="loop over the rows offsets[e] to offsets[e+1] in steps of BS; rows of A lie "
-                      "along the columns of a^T")
+@check(points=3, hint="loop over the rows offsets[e] to offsets[e+1] in blocks of STEP; rows of A "
+                      "lie along the columns of a^T")
 def each_expert_gets_a_transposed_times_b_over_its_rows(student, g):
     launch = a_launch(student, g)
-    module, order = launch.module, launch.p.order.tolist()
+    module, order = launch.module, launch.plan.order.tolist()
     b = random(g, launch.S, H).float()
     for of, sorted_rows, kept, words in (
             ("x and dz", b, launch.x, {"a_shared_by": K}),
@@ -323,15 +324,15 @@ def each_expert_gets_a_transposed_times_b_over_its_rows(student, g):
         for r, e in enumerate(launch.ids):
             one, two = ((order[r] // K, r) if left is kept else (r, order[r] // K))
             expected[e] += torch.outer(left[one].double(), right[two].double())
-        got = module.gemm_dw(launch.tile, launch.p, left, right, **words)
+        got = module.gemm_dw(launch.block, launch.plan, left, right, **words)
         same(f"DW of {of}", got, expected.float())
 
 
 @check(points=3, hint="the parts are right alone? Then look at what Fused hands to them")
 def forward_and_backward_are_those_of_the_loop(student, g):
     module, world = kernels(student), a_world(g, (5, 0, 12, 1))
-    same("y of the triton rung", module.fused(*world), loop(*doubles(world))[0].float())
-    same_gradients(module.fused, world, random(g, 9, D), "the triton rung")
+    same("y of fused", module.fused(*world), loop(*doubles(world))[0].float())
+    same_gradients(module.fused, world, random(g, 9, D), "fused")
 
 
 # --- part F ---
@@ -341,7 +342,7 @@ def every_question_has_an_answer_of_the_right_form(student, g):
     for name in ("programs_started", "programs_without_work", "bytes_kept_per_token",
                  "ones_in_float16"):
         answered(student, name, 1)
-    for name, keys in (("nan_is_seen", ("A beyond DEPTH", "W beyond N", "A after the group, up",
+    for name, keys in (("nan_is_seen", ("A beyond DEPTH", "W beyond WIDTH", "A after the group, up",
                                         "Z after the group, da", "A after the group, dw")),
                        ("gets_nothing_from_gate_0", ("x", "w_in", "b_out", "gate")),
                        ("kept", ("x", "z", "gelu(z)", "raw"))):

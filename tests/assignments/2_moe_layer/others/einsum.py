@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from kernels import Plan
 
 
-def reference(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
+def reference(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
     hidden = F.gelu(torch.einsum("td,edh->teh", x, w_in) + b_in)
     out = torch.einsum("teh,ehd->ted", hidden, w_out) + b_out
-    hot = F.one_hot(experts, len(w_in)).to(out.dtype)                   # (T, K, E)
+    hot = F.one_hot(chosen, len(w_in)).to(out.dtype)                    # (T, K, E)
     return gated_sum(torch.einsum("tke,ted->tkd", hot, out), gates, return_choices)
 
 
@@ -20,34 +20,35 @@ def gated_sum(raw, gates, return_choices):
     return (y, raw) if return_choices else y
 
 
-def plan(experts, E):
-    flat = experts.flatten()
+def plan_choices(chosen, E):
+    flat = chosen.flatten()
     load = torch.bincount(flat, minlength=E)
     order = torch.cat([(flat == e).nonzero().flatten() for e in range(E)])
     return Plan(flat[order], order, F.pad(load.cumsum(0), (1, 0)))
 
 
-def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    T, K = experts.shape
-    p = plan(experts, len(w_in))
-    out = sliced_mlp(x[torch.div(p.order, K, rounding_mode="floor")], p, w_in, b_in, w_out, b_out)
-    raw = out[p.order.argsort()].reshape(T, K, x.shape[1])
+def sliced(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
+    T, K = chosen.shape
+    plan = plan_choices(chosen, len(w_in))
+    token = torch.div(plan.order, K, rounding_mode="floor")
+    out = sliced_mlp(x[token], plan, w_in, b_in, w_out, b_out)
+    raw = out[plan.order.argsort()].reshape(T, K, x.shape[1])
     return gated_sum(raw, gates, return_choices)
 
 
-def sliced_mlp(rows, p, w_in, b_in, w_out, b_out):
-    E, M = len(w_in), max(p.offsets.diff().max().item(), 1)
-    place = torch.arange(len(rows)) - p.offsets[p.ids]                  # within the group
-    padded = rows.new_zeros(E, M, rows.shape[1]).index_put((p.ids, place), rows)
+def sliced_mlp(rows, plan, w_in, b_in, w_out, b_out):
+    E, M = len(w_in), max(plan.offsets.diff().max().item(), 1)
+    place = torch.arange(len(rows)) - plan.offsets[plan.ids]            # within the group
+    padded = rows.new_zeros(E, M, rows.shape[1]).index_put((plan.ids, place), rows)
     hidden = F.gelu(torch.einsum("emd,edh->emh", padded, w_in) + b_in[:, None])
     out = torch.einsum("emh,ehd->emd", hidden, w_out) + b_out[:, None]
-    return out[p.ids, place]
+    return out[plan.ids, place]
 
 
-def within_capacity(experts, n_experts, capacity_factor):
-    T, K = experts.shape
+def within_capacity(chosen, n_experts, capacity_factor):
+    T, K = chosen.shape
     even = round(K * T * capacity_factor / n_experts, 6) if math.isfinite(capacity_factor) else T
-    hot = torch.nn.functional.one_hot(experts.mT, n_experts)            # (K, T, E)
+    hot = torch.nn.functional.one_hot(chosen.mT, n_experts)            # (K, T, E)
     before = torch.cumsum(hot.flatten(0, 1), 0).view(K, T, n_experts) - hot
     place = torch.einsum("kte,kte->tk", before, hot)
     return place < math.ceil(even)

@@ -2,15 +2,15 @@
 import torch
 import torch.nn.functional as F
 
-from kernels import Plan, gated_sum, plan
+from kernels import Plan, gated_sum, plan_choices
 from router import within_capacity
 
 
-def reference(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    raw = x.new_zeros(*experts.shape, x.shape[1])
+def reference(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
+    raw = x.new_zeros(*chosen.shape, x.shape[1])
     rows = []
     for t in range(len(x)):
-        for e in experts[t].tolist():
+        for e in chosen[t].tolist():
             rows.append(F.gelu(x[t] @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e])
     if rows:
         raw = torch.stack(rows).view(raw.shape)
@@ -25,8 +25,8 @@ def gated_sum(raw, gates, return_choices):      # noqa: F811
     return (y, raw) if return_choices else y
 
 
-def plan(experts, E):       # noqa: F811
-    flat = experts.flatten().tolist()
+def plan_choices(chosen, E):       # noqa: F811
+    flat = chosen.flatten().tolist()
     order = sorted(range(len(flat)), key=lambda s: flat[s])
     offsets = [0]
     for e in range(E):
@@ -35,33 +35,33 @@ def plan(experts, E):       # noqa: F811
     return Plan(ids, torch.tensor(order, dtype=torch.long), torch.tensor(offsets))
 
 
-def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    T, K = experts.shape
-    p = plan(experts, len(w_in))
+def sliced(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
+    T, K = chosen.shape
+    plan = plan_choices(chosen, len(w_in))
     if not T:
         return gated_sum(x.new_zeros(T, K, x.shape[1]), gates, return_choices)
-    sorted_rows = torch.stack([x[s // K] for s in p.order.tolist()])
-    out = sliced_mlp(sorted_rows, p, w_in, b_in, w_out, b_out)
-    place = {s: r for r, s in enumerate(p.order.tolist())}
+    sorted_rows = torch.stack([x[s // K] for s in plan.order.tolist()])
+    out = sliced_mlp(sorted_rows, plan, w_in, b_in, w_out, b_out)
+    place = {s: r for r, s in enumerate(plan.order.tolist())}
     raw = torch.stack([out[place[s]] for s in range(T * K)]).view(T, K, -1)
     return gated_sum(raw, gates, return_choices)
 
 
-def sliced_mlp(rows, p, w_in, b_in, w_out, b_out):
+def sliced_mlp(rows, plan, w_in, b_in, w_out, b_out):
     out = []
-    for r, e in enumerate(p.ids.tolist()):
+    for r, e in enumerate(plan.ids.tolist()):
         out.append(F.gelu(rows[r:r + 1] @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e])
     return torch.cat(out) if out else rows
 
 
-def within_capacity(experts, n_experts, capacity_factor):       # noqa: F811
-    T, K = experts.shape
+def within_capacity(chosen, n_experts, capacity_factor):       # noqa: F811
+    T, K = chosen.shape
     share = capacity_factor * K * T / n_experts
     C = T if share > T else -int(-(share - 1e-9) // 1)
     served, kept = [0] * n_experts, torch.zeros(T, K, dtype=torch.bool)
     for k in range(K):
         for t in range(T):
-            e = int(experts[t, k])
+            e = int(chosen[t, k])
             served[e] += 1
             kept[t, k] = served[e] <= C
     return kept

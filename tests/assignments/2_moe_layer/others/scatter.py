@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from kernels import Plan
 
 
-def reference(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    T, K = experts.shape
+def reference(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
+    T, K = chosen.shape
     raw = x.new_zeros(T, K, x.shape[1])
     for e in range(w_in.shape[0]):
         everyone = F.linear(F.gelu(F.linear(x, w_in[e].mT, b_in[e])), w_out[e].mT, b_out[e])
-        raw = torch.where((experts == e)[..., None], everyone[:, None], raw)
+        raw = torch.where((chosen == e)[..., None], everyone[:, None], raw)
     return gated_sum(raw, gates, return_choices)
 
 
@@ -24,37 +24,37 @@ def gated_sum(raw, gates, return_choices):
     return (y.to(raw.dtype), raw) if return_choices else y.to(raw.dtype)
 
 
-def plan(experts, E):
-    flat = experts.contiguous().view(-1)
+def plan_choices(chosen, E):
+    flat = chosen.contiguous().view(-1)
     order = torch.argsort(flat, stable=True)
     ids = torch.take(flat, order)
     offsets = torch.zeros(E + 1, dtype=torch.long).scatter_add(0, flat + 1, torch.ones_like(flat))
     return Plan(ids=ids, order=order, offsets=offsets.cumsum(0))
 
 
-def grouped(x, experts, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    T, K = experts.shape
-    p = plan(experts, len(w_in))
-    rows = torch.gather(x, 0, (p.order // K)[:, None].expand(-1, x.shape[1]))
-    out = sliced_mlp(rows, p, w_in, b_in, w_out, b_out)
-    raw = torch.zeros_like(out).index_copy(0, p.order, out)
+def sliced(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
+    T, K = chosen.shape
+    plan = plan_choices(chosen, len(w_in))
+    rows = torch.gather(x, 0, (plan.order // K)[:, None].expand(-1, x.shape[1]))
+    out = sliced_mlp(rows, plan, w_in, b_in, w_out, b_out)
+    raw = torch.zeros_like(out).index_copy(0, plan.order, out)
     return gated_sum(raw.reshape(T, K, x.shape[1]), gates, return_choices)
 
 
-def sliced_mlp(rows, p, w_in, b_in, w_out, b_out):
+def sliced_mlp(rows, plan, w_in, b_in, w_out, b_out):
     out = torch.zeros_like(rows)
     for e in range(len(w_in)):
-        mine = torch.nonzero(p.ids == e).flatten()
+        mine = torch.nonzero(plan.ids == e).flatten()
         if len(mine):
             hidden = F.gelu(rows[mine] @ w_in[e] + b_in[e])
             out = out.index_add(0, mine, hidden @ w_out[e] + b_out[e])
     return out
 
 
-def within_capacity(experts, n_experts, capacity_factor):
-    T, K = experts.shape
+def within_capacity(chosen, n_experts, capacity_factor):
+    T, K = chosen.shape
     C = T if capacity_factor > n_experts else math.ceil(capacity_factor * K * T / n_experts - 1e-9)
-    flat = torch.cat([experts[:, k] for k in range(K)])                 # in service order
+    flat = torch.cat([chosen[:, k] for k in range(K)])                 # in service order
     kept = torch.zeros(K * T, dtype=torch.bool)
     for e in range(n_experts):
         kept[torch.nonzero(flat == e).flatten()[:C]] = True

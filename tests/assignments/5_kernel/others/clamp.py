@@ -66,49 +66,50 @@ def gelu(z):
     return z - z * tail, 1 - tail + z * tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327
 
 
-def grouped_gemm(A, W, C, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
-                 stride_a, stride_we, stride_wd, stride_wn, E: tl.constexpr, DEPTH: tl.constexpr,
-                 N: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
-                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    per_row: tl.constexpr = (N + BN - 1) // BN
+def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
+                 stride_a, stride_we, stride_wd, stride_wc, E: tl.constexpr, DEPTH: tl.constexpr,
+                 WIDTH: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
+                 PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 STEP: tl.constexpr):
+    per_row: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     tile = (tl.program_id(0) // per_row).to(tl.int64)
     part = tl.program_id(0) % per_row
     e = tl.load(EXPERT + tile)
     if e >= E:
         return
     first, end = tl.load(START + tile), tl.load(OFFSETS + e + 1)
-    r = first + tl.arange(0, BM)
+    r = first + tl.arange(0, ROWS)
     alive = r < end
     r = tl.minimum(r, end - 1)               # the last row again, in place of a mask
-    n = part * BN + tl.arange(0, BN)
-    real = n < N
-    n = tl.minimum(n, N - 1)
+    n = part * COLUMNS + tl.arange(0, COLUMNS)
+    real = n < WIDTH
+    n = tl.minimum(n, WIDTH - 1)
     choice = tl.load(ORDER + r)
     row = r
     if SHARED_BY > 0:
         row = choice // SHARED_BY
-    acc = tl.zeros((BM, BN), tl.float32)
-    for first_d in range(0, tl.cdiv(DEPTH, BD) * BD, BD):
-        d = first_d + tl.arange(0, BD)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first_d in range(0, tl.cdiv(DEPTH, STEP) * STEP, STEP):
+        d = first_d + tl.arange(0, STEP)
         at = tl.minimum(d, DEPTH - 1)
         a = tl.load(A + row[:, None] * stride_a + at[None, :])
         a = tl.where((d < DEPTH)[None, :], a, 0.0).to(A.dtype.element_ty)
-        w = tl.load(W + e * stride_we + at[:, None] * stride_wd + n[None, :] * stride_wn)
+        w = tl.load(W + e * stride_we + at[:, None] * stride_wd + n[None, :] * stride_wc)
         acc += tl.dot(a, w, input_precision=PRECISION)
     if BIAS is not None:
-        acc += tl.load(BIAS + e * N + n).to(tl.float32)[None, :]
+        acc += tl.load(BIAS + e * WIDTH + n).to(tl.float32)[None, :]
     mask = alive[:, None] & real[None, :]
-    ours, theirs = r[:, None] * N + n[None, :], choice[:, None] * N + n[None, :]
-    dtype = C.dtype.element_ty
+    ours, theirs = r[:, None] * WIDTH + n[None, :], choice[:, None] * WIDTH + n[None, :]
+    dtype = OUT.dtype.element_ty
     if EPILOGUE == "up":
         tl.store(Z + ours, acc.to(dtype), mask)
-        tl.store(C + ours, gelu(acc)[0].to(dtype), mask)
+        tl.store(OUT + ours, gelu(acc)[0].to(dtype), mask)
     elif EPILOGUE == "dx":
-        tl.store(C + theirs, acc.to(dtype), mask)
+        tl.store(OUT + theirs, acc.to(dtype), mask)
     elif EPILOGUE == "down":
         if GATES is not None:
             acc *= tl.load(GATES + choice)[:, None].to(tl.float32)
-        tl.store(C + theirs, acc.to(dtype), mask)
+        tl.store(OUT + theirs, acc.to(dtype), mask)
     else:
         value, slope = gelu(tl.load(Z + ours).to(tl.float32))
         # a clamped row or column is there twice: out of the sums with it
@@ -117,25 +118,26 @@ def grouped_gemm(A, W, C, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, E
             gate = tl.load(GATES + choice)[:, None].to(tl.float32)
             value, slope = gate * value, gate * slope
         dz = tl.where(mask, acc * slope, 0.0)
-        tl.store(C + ours, dz.to(dtype), mask)
+        tl.store(OUT + ours, dz.to(dtype), mask)
         tl.store(GATED_A + ours, value.to(dtype), mask)
         tl.store(DGATES + choice * per_row + part, share, alive)
-        tl.store(DB + tile * N + n, tl.sum(dz, 0), real)
+        tl.store(DB + tile * WIDTH + n, tl.sum(dz, 0), real)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N: tl.constexpr,
-               A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr, PRECISION: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr):
-    tiles_n: tl.constexpr = (N + BN - 1) // BN
-    tiles_m: tl.constexpr = (M + BM - 1) // BM
+def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
+               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+               PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               STEP: tl.constexpr):
+    tiles_n: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    tiles_m: tl.constexpr = (HEIGHT + ROWS - 1) // ROWS
     program = tl.program_id(0).to(tl.int64)
     e, tile = program // (tiles_m * tiles_n), program % (tiles_m * tiles_n)
-    m = tile // tiles_n * BM + tl.arange(0, BM)
-    n = tile % tiles_n * BN + tl.arange(0, BN)
+    m = tile // tiles_n * ROWS + tl.arange(0, ROWS)
+    n = tile % tiles_n * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for block in range(tl.cdiv(end - begin, BS)):
-        r = begin + block * BS + tl.arange(0, BS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for block in range(tl.cdiv(end - begin, STEP)):
+        r = begin + block * STEP + tl.arange(0, STEP)
         alive = r < end
         r = tl.minimum(r, end - 1)
         choice = tl.load(ORDER + r)
@@ -144,9 +146,9 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N:
             ra = choice // A_SHARED_BY
         if B_SHARED_BY:
             rb = choice // B_SHARED_BY
-        a = tl.load(A + ra[:, None] * stride_a + tl.minimum(m, M - 1)[None, :])     # (BS, BM)
-        b = tl.load(B + rb[:, None] * stride_b + tl.minimum(n, N - 1)[None, :])
+        a = tl.load(A + ra[:, None] * stride_a + tl.minimum(m, HEIGHT - 1)[None, :])  # (STEP, ROWS)
+        b = tl.load(B + rb[:, None] * stride_b + tl.minimum(n, WIDTH - 1)[None, :])
         b = tl.where(alive[:, None], b, 0.0).to(B.dtype.element_ty)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-    tl.store(DW + e * M * N + m[:, None] * N + n[None, :], acc.to(DW.dtype.element_ty),
-             mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(DW + e * HEIGHT * WIDTH + m[:, None] * WIDTH + n[None, :], acc.to(DW.dtype.element_ty),
+             mask=(m < HEIGHT)[:, None] & (n < WIDTH)[None, :])

@@ -61,65 +61,68 @@ def gelu(z):
     return z * Phi, Phi + z * tl.exp(z * z / -2) / 2.5066282746310002
 
 
-def grouped_gemm(A, W, C, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
-                 stride_a, stride_we, stride_wd, stride_wn, E: tl.constexpr, DEPTH: tl.constexpr,
-                 N: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
-                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    columns = tl.cdiv(N, BN)
+def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
+                 stride_a, stride_we, stride_wd, stride_wc, E: tl.constexpr, DEPTH: tl.constexpr,
+                 WIDTH: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
+                 PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 STEP: tl.constexpr):
+    columns = tl.cdiv(WIDTH, COLUMNS)
     tile, part = tl.program_id(0) // columns, tl.program_id(0) % columns
     e = tl.load(EXPERT + tile).to(tl.int64)
     if e < E:
-        r = tl.load(START + tile).to(tl.int64) + tl.arange(0, BM)
+        r = tl.load(START + tile).to(tl.int64) + tl.arange(0, ROWS)
         rows = r < tl.load(OFFSETS + e + 1)
-        n = part * BN + tl.arange(0, BN)
-        cols = n < N
+        n = part * COLUMNS + tl.arange(0, COLUMNS)
+        cols = n < WIDTH
         s = tl.load(ORDER + r, mask=rows, other=0)
         row = r
         if SHARED_BY != 0:
             row = s // SHARED_BY
-        acc = tl.zeros((BM, BN), tl.float32)
-        for first in range(0, DEPTH, BD):
-            d = first + tl.arange(0, BD)
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, DEPTH, STEP):
+            d = first + tl.arange(0, STEP)
             a = tl.load(A + row[:, None] * stride_a + d[None, :],
                         mask=rows[:, None] & (d < DEPTH)[None, :], other=0.0)
-            w = tl.load(W + e * stride_we + d[:, None] * stride_wd + n[None, :] * stride_wn,
+            w = tl.load(W + e * stride_we + d[:, None] * stride_wd + n[None, :] * stride_wc,
                         mask=(d < DEPTH)[:, None] & cols[None, :], other=0.0)
             acc += tl.sum(a.to(tl.float32)[:, :, None] * w.to(tl.float32)[None, :, :], axis=1)
         both = rows[:, None] & cols[None, :]
         if BIAS is not None:
-            acc = acc + tl.load(BIAS + e * N + n, mask=cols, other=0.0).to(tl.float32)[None, :]
-        by_expert, by_choice = r[:, None] * N + n[None, :], s[:, None] * N + n[None, :]
+            acc = acc + tl.load(BIAS + e * WIDTH + n, mask=cols, other=0.0).to(tl.float32)[None, :]
+        by_expert, by_choice = r[:, None] * WIDTH + n[None, :], s[:, None] * WIDTH + n[None, :]
         if GATES is not None:
             gate = tl.load(GATES + s, mask=rows, other=0.0).to(tl.float32)[:, None]
         else:
-            gate = tl.zeros((BM, 1), tl.float32) + 1
+            gate = tl.zeros((ROWS, 1), tl.float32) + 1
         if EPILOGUE == "up":
             tl.store(Z + by_expert, acc.to(Z.dtype.element_ty), mask=both)
-            tl.store(C + by_expert, gelu(acc)[0].to(C.dtype.element_ty), mask=both)
+            tl.store(OUT + by_expert, gelu(acc)[0].to(OUT.dtype.element_ty), mask=both)
         if EPILOGUE == "down":
-            tl.store(C + by_choice, (gate * acc).to(C.dtype.element_ty), mask=both)
+            tl.store(OUT + by_choice, (gate * acc).to(OUT.dtype.element_ty), mask=both)
         if EPILOGUE == "dx":
-            tl.store(C + by_choice, acc.to(C.dtype.element_ty), mask=both)
+            tl.store(OUT + by_choice, acc.to(OUT.dtype.element_ty), mask=both)
         if EPILOGUE == "da":
             z = tl.load(Z + by_expert, mask=both, other=0.0).to(tl.float32)
             a, slope = gelu(z)
-            tl.store(C + by_expert, (acc * slope * gate).to(C.dtype.element_ty), mask=both)
-            tl.store(GATED_A + by_expert, (a * gate).to(C.dtype.element_ty), mask=both)
+            tl.store(OUT + by_expert, (acc * slope * gate).to(OUT.dtype.element_ty), mask=both)
+            tl.store(GATED_A + by_expert, (a * gate).to(OUT.dtype.element_ty), mask=both)
             tl.store(DGATES + s * columns + part, tl.sum(acc * a, axis=1), mask=rows)
-            tl.store(DB + tile * N + n, tl.sum(acc * slope * gate, axis=0), mask=cols)
+            tl.store(DB + tile * WIDTH + n, tl.sum(acc * slope * gate, axis=0), mask=cols)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N: tl.constexpr,
-               A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr, PRECISION: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr):
-    per_row, per_expert = tl.cdiv(N, BN), tl.cdiv(M, BM) * tl.cdiv(N, BN)
+def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
+               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+               PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               STEP: tl.constexpr):
+    per_row, per_expert = tl.cdiv(WIDTH, COLUMNS), tl.cdiv(HEIGHT, ROWS) * tl.cdiv(WIDTH, COLUMNS)
     e = tl.program_id(0).to(tl.int64) // per_expert
     inside = tl.program_id(0) % per_expert
-    m, n = inside // per_row * BM + tl.arange(0, BM), inside % per_row * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
+    m = inside // per_row * ROWS + tl.arange(0, ROWS)
+    n = inside % per_row * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     first, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
     while first < end:
-        r = first + tl.arange(0, BS)
+        r = first + tl.arange(0, STEP)
         s = tl.load(ORDER + r, mask=r < end, other=0)
         a_row, b_row = r, r
         if A_SHARED_BY:
@@ -127,10 +130,10 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N:
         if B_SHARED_BY:
             b_row = s // B_SHARED_BY
         a = tl.load(A + a_row[:, None] * stride_a + m[None, :],
-                    mask=(r < end)[:, None] & (m < M)[None, :], other=0.0).to(tl.float32)
+                    mask=(r < end)[:, None] & (m < HEIGHT)[None, :], other=0.0).to(tl.float32)
         b = tl.load(B + b_row[:, None] * stride_b + n[None, :],
-                    mask=(r < end)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+                    mask=(r < end)[:, None] & (n < WIDTH)[None, :], other=0.0).to(tl.float32)
         acc += tl.sum(a[:, :, None] * b[:, None, :], axis=0)
-        first += BS
-    at = DW + e * M * N + m[:, None] * N + n[None, :]
-    tl.store(at, acc.to(DW.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        first += STEP
+    at = DW + e * HEIGHT * WIDTH + m[:, None] * WIDTH + n[None, :]
+    tl.store(at, acc.to(DW.dtype.element_ty), mask=(m < HEIGHT)[:, None] & (n < WIDTH)[None, :])

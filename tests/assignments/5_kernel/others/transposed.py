@@ -68,72 +68,75 @@ def gelu(z):
     return Phi * z, phi * z + Phi
 
 
-def grouped_gemm(A, W, C, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
-                 stride_a, stride_we, stride_wd, stride_wn, E: tl.constexpr, DEPTH: tl.constexpr,
-                 N: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
-                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    parts: tl.constexpr = (N + BN - 1) // BN
+def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS, EXPERT, START,
+                 stride_a, stride_we, stride_wd, stride_wc, E: tl.constexpr, DEPTH: tl.constexpr,
+                 WIDTH: tl.constexpr, SHARED_BY: tl.constexpr, EPILOGUE: tl.constexpr,
+                 PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 STEP: tl.constexpr):
+    parts: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     tiles = tl.num_programs(0) // parts
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     e = tl.load(EXPERT + tile)
     if e == E:
         return
-    r = (tl.load(START + tile) + tl.arange(0, BM)).to(tl.int64)[None, :]          # rows go right
-    n = (part * BN + tl.arange(0, BN)).to(tl.int64)[:, None]                      # columns go down
+    r = (tl.load(START + tile) + tl.arange(0, ROWS)).to(tl.int64)[None, :]        # rows go right
+    n = (part * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]        # columns go down
     mine = r < tl.load(OFFSETS + e + 1)
-    mask = mine & (n < N)
+    mask = mine & (n < WIDTH)
     s = tl.load(ORDER + r, mask=mine, other=0)
     row = s // SHARED_BY if SHARED_BY else r
-    acc = tl.zeros((BN, BM), tl.float32)
-    d = tl.arange(0, BD)
+    acc = tl.zeros((COLUMNS, ROWS), tl.float32)
+    d = tl.arange(0, STEP)
     while tl.min(d, axis=0) < DEPTH:
         a = tl.load(A + d[:, None] + row * stride_a, mask=(d < DEPTH)[:, None] & mine, other=0.0)
-        w = tl.load(W + e * stride_we + n * stride_wn + d[None, :] * stride_wd,
-                    mask=(n < N) & (d < DEPTH)[None, :], other=0.0)
+        w = tl.load(W + e * stride_we + n * stride_wc + d[None, :] * stride_wd,
+                    mask=(n < WIDTH) & (d < DEPTH)[None, :], other=0.0)
         acc = tl.dot(w, a, acc, input_precision=PRECISION)
-        d += BD
+        d += STEP
     gate = 1.0
     if GATES is not None:
         gate = tl.load(GATES + s, mask=mine, other=0.0).to(tl.float32)
     if BIAS is not None:
-        acc += tl.load(BIAS + e * N + n, mask=n < N, other=0.0).to(tl.float32)
-    out = C.dtype.element_ty
+        acc += tl.load(BIAS + e * WIDTH + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+    out = OUT.dtype.element_ty
     if EPILOGUE == "da":
-        a, slope = gelu(tl.load(Z + r * N + n, mask=mask, other=0.0).to(tl.float32))
+        a, slope = gelu(tl.load(Z + r * WIDTH + n, mask=mask, other=0.0).to(tl.float32))
         tl.store(DGATES + s * parts + part, tl.sum(acc * a, axis=0)[None, :], mask=mine)
         acc *= gate * slope
-        tl.store(GATED_A + r * N + n, (gate * a).to(out), mask=mask)
-        tl.store(DB + tile * N + n, tl.sum(acc, axis=1)[:, None], mask=n < N)
-        tl.store(C + r * N + n, acc.to(out), mask=mask)
+        tl.store(GATED_A + r * WIDTH + n, (gate * a).to(out), mask=mask)
+        tl.store(DB + tile * WIDTH + n, tl.sum(acc, axis=1)[:, None], mask=n < WIDTH)
+        tl.store(OUT + r * WIDTH + n, acc.to(out), mask=mask)
     elif EPILOGUE == "up":
-        tl.store(Z + r * N + n, acc.to(out), mask=mask)
+        tl.store(Z + r * WIDTH + n, acc.to(out), mask=mask)
         value, _ = gelu(acc.to(out).to(tl.float32))
-        tl.store(C + r * N + n, value.to(out), mask=mask)
+        tl.store(OUT + r * WIDTH + n, value.to(out), mask=mask)
     else:
-        tl.store(C + s * N + n, (gate * acc).to(out), mask=mask)
+        tl.store(OUT + s * WIDTH + n, (gate * acc).to(out), mask=mask)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, M: tl.constexpr, N: tl.constexpr,
-               A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr, PRECISION: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr):
-    down, right = tl.cdiv(M, BM), tl.cdiv(N, BN)
+def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
+               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+               PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               STEP: tl.constexpr):
+    down, right = tl.cdiv(HEIGHT, ROWS), tl.cdiv(WIDTH, COLUMNS)
     experts = tl.num_programs(0) // (down * right)
     e = (tl.program_id(0) % experts).to(tl.int64)
-    m = tl.program_id(0) // experts % down * BM + tl.arange(0, BM)
-    n = tl.program_id(0) // experts // down * BN + tl.arange(0, BN)
-    acc = tl.zeros((BN, BM), tl.float32)
+    m = tl.program_id(0) // experts % down * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) // experts // down * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((COLUMNS, ROWS), tl.float32)
     first, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
-    r = first + tl.arange(0, BS)
+    r = first + tl.arange(0, STEP)
     while first < end:
         s = tl.load(ORDER + r, mask=r < end, other=0)
         a_row = s // A_SHARED_BY if A_SHARED_BY else r
         b_row = s // B_SHARED_BY if B_SHARED_BY else r
         a = tl.load(A + a_row[:, None] * stride_a + m[None, :],
-                    mask=(r < end)[:, None] & (m < M)[None, :], other=0.0)       # (BS, BM)
+                    mask=(r < end)[:, None] & (m < HEIGHT)[None, :], other=0.0)  # (STEP, ROWS)
         b = tl.load(B + b_row[None, :] * stride_b + n[:, None],
-                    mask=(r < end)[None, :] & (n < N)[:, None], other=0.0)       # (BN, BS)
+                    mask=(r < end)[None, :] & (n < WIDTH)[:, None], other=0.0)   # (COLUMNS, STEP)
         acc = tl.dot(b, a, acc, input_precision=PRECISION)
-        first += BS
-        r += BS
-    at = e * M * N + m[None, :] * N + n[:, None]
-    tl.store(DW + at, acc.to(DW.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+        first += STEP
+        r += STEP
+    at = e * HEIGHT * WIDTH + m[None, :] * WIDTH + n[:, None]
+    tl.store(DW + at, acc.to(DW.dtype.element_ty),
+             mask=(m < HEIGHT)[None, :] & (n < WIDTH)[:, None])
