@@ -25,26 +25,11 @@ if not torch.cuda.is_available():
 import kernels
 import train
 from data import normalise
-from notebooks import study
+from notebooks import decided, study
 from report import COLOURS
 from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
-# what notebook 2 calls the study's arms, in the order of its figure; *: thought of after the first
-# rows; the teacher of 10,000 taught the runs of results/cpu.jsonl
-NAMES = {
-    "dense": "dense ViT", "dense-features-alone": "dense ViT, KL on its features*",
-    "moe-k1": "V-MoE", "moe-k1-logits": "V-MoE, teacher's logits",
-    "moe-k1-features-alone": "V-MoE, KL on features alone*",
-    "tgr-k1-router-alone": "TGR, KL on routers alone", "tgr-k1": "TGR: KL on both",
-    "tgr-k1-distil-only": "TGR, KL and no task on routers",
-    "tgr-k1-first-half": "TGR, KL in the first half only",
-    "tgr-k1-weight-0.5": "TGR, a tenth of the KL", "tgr-k1-weight-50": "TGR, ten times the KL",
-    "tgr-k1-oracle": "TGR, the teacher dispatches",
-    "tgr-k1-last-layer": "TGR, teacher's last layer",
-    "tgr-k1-kmeans": "TGR, k-means teacher router",
-    "tgr-k1-random-router": "TGR, random teacher router",
-    "tgr": "TGR by the teacher of 10,000", "tgr-k1-random-teacher": "TGR, untrained teacher"}
 SMOKE = bool(os.environ.get("SMOKE_TEST"))      # set by the tests: live cells stay small
 
 
@@ -113,8 +98,8 @@ def show(fig, alt):
 def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
     """Draw sum(plus) - sum(minus) of the study's arms above `at`: a ring per seed that all of them
     have, a bar at the mean, a line over its 95 % interval. Returns the study's Estimate."""
-    found = study.contrast(rows, metric, plus, minus)
-    each = [study.contrast([r for r in rows if r["seed"] == seed], metric, plus, minus).mean
+    found = decided.contrast(rows, metric, plus, minus)
+    each = [decided.contrast([r for r in rows if r["seed"] == seed], metric, plus, minus).mean
             for seed in sorted({r["seed"] for r in rows})]
     each = [value for value in each if value is not None]
     axis.plot([at] * len(each), each, "o", ms=7, mfc="none", mew=1.5, color=colour)

@@ -31,8 +31,9 @@ import data  # noqa: E402
 import distill  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
-from notebooks import study  # noqa: E402
+from notebooks import probes, study  # noqa: E402
 from notebooks.controls import guide_the_features_alone  # noqa: E402
+from notebooks.decided import ARMS, GRIDS, SCALES, SWEEP  # noqa: E402
 from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
 from router import TopKRouter  # noqa: E402
 from teacher import Guide  # noqa: E402
@@ -169,14 +170,14 @@ def colleagues(raw):
 def sweep(args):
     """Arrays (alphas, seeds) from the ended runs of grid alpha at K=2; NaN where none has ended.
 
-    held_out: accuracy on the tenth that --split val holds out, for study.BEST_ALPHA. The rest is
+    held_out: accuracy on the tenth that --split val holds out, for decided.BEST_ALPHA. The rest is
     about 1,000 test images and a mean over the blocks: colleagues' cosine and length, strangers
     (pairs of experts that share under 1 % of the tokens), gate accuracy and that of a blind gate.
     """
-    commit, seeds = study.commit_of_row(dirty=True), range(study.GRIDS["alpha"]["mode-k2"][0])
+    commit, seeds = study.commit_of_row(dirty=True), range(GRIDS["alpha"]["mode-k2"][0])
     names = ("colleagues", "length", "strangers", "gate", "blind")
-    found = {name: np.full((len(study.SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
-    for (at, arm), seed in itertools.product(enumerate(study.SWEEP.values()), seeds):
+    found = {name: np.full((len(SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
+    for (at, arm), seed in itertools.product(enumerate(SWEEP.values()), seeds):
         run = Path(args.runs, arm, f"seed{seed}")
         if not (run / "result.json").exists():
             continue
@@ -200,25 +201,25 @@ def sweep(args):
             found[name][at, seed] = value
         print(arm, seed, *(f"{value[at, seed]:.3f}" for value in found.values()), flush=True)
     origin = about(f"python notebooks/measure.py sweep --runs {args.runs}", list(seeds), commit)
-    write("sweep", origin, alpha=np.array(list(study.SWEEP), dtype=float), **found)
+    write("sweep", origin, alpha=np.array(list(SWEEP), dtype=float), **found)
 
 
 def gradients(args):
     """cosine (runs, epochs + 1, L) of each router's task gradient with the oracle's, seed 0.
 
-    Epoch 0 is the first weights. The oracle is study.oracle_cosine's, on the 256 probe images; NaN
+    Epoch 0 is the first weights. The oracle is probes.oracle_cosine's, on the 256 probe images; NaN
     where the sparse gradient is 0. The runs are the study's own, bit for bit: it only looks.
     """
-    arms = {"softmax, then top-1": study.ARMS["moe-k1"].flags,
-            "softmax, then top-2": study.ARMS["moe-k2"].flags,
-            "top-2, then softmax": study.ARMS["moe-k2-topk-softmax"].flags,
-            "sigmoid, top-2": study.ARMS["moe-k2-sigmoid"].flags,
+    arms = {"softmax, then top-1": ARMS["moe-k1"].flags,
+            "softmax, then top-2": ARMS["moe-k2"].flags,
+            "top-2, then softmax": ARMS["moe-k2-topk-softmax"].flags,
+            "sigmoid, top-2": ARMS["moe-k2-sigmoid"].flags,
             "sigmoid, top-1": "--method moe --k 1 --gate sigmoid"}
     origin, curves = about("python notebooks/measure.py gradients", seed=0), []
     for name, flags in arms.items():
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            curves.append(cosines(f"{study.SCALES['cpu']} {flags}", folder, args.data_dir))
+            curves.append(cosines(f"{SCALES['cpu']} {flags}", folder, args.data_dir))
         write("gradients", origin, names=np.array(list(arms)[:len(curves)]),
               cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
 
@@ -231,7 +232,7 @@ def cosines(flags, folder, data_dir):
 
     def look(student):
         student.eval()
-        found.append([study.oracle_cosine(student, x, job.sets.probe[1], block)
+        found.append([probes.oracle_cosine(student, x, job.sets.probe[1], block)
                       for block in student.moe_blocks])
         student.train()
 
@@ -248,14 +249,6 @@ def cosines(flags, folder, data_dir):
 
 
 # --- whom does an expert serve? ---
-
-def mutual_information(counts):
-    """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
-    joint = counts / counts.sum()
-    alone = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    seen = joint > 0                                        # 0 log 0 = 0
-    return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
-
 
 def exchanges(B, N):
     """Orders (B*N,) in which tokens take over each other's experts."""
@@ -319,11 +312,11 @@ def features_alone(args):
     _, state = trained("tgr")
     path = RESULTS / "features_alone.jsonl"
     done = {(row["arm"], row["seed"]) for row in report.read_lines(path)} if path.exists() else ()
-    for seed in range(study.GRIDS["main"]["moe-k1"][0]):
+    for seed in range(GRIDS["main"]["moe-k1"][0]):
         for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
             if (f"{arm}-features-alone", seed) in done:
                 continue
-            _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *flags.split(), "--seed",
+            _, job = train.plan(train.parse([*SCALES["cpu"].split(), *flags.split(), "--seed",
                                              str(seed), "--data_dir", args.data_dir]))
             teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
             torch.manual_seed(seed)                        # the teacher routers' own weights

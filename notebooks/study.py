@@ -6,11 +6,9 @@
     python notebooks/study.py report main --readme README.md          tables, verdicts, figures
     python notebooks/study.py report --check README.md                is README what the rows say?
 
-Everything that is decided before a run stands above the first function: the recipe, the arms, the
-grids, the hypotheses and the analysis. A run becomes one row of notebooks/results/GRID.jsonl: the
-result.json of train.py and what is measured here at the end. Arms differ from each other only in
-what their line says; those of one seed share their trunk's first weights, the order of the images
-and the augmentation, so they are compared seed by seed. "ours" marks what no paper defines.
+decided.py holds what was decided before any run, controls.py what an arm does that no flag of
+train.py says, probes.py what a trained model is asked. A run becomes one row of
+notebooks/results/GRID.jsonl: the result.json of train.py and the answers to probes.closing_look.
 """
 import argparse
 import fcntl
@@ -27,349 +25,23 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import distill  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
-from data import normalise  # noqa: E402
-from notebooks.controls import LOSSES, SETUPS, dispatch  # noqa: E402
+from notebooks import decided  # noqa: E402
+from notebooks.controls import LOSSES, SETUPS  # noqa: E402
+from notebooks.decided import ACC, ARMS, GRIDS, METRICS, SCALES  # noqa: E402
+from notebooks.probes import closing_look  # noqa: E402
 from teacher import Guide  # noqa: E402
 
 RESULTS, FIGURES = ROOT / "notebooks" / "results", ROOT / "notebooks" / "figures"
 
-# --- decided in advance: the recipe ---
-
-SCALES = {
-    "cpu": "--preset tiny --data cifar100 --labels coarse --train_images 10000 --epochs 12 "
-           "--device cpu",
-    "gpu": "--preset small --data cifar100 --labels fine --train_images 0 --epochs 100 "
-           "--device cuda",
-}
-WORKERS = {"cpu": 2, "gpu": 4}
-# One dense teacher per scale, for every grid, arm and seed; no student has its seed, for a student
-# of the teacher's seed would start from the teacher's own first weights. At scale cpu it learns
-# from all 50,000 images, for the paper's teacher too has seen more than its students; one of
-# their 10,000 images knew no more than they did (32.1 %: the dense row of results/cpu.jsonl). What
-# its knowledge is worth by itself is what the arm moe-k1-logits measures.
-TEACHER = {"cpu": "--method dense --seed 1000 --train_images 0",
-           "gpu": "--method dense --seed 1000"}
-
-# --- decided in advance: the arms, all with E=8 unless they say otherwise ---
-
-
-class Arm(NamedTuple):
-    flags: str                      # of train.py
-    control: str | None = None      # a name in controls.py: what no flag can say
-
-
-# alpha: its arm at K=2, in order; 0 is the plain V-MoE, 0.01 what the other grids use
-SWEEP = {"0": "moe-k2", "0.001": "mode-k2-alpha-0.001", "0.01": "mode-k2",
-         "0.1": "mode-k2-alpha-0.1", "1": "mode-k2-alpha-1", "10": "mode-k2-alpha-10",
-         "100": "mode-k2-alpha-100"}
-# What mode-k8-best-alpha takes: the best at K=2 on the tenth of the training images that --split
-# val holds out, never on the test split. None: not chosen yet. At scale cpu no student trains on
-# that tenth, so `python notebooks/measure.py sweep` asks the ended runs of the grid themselves.
-BEST_ALPHA = {"cpu": "0.01", "gpu": None}
-EXPERTS = (4, 8, 16, 32, 64)
-ARMS = {
-    "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
-    "dense-total": Arm("--method dense --expert_ratio 16"),     # = total parameters of moe-k1
-    "soft": Arm("--method soft"),
-    "moe-k1": Arm("--method moe --k 1"),                   # V-MoE, alpha 0 of MoDE
-    "moe-k2": Arm("--method moe --k 2"),
-    "tgr-k1": Arm("--method tgr --k 1"),
-    "tgr-k1-router-alone": Arm("--method tgr --k 1", "router alone"),
-    "moe-k1-logits": Arm("--method moe --k 1", "logits"),
-    "mode-k2": Arm("--method mode --k 2 --alpha 0.01"),
-    "tgr+mode-k2": Arm("--method tgr+mode --k 2 --alpha 0.01"),
-    # how strong may mutual distillation be, and does a gate of all experts need it?
-    **{arm: Arm(f"--method mode --k 2 --alpha {alpha}") for alpha, arm in SWEEP.items()
-       if "alpha" in arm},
-    "moe-k8": Arm("--method moe --k 8"),
-    "mode-k8-best-alpha": Arm("--method mode --k 8 --alpha BEST"),      # of BEST_ALPHA
-    # when does guidance act, by whose knowledge, from which layer?
-    "tgr-k1-first-half": Arm("--method tgr --k 1 --guide_until 0.5"),
-    "tgr-k1-distil-only": Arm("--method tgr --k 1", "distil only"),
-    "tgr-k1-random-router": Arm("--method tgr --k 1", "random router"),
-    "tgr-k1-random-teacher": Arm("--method tgr --k 1", "random teacher"),
-    "tgr-k1-kmeans": Arm("--method tgr --k 1", "k-means"),
-    "tgr-k1-last-layer": Arm("--method tgr --k 1", "last layer"),
-    "tgr-k1-oracle": Arm("--method tgr --k 1", "oracle"),
-    "tgr-k1-weight-0.5": Arm("--method tgr --k 1 --guide_weight 0.5"),
-    "tgr-k1-weight-50": Arm("--method tgr --k 1 --guide_weight 50"),
-    # does the gain grow with the number of experts?
-    **{f"{m}-k1-E{E}": Arm(f"--method {m} --k 1 --n_experts {E}") for E in EXPERTS if E != 8
-       for m in ("moe", "tgr")},
-    # which gates let the task teach the router?
-    "moe-k2-topk-softmax": Arm("--method moe --k 2 --gate topk_softmax"),
-    "moe-k2-sigmoid": Arm("--method moe --k 2 --gate sigmoid"),
-    "moe-k1-topk-softmax": Arm("--method moe --k 1 --gate topk_softmax"),
-}
-
-# --- decided in advance: the grids, arm: (seeds, the arm it is compared with) ---
-
-GRIDS = {
-    "main": {
-        "dense": (5, None), "dense-total": (5, "moe-k1"), "soft": (5, "moe-k1"),
-        "moe-k1": (5, "dense"), "tgr-k1": (5, "moe-k1"), "tgr-k1-router-alone": (5, "tgr-k1"),
-        "moe-k1-logits": (5, "moe-k1"), "moe-k2": (8, "moe-k1"), "mode-k2": (8, "moe-k2"),
-        "tgr+mode-k2": (8, "moe-k2")},
-    "alpha": {
-        **{arm: (5, None if arm == "moe-k2" else "moe-k2") for arm in SWEEP.values()},
-        "moe-k8": (5, "moe-k2"), "mode-k8-best-alpha": (5, "moe-k8")},
-    "guidance": {
-        "moe-k1": (5, None), "tgr-k1": (5, "moe-k1"),
-        **{f"tgr-k1-{name}": (5, "tgr-k1") for name in (
-            "first-half", "distil-only", "random-router", "random-teacher", "kmeans", "last-layer",
-            "oracle", "weight-0.5", "weight-50")}},
-    "experts": {f"{m}-k1" + (f"-E{E}" if E != 8 else ""): (
-        5, ("moe-k1" + (f"-E{E}" if E != 8 else "")) if m == "tgr" else None)
-        for E in EXPERTS for m in ("moe", "tgr")},
-    "gates": {
-        "moe-k2": (5, None), "moe-k2-topk-softmax": (5, "moe-k2"), "moe-k2-sigmoid": (5, "moe-k2"),
-        "moe-k1": (5, None), "moe-k1-topk-softmax": (5, "moe-k1")},
-}
-
-# --- decided in advance: what is measured, and what is expected ---
-
-
-def over_time(name):
-    return lambda row: row["consistency"].get(name)
-
-
-def probing(name):
-    return lambda row: (row.get("probing") or {}).get(name)
-
-
-# from a row; None where a run has no such number. Accuracies in points (percent).
-METRICS = {
-    "accuracy": lambda row: 100 * row["test_accuracy"],
-    # an arm that trained on the teacher's dispatch is tested on it too
-    "accuracy, dispatched as in training":
-        lambda row: 100 * row.get("oracle_accuracy", row["test_accuracy"]),
-    "agreement adjacent, first quarter": over_time("first_quarter_agreement_adjacent"),
-    "kappa adjacent, first quarter": over_time("first_quarter_kappa_adjacent"),
-    "agreement with the end at 1/6": over_time("sixth_agreement_final"),
-    "agreement with the end at 1/2": over_time("half_agreement_final"),
-    "load entropy": lambda row: row["load_entropy"],
-    "expert similarity": lambda row: row.get("similarity"),
-    "own-domain accuracy": probing("own"),
-    "other-domain accuracy": probing("others"),
-    "gate accuracy": probing("gate_accuracy"),
-    "oracle cosine": lambda row: row.get("oracle_cosine"),
-}
-
-
-# beside the accuracy, what a grid's table shows
-COLUMNS = {
-    "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
-    "guidance": ("accuracy, dispatched as in training", "agreement adjacent, first quarter",
-                 "load entropy"),
-    "gates": ("oracle cosine", "agreement adjacent, first quarter", "load entropy")}
-USUAL = ("agreement adjacent, first quarter", "agreement with the end at 1/2", "load entropy")
-
-
-class Hypothesis(NamedTuple):
-    """sum of `plus` - sum of `minus`, seed by seed, is at least `least` and surely above 0."""
-    grid: str
-    claim: str
-    source: str                     # whose claim: T the TGR paper, M the MoDE paper, ours
-    metric: str
-    plus: tuple
-    minus: tuple = ()
-    least: float = 0.0
-    scales: tuple = ("cpu", "gpu")  # a threshold may mean something at one scale alone
-
-
-ACC, TGR_MOE = "accuracy", (("tgr-k1",), ("moe-k1",))
-HYPOTHESES = [
-    Hypothesis("main", "the dense ViT is a fair baseline", "ours", ACC, ("dense",), (), 70,
-               ("gpu",)),
-    Hypothesis("main", "experts help", "T", ACC, ("moe-k1",), ("dense",), 0.8),
-    Hypothesis("main", "guidance helps", "T", ACC, *TGR_MOE, 0.8),
-    Hypothesis("main", "guidance steadies routing", "T", "agreement adjacent, first quarter",
-               *TGR_MOE),
-    Hypothesis("main", "... beyond chance", "ours", "kappa adjacent, first quarter", *TGR_MOE),
-    Hypothesis("main", "guided tokens settle early", "T", "agreement with the end at 1/6",
-               *TGR_MOE),
-    Hypothesis("main", "... and at half-time", "ours", "agreement with the end at 1/2", *TGR_MOE),
-    Hypothesis("main", "70 % have settled at 1/6", "T", "agreement with the end at 1/6",
-               ("tgr-k1",), (), 0.7),
-    Hypothesis("main", "guidance works through the backbone too", "ours", ACC, ("tgr-k1",),
-               ("tgr-k1-router-alone",)),
-    Hypothesis("main", "guiding the router alone helps", "ours", ACC, ("tgr-k1-router-alone",),
-               ("moe-k1",)),
-    Hypothesis("main", "guidance is more than a teacher's information", "ours", ACC, ("tgr-k1",),
-               ("moe-k1-logits",)),
-    Hypothesis("main", "mutual distillation helps", "M", ACC, ("mode-k2",), ("moe-k2",), 0.5),
-    Hypothesis("main", "both together help more than mutual distillation", "ours", ACC,
-               ("tgr+mode-k2",), ("mode-k2",)),
-    Hypothesis("alpha", "too large an alpha hurts", "M", ACC, ("mode-k2",),
-               ("mode-k2-alpha-100",)),
-    Hypothesis("alpha", "a moderate alpha helps", "M", ACC, ("mode-k2",), ("moe-k2",)),
-    Hypothesis("alpha", "a large alpha makes experts alike", "M", "expert similarity",
-               ("mode-k2-alpha-100",), ("moe-k2",), 0.1),
-    Hypothesis("alpha", "the gate chooses better", "M", "gate accuracy", ("mode-k2",),
-               ("moe-k2",)),
-    Hypothesis("alpha", "experts do better on their own domain", "M", "own-domain accuracy",
-               ("mode-k2",), ("moe-k2",)),
-    Hypothesis("guidance", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
-               ("tgr-k1",)),
-    Hypothesis("guidance", "the last layer is the wrong one", "T", ACC, ("tgr-k1",),
-               ("tgr-k1-last-layer",)),
-    Hypothesis("guidance", "the teacher's own dispatch is far above", "T",
-               "accuracy, dispatched as in training", ("tgr-k1-oracle",), ("tgr-k1",), 1.0),
-    Hypothesis("guidance", "a student trained on it cannot route by itself", "T", ACC,
-               ("moe-k1",), ("tgr-k1-oracle",)),
-    *(Hypothesis("guidance", f"a trained teacher router beats {what}", "ours", ACC, ("tgr-k1",),
-                 (f"tgr-k1-{arm}",)) for what, arm in (
-        ("a frozen random one", "random-router"), ("one on an untrained teacher", "random-teacher"),
-        ("frozen k-means", "kmeans"))),
-    *(Hypothesis("guidance", f"the KL's weight of 5 beats {w}", "ours", ACC, ("tgr-k1",),
-                 (f"tgr-k1-weight-{w}",)) for w in ("0.5", "50")),
-    Hypothesis("experts", "the gain grows from E=4 to E=64", "T", ACC,
-               ("tgr-k1-E64", "moe-k1-E4"), ("moe-k1-E64", "tgr-k1-E4")),
-    Hypothesis("experts", "guidance helps with 64 experts", "T", ACC, ("tgr-k1-E64",),
-               ("moe-k1-E64",), 0.8),
-    Hypothesis("gates", "a router that cannot learn costs accuracy", "ours", ACC, ("moe-k1",),
-               ("moe-k1-topk-softmax",)),
-]
-
-# --- decided in advance: the analysis ---
-
-# t with 97.5 % below it, for 1 to 30 degrees of freedom (any t table; tests integrate the density)
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-         2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-
-
-class Estimate(NamedTuple):
-    mean: float | None
-    low: float | None               # the 95 % t-interval; None with fewer than two seeds
-    high: float | None
-    n: int
-    left_out: tuple = ()            # (arm, seed) of the runs that have no partner
-
-
-def interval(values, left_out=()):
-    """Mean and 95 % t-interval of independent values."""
-    n = len(values)
-    if n < 2:
-        return Estimate(values[0] if values else None, None, None, n, left_out)
-    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n)
-    mean = statistics.fmean(values)
-    return Estimate(mean, mean - half, mean + half, n, left_out)
-
-
-def contrast(rows, metric, plus, minus=()):
-    """sum(plus) - sum(minus) over the seeds that every arm has; the others are left out by name."""
-    known = {arm: {r["seed"]: value for r in rows if r["arm"] == arm
-                   if (value := METRICS[metric](r)) is not None} for arm in (*plus, *minus)}
-    seeds = sorted(set.intersection(*map(set, known.values())))
-    left_out = tuple((arm, s) for arm in known for s in sorted(known[arm]) if s not in seeds)
-    return interval([sum(known[a][s] for a in plus) - sum(known[a][s] for a in minus)
-                     for s in seeds], left_out)
-
-
-def verdict(estimate, least):
-    """met: at least `least`, and surely above 0. not met: surely below `least`. Else undecided."""
-    if estimate.n == 0:
-        return "not run"
-    if estimate.low is None:
-        return "undecided"
-    if estimate.mean >= least and estimate.low > 0:
-        return "met"
-    return "not met" if estimate.high < least or estimate.high <= 0 else "undecided"
-
-
-# --- what is measured at the end of a run ---
-
-PROBED = 2_000       # test images whose experts are forced one by one
-
-
-@torch.no_grad()
-def expert_similarity(moe, h):
-    """Mean cosine of two experts' outputs for one token, over pairs and tokens h (T, D) (ours)."""
-    E = len(moe.experts.w_in)
-    f = F.normalize(moe.experts.batched(h.expand(E, *h.shape)), dim=-1)     # (E, T, D)
-    pairs = f.sum(dim=0).square().sum(dim=-1) - E                       # (T,) both ways round
-    return (pairs / (E * (E - 1))).mean().item()
-
-
-def oracle_cosine(student, images, labels, block):
-    """Cosine of the router's gradient with the one it would have if it saw every expert (ours).
-
-    dL/dy of the sparse pass is kept, every expert is evaluated, and the same gate's formula is
-    given all experts. None where the sparse gradient is 0.
-    """
-    moe, seen = student.blocks[block - 1].mlp, {}
-    hook = moe.register_forward_hook(lambda m, x, out: seen.update(x=x[0], y=out[0]))
-    loss = F.cross_entropy(student(images).logits, labels)
-    hook.remove()
-    sparse, dy = torch.autograd.grad(loss, [moe.router.weight, seen["y"]], allow_unused=True)
-    if sparse is None or not sparse.any():
-        return None
-    h, dy = (v.detach().flatten(0, 1) for v in (seen["x"], dy))         # (T, D) both
-    with torch.no_grad():
-        f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))   # (E, T, D)
-        q = torch.einsum("td,etd->te", dy, f)                           # what each expert is worth
-    logits = F.linear(h, moe.router.weight)                             # (T, E)
-    gates = logits.sigmoid() if moe.router.gate == "sigmoid" else logits.softmax(dim=-1)
-    dense, = torch.autograd.grad((gates * q).sum(), moe.router.weight)
-    return F.cosine_similarity(sparse.flatten(), dense.flatten(), dim=0).item()
-
-
-@torch.no_grad()
-def probe_experts(student, images, labels, block):
-    """Each expert by force, on the domains of the model's own gate: distill.py says what this is"""
-    parts = list(zip(images.split(500), labels.split(500), strict=True))
-    correct = torch.cat([distill.probe(student, *part, block) for part in parts], dim=1)   # (E, B)
-    probs = torch.cat([student(x).layers[block].routing.probs for x, _ in parts])
-    domain = distill.domains(probs, student.n_tokens)
-    own, others = distill.own_and_others(distill.accuracy_matrix(correct, domain))
-    found = {"own": own.nanmean().item(), "others": others.nanmean().item(),
-             "gate_accuracy": distill.gate_accuracy(correct, domain)}
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
-
-
-def closing_look(job, guide, control):
-    """The fields that a row has beyond result.json: means over the MoE blocks, in float32."""
-    cfg, data, sets, student, _ = job
-    if cfg.method in ("dense", "soft"):
-        return {}
-    student.eval()
-    images, labels = (part[:PROBED] for part in sets.test)
-    images = normalise(images, data.mean, data.std)
-    x, y = normalise(sets.probe[0], data.mean, data.std), sets.probe[1]
-    blocks = student.moe_blocks
-    with torch.no_grad():
-        layers = student(x).layers
-    found = {"similarity": report.mean(
-                 expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
-             "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks)}
-    if cfg.k > 1:
-        probed = [probe_experts(student, images, labels, b) for b in blocks]
-        found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}
-    if control == "oracle":
-        hits = []
-        with torch.no_grad():
-            for x, y in zip(*(part.split(500) for part in sets.test), strict=True):
-                x = normalise(x, data.mean, data.std)
-                with train.autocast(cfg, x):
-                    logits = student(x, dispatch(student, guide(x))).logits
-                hits.append(logits.argmax(dim=1) == y)
-        found["oracle_accuracy"] = torch.cat(hits).float().mean().item()
-    return found
-
-
-# --- one run ---
+# --- rows, and whose they are ---
 
 
 def read_rows():
@@ -413,13 +85,22 @@ def unclean():
     return ", ".join(line[3:] for line in found.splitlines())
 
 
+def commit_of_row(dirty):
+    """HEAD; "-dirty" only if code differs, for rows that were just added are no code."""
+    commit = train.commit() or ""
+    return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
+
+
+# --- one run ---
+
+
 def best_alpha(scale):
     """The alpha that was chosen for the dense gate at this scale, on no test image."""
-    if BEST_ALPHA[scale] is None:
+    if decided.BEST_ALPHA[scale] is None:
         raise ValueError(f"scale {scale} has no BEST_ALPHA yet: train mode-k2 with each alpha and "
                          f"train.py's --split val, and write the one of the best val_accuracy "
-                         f"into {Path(__file__).name}")
-    return BEST_ALPHA[scale]
+                         f"into decided.py")
+    return decided.BEST_ALPHA[scale]
 
 
 def prepare(flags, folder, data_dir, seed=None, teacher=None):
@@ -438,7 +119,7 @@ def train_teacher(scale, out, data_dir):
     """The dense teacher's checkpoint; whoever comes first trains it, the others wait."""
     folder = Path(out, scale, "teacher")
     with locked(folder):
-        _, job = prepare(f"{SCALES[scale]} {TEACHER[scale]}", folder, data_dir)
+        _, job = prepare(f"{SCALES[scale]} {decided.TEACHER[scale]}", folder, data_dir)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale}")
     return folder / "checkpoint.pt"
 
@@ -479,12 +160,6 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         row["wall_seconds"] = result["seconds"] + time.monotonic() - began
         row["commit"] = commit_of_row(dirty)
         append(RESULTS / f"{grid}.jsonl", row)
-
-
-def commit_of_row(dirty):
-    """HEAD; "-dirty" only if code differs, for rows that were just added are no code."""
-    commit = train.commit() or ""
-    return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
 
 
 # --- many runs ---
@@ -564,7 +239,7 @@ def run(args):
 
     took = [r["wall_seconds"] for r in read_rows()
             if r["scale"] == args.scale and r["arm"] in GRIDS[args.grid]]
-    failed = schedule(runs, start, args.workers or WORKERS[args.scale], args.minutes, took)
+    failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes, took)
     for arm, seed in failed:
         log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
         print(f"{arm}, seed {seed}: {(log.read_text().splitlines() or ['?'])[-1]}", file=sys.stderr)
@@ -580,9 +255,10 @@ def overview():
             todo = to_do(grid, scale)
             total = sum(seeds for seeds, _ in arms.values())
             took = [r["wall_seconds"] for r in rows if r["scale"] == scale]
+            workers = decided.WORKERS[scale]
             hours = "hours unknown: no run yet" if not took else (
-                f"about {len(todo) * statistics.median(took) / 3600 / WORKERS[scale]:.1f} hours "
-                f"with {WORKERS[scale]} workers")
+                f"about {len(todo) * statistics.median(took) / 3600 / workers:.1f} hours "
+                f"with {workers} workers")
             lines.append(f"{grid}, scale {scale}: {total - len(todo)} done, {len(todo)} to do"
                          + (f", {hours}" if todo else ""))
             for arm, (seeds, _) in arms.items():
@@ -608,17 +284,8 @@ def rows_of(grid, scale):
     return sorted(rows, key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
 
 
-def signed(estimate, digits=2):
-    """`+0.81 [+0.20, +1.42]`; – is what there is no number for."""
-    if estimate.mean is None:
-        return "–"
-    text = f"{estimate.mean:+.{digits}f}"
-    return text if estimate.low is None else (
-        text + f" [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]")
-
-
 def arms_table(grid, rows):
-    columns = COLUMNS.get(grid, USUAL)
+    columns = decided.COLUMNS.get(grid, decided.USUAL)
     lines = ["| arm | n | params total / active | MFLOPs | accuracy, points | against | difference "
              f"[95 %] | {' | '.join(columns)} | images/s | seconds |",
              "|-|-|-|-|-|-|-" + len(columns) * "|-" + "|-|-|"]
@@ -626,12 +293,12 @@ def arms_table(grid, rows):
         some = [row for row in rows if row["arm"] == arm]
         if not some:
             continue
-        pair = contrast(rows, ACC, (arm,), (other,)) if other else Estimate(None, None, None, 0)
+        pair = decided.contrast(rows, ACC, (arm,), (other,)) if other else decided.interval([])
         lines.append("| " + " | ".join([
             arm, str(len(some)),
             f"{some[0]['params_total'] / 1e6:.2f} / {some[0]['params_active'] / 1e6:.2f} M",
             f"{some[0]['flops_per_image'] / 1e6:.1f}",
-            report.pooled([METRICS[ACC](row) for row in some]), other or "–", signed(pair),
+            report.pooled([METRICS[ACC](row) for row in some]), other or "–", decided.signed(pair),
             *(report.pooled([METRICS[name](row) for row in some]) for name in columns),
             f"{report.mean(row['images_per_second'] for row in some):,.0f}",
             f"{report.mean(row['seconds'] for row in some):.0f}"]) + " |")
@@ -641,13 +308,14 @@ def arms_table(grid, rows):
 def hypotheses_table(grid, scale, rows):
     lines = ["| expected | by | metric | contrast | at least | estimate [95 %] | n | verdict |",
              "|-|-|-|-|-|-|-|-|"]
-    for h in HYPOTHESES:
+    for h in decided.HYPOTHESES:
         if h.grid == grid and scale in h.scales:
-            found = contrast(rows, h.metric, h.plus, h.minus)
+            found = decided.contrast(rows, h.metric, h.plus, h.minus)
             digits = 2 if h.metric.startswith(ACC) else 3
             words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
             lines.append(f"| {h.claim} | {h.source} | {h.metric} | {words} | {h.least:g} "
-                         f"| {signed(found, digits)} | {found.n} | {verdict(found, h.least)} |")
+                         f"| {decided.signed(found, digits)} | {found.n} "
+                         f"| {decided.verdict(found, h.least)} |")
     return "\n".join(lines)
 
 
@@ -658,7 +326,7 @@ def unpaired(grid, rows):
     """
     lost = {}
     for arm, (_, other) in GRIDS[grid].items():
-        if other and (pair := contrast(rows, ACC, (arm,), (other,))).n:
+        if other and (pair := decided.contrast(rows, ACC, (arm,), (other,))).n:
             for name, seed in pair.left_out:
                 lost.setdefault(f"from {arm} − {other}: {name}, seed ", []).append(str(seed))
     return "" if not lost else " Left out for want of a partner: " + "; ".join(
@@ -677,7 +345,8 @@ def section(grid, scale):
     first = rows[0]
     taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
               and ARMS[row["arm"]].control != "random teacher"]
-    teacher = f"dense teacher (`{TEACHER[scale]}`): {report.mean(taught):.1%}; " if taught else ""
+    teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
+               if taught else "")
     caption = (
         f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
         f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
@@ -703,7 +372,7 @@ def picture_paths(grid, scale, rows):
 
 def plot_differences(grid, rows):
     """A forest plot: every arm's accuracy minus that of the arm it is compared with."""
-    found = {f"{arm} − {other}": contrast(rows, ACC, (arm,), (other,))
+    found = {f"{arm} − {other}": decided.contrast(rows, ACC, (arm,), (other,))
              for arm, (_, other) in GRIDS[grid].items() if other}
     found = {name: e for name, e in found.items() if e.mean is not None}
     sure = sum(e.low is not None and (e.low > 0 or e.high < 0) for e in found.values())
@@ -734,7 +403,7 @@ def plot_alpha(rows):
                              if points[ACC] else "No run at K=2 yet", 1, 2, 9, 3.8)
     for axis, (metric, label) in zip(axes[0], panels.items(), strict=True):
         for alpha, values in sorted(points[metric].items()):
-            e = interval([v for v in values if v is not None])
+            e = decided.interval([v for v in values if v is not None])
             axis.plot([alpha] * len(values), values, ".", color="grey", ms=4)
             if e.low is not None:
                 axis.plot([alpha, alpha], [e.low, e.high], color=report.COLOURS[0], lw=2)

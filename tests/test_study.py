@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import report
 import train
 from data import normalise, synthetic
-from notebooks import controls, study
-from notebooks.study import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval, verdict
+from notebooks import controls, decided, probes, study
+from notebooks.decided import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval
 from router import TopKRouter
 from teacher import Guide
 
@@ -35,7 +35,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
-    monkeypatch.setitem(study.SCALES, "cpu", SCALE)
+    monkeypatch.setitem(decided.SCALES, "cpu", SCALE)
 
 
 def prepared(arm):
@@ -227,12 +227,12 @@ def test_similarity_is_the_cosine_of_two_experts_and_one_for_copies():
     moe = train.MoE(6, 5, 2, 1)
     h = torch.randn(9, 6)
     f = F.normalize(moe.experts.batched(h.expand(2, 9, 6)), dim=-1)
-    assert study.expert_similarity(moe, h) == pytest.approx(
+    assert probes.expert_similarity(moe, h) == pytest.approx(
         (f[0] * f[1]).sum(-1).mean().item(), abs=1e-6)
     with torch.no_grad():
         for p in moe.experts.parameters():
             p.copy_(p[:1].expand_as(p))
-    assert study.expert_similarity(moe, h) == pytest.approx(1, abs=1e-5)
+    assert probes.expert_similarity(moe, h) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
@@ -240,7 +240,7 @@ def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
     for k, same in ((4, True), (2, False)):
         for b in (1, 2):
             controls.router(job.student, b).k = k
-        cosine = study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2)
+        cosine = probes.oracle_cosine(job.student, images, targets.argmax(dim=1), 2)
         assert (cosine == pytest.approx(1, abs=1e-4)) is same
         assert -1 <= cosine <= 1 + 1e-6
 
@@ -248,7 +248,7 @@ def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
 @pytest.mark.filterwarnings("ignore:topk_softmax")
 def test_a_router_without_gradient_has_no_cosine():
     job, *_, (images, targets) = prepared("moe-k1-topk-softmax")
-    assert study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2) is None
+    assert probes.oracle_cosine(job.student, images, targets.argmax(dim=1), 2) is None
 
 
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
@@ -261,7 +261,7 @@ def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
     answer = job.student.eval()(images, sent).logits.argmax(dim=1)
     assert not torch.equal(answer, job.student(images).logits.argmax(dim=1))
     job = job._replace(sets=job.sets._replace(test=(SMALL.test.images, answer)))
-    assert study.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
+    assert probes.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
 
 
 # --- arithmetic ---
@@ -272,7 +272,7 @@ def row(arm, seed, accuracy=0.5, **more):
 
 
 def test_the_table_of_t_holds_the_quantiles_that_the_density_has():
-    for df, t in enumerate(study.T_975, start=1):
+    for df, t in enumerate(decided.T_975, start=1):
         x = torch.linspace(0, t, 20_001, dtype=torch.float64)
         log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
         density = math.exp(log) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
@@ -320,11 +320,12 @@ def test_a_growing_gain_is_a_difference_of_differences():
     (0.8, 0.1, 1.5, 0.8, "met"), (0.1, 0.05, 0.15, 0, "met"), (0.1, -0.1, 0.3, 0, "undecided"),
     (-0.3, -0.5, -0.1, 0, "not met"), (-2, -3, -1, -4, "not met")])
 def test_a_verdict_needs_the_threshold_and_an_interval_above_zero(mean, low, high, least, word):
-    assert verdict(Estimate(mean, low, high, 5), least) == word
+    assert decided.verdict(Estimate(mean, low, high, 5), least) == word
 
 
 def test_nothing_is_decided_by_one_seed_or_none():
-    assert verdict(interval([3.0]), 1) == "undecided" and verdict(interval([]), 1) == "not run"
+    assert decided.verdict(interval([3.0]), 1) == "undecided"
+    assert decided.verdict(interval([]), 1) == "not run"
 
 
 # --- what was decided in advance hangs together ---
@@ -345,10 +346,10 @@ def test_every_arm_is_in_a_grid_and_every_control_in_an_arm():
 @pytest.mark.filterwarnings("ignore:topk_softmax")
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 def test_every_arm_is_a_command_that_train_py_understands_and_no_two_are_the_same(scale):
-    study.SCALES["cpu"] = "--preset tiny --device cpu"
+    decided.SCALES["cpu"] = "--preset tiny --device cpu"
     seen = set()
     for flags, control in ARMS.values():
-        words = f"{study.SCALES[scale]} {flags}".replace("BEST", "7").replace("cuda", "cpu")
+        words = f"{decided.SCALES[scale]} {flags}".replace("BEST", "7").replace("cuda", "cpu")
         cfg = train.resolve(train.parse(words.split()))
         seen.add((str(cfg), control))
     assert len(seen) == len(ARMS)
@@ -364,9 +365,9 @@ def test_the_two_dense_twins_match_v_moe_in_active_flops_and_in_total_parameters
     assert moe.params()[0] == pytest.approx(total.params()[0], rel=0.05)
 
 
-@pytest.mark.parametrize("scale", study.SCALES)
+@pytest.mark.parametrize("scale", decided.SCALES)
 def test_the_teachers_seed_is_no_students(scale):
-    teacher = train.parse(study.TEACHER[scale].split())["seed"]
+    teacher = train.parse(decided.TEACHER[scale].split())["seed"]
     assert all(teacher >= seeds for arms in GRIDS.values() for seeds, _ in arms.values())
 
 
@@ -532,7 +533,7 @@ def test_a_folder_is_one_processs_at_a_time():
 
 
 def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
-    monkeypatch.setattr(study, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
+    monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
     monkeypatch.setattr(study, "read_rows", lambda: pytest.fail("a row holds test accuracies"))
     assert study.best_alpha("cpu") == "0.1"
     with pytest.raises(ValueError, match="--split val"):
@@ -542,9 +543,9 @@ def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen
 
 
 def test_the_dense_gate_is_trained_with_the_alpha_that_was_chosen(monkeypatch):
-    monkeypatch.setattr(study, "BEST_ALPHA", {"cpu": "0.5"})
+    monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.5"})
     two = ARMS["mode-k8-best-alpha"].flags.replace("--k 8", "--k 2")    # SMALL has four experts
-    monkeypatch.setitem(ARMS, "mode-k8-best-alpha", study.Arm(two))
+    monkeypatch.setitem(ARMS, "mode-k8-best-alpha", decided.Arm(two))
     study.train_one("alpha", "mode-k8-best-alpha", 0, "cpu", "runs", "data", dirty=True)
     assert study.read_rows()[0]["config"]["alpha"] == 0.5
 
