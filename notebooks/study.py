@@ -11,7 +11,7 @@ train.py says, probes.py what a trained model is asked. A run becomes one row of
 notebooks/results/GRID.jsonl: the result.json of train.py and the answers to probes.closing_look.
 """
 import argparse
-import fcntl
+import errno
 import itertools
 import json
 import math
@@ -68,10 +68,22 @@ def append(path, row):
 
 @contextmanager
 def locked(folder):
-    """Only one process at a time; the lock ends with the process that holds it."""
+    """Only one process at a time is inside; the lock ends with the process that holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(folder / "lock", "a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:                                 # Windows has another lock
+            import msvcrt
+            waiting = True
+            while waiting:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    waiting = False
+                except OSError as error:                    # it waits ten seconds and gives up
+                    if error.errno != errno.EDEADLK:
+                        raise
         yield
 
 

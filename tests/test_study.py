@@ -2,11 +2,15 @@
 
 On 64 drawn images and a ViT of 5 tokens; the runs are real, only small.
 """
+import errno
 import json
 import math
+import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -530,6 +534,22 @@ def test_a_folder_is_one_processs_at_a_time():
         order.append("first")
     thread.join()
     assert order == ["first", "other"]
+
+
+def test_on_windows_a_folder_is_waited_for_and_another_error_is_told(monkeypatch):
+    tries, answers = [], [OSError(errno.EDEADLK, "ten seconds"), None, OSError(errno.EBADF, "?")]
+
+    def locking(number, mode, size):
+        tries.append((os.fstat(number).st_ino, mode, size))
+        if answer := answers.pop(0):
+            raise answer
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_LOCK=1, locking=locking))
+    with study.locked(Path("folder")):
+        assert tries == 2 * [(Path("folder/lock").stat().st_ino, 1, 1)]
+    with pytest.raises(OSError, match="\\?"), study.locked(Path("folder")):
+        pytest.fail("nobody holds the lock")
 
 
 def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
