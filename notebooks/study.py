@@ -3,8 +3,10 @@
     python notebooks/study.py list                                    what is done, what it takes
     python notebooks/study.py run main --scale cpu --workers 2        go on with a grid
     python notebooks/study.py run main --scale gpu --workers 4 --minutes 9
-    python notebooks/study.py report main --readme README.md          tables, verdicts, figures
-    python notebooks/study.py report --check README.md                is README what the rows say?
+    python notebooks/study.py report main                             tables, verdicts, figures
+    python notebooks/study.py report --page notebooks/RESULTS.md      write those of all grids there
+    python notebooks/study.py report --front README.md                what guidance guides, in short
+    python notebooks/study.py report --check README.md                is it what the rows say?
 
 decided.py holds what was decided before any run, controls.py what an arm does that no flag of
 train.py says, probes.py what a trained model is asked. A run becomes one row of
@@ -40,6 +42,7 @@ from notebooks.probes import closing_look  # noqa: E402
 from teacher import Guide  # noqa: E402
 
 RESULTS, FIGURES = ROOT / "notebooks" / "results", ROOT / "notebooks" / "figures"
+PAGE = ROOT / "notebooks" / "RESULTS.md"
 
 # --- rows, and whose they are ---
 
@@ -283,17 +286,21 @@ def overview():
 
 
 def rows_of(grid, scale):
-    """The grid's rows at one scale; all runs of an arm must differ in their seed alone."""
+    """The grid's rows at one scale, arm by arm and seed by seed."""
     arms = GRIDS[grid]
-    rows = [row for row in read_rows() if row["scale"] == scale and row["arm"] in arms
-            and row["seed"] < arms[row["arm"]][0]]
+    return alike([row for row in read_rows() if row["scale"] == scale and row["arm"] in arms
+                  and row["seed"] < arms[row["arm"]][0]], list(arms))
+
+
+def alike(rows, arms):
+    """The rows in the order of `arms`; all runs of an arm must differ in their seed alone."""
     settings = {}
     for row in rows:
         same = settings.setdefault(row["arm"], (report.experiment(row), row["data_md5"]))
         if same != (report.experiment(row), row["data_md5"]):
-            raise ValueError(f"scale {scale}: {row['arm']}, seed {row['seed']} was run with other "
-                             f"settings than seed 0: its config says which")
-    return sorted(rows, key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
+            raise ValueError(f"scale {row['scale']}: {row['arm']}, seed {row['seed']} was run with "
+                             f"other settings than seed 0: its config says which")
+    return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
 
 
 def arms_table(grid, rows):
@@ -345,35 +352,45 @@ def unpaired(grid, rows):
         where + ", ".join(seeds) for where, seeds in lost.items()) + "."
 
 
-def section(grid, scale):
-    """Everything that the rows of one grid at one scale say, as markdown; empty without rows."""
+def recipe(rows, scale):
+    """On what these runs were trained and tested, by whom they were taught, and where they ran."""
+    first = rows[0]
+    taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
+              and row["arm"] != "tgr-k1-random-teacher"]
+    teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
+               if taught else "")
+    return (f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
+            f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
+            f"{first['preset']}; epochs: {first['epochs']}; {teacher}device: "
+            f"{all_of(rows, lambda r: r['device'])}; torch "
+            f"{all_of(rows, lambda r: r['versions']['torch'])}")
+
+
+def all_of(rows, value):
+    return ", ".join(sorted({str(value(row)) for row in rows}))
+
+
+def section(grid, scale, page=PAGE):
+    """All that one grid's rows at one scale say, as markdown for `page`; empty without rows."""
     rows = rows_of(grid, scale)
     if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
-
-    def all_of(value):
-        return ", ".join(sorted({str(value(row)) for row in rows}))
-
-    first = rows[0]
-    taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
-              and ARMS[row["arm"]].control != "random teacher"]
-    teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
-               if taught else "")
     caption = (
-        f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
-        f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
-        f"{first['preset']}; epochs: {first['epochs']}; {teacher}device: "
-        f"{all_of(lambda r: r['device'])}; torch {all_of(lambda r: r['versions']['torch'])}; "
-        f"commit {all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation "
-        f"over n seeds; differences are paired by seed, with 95 % t-intervals. T: the TGR-MoE "
-        f"paper, M: the MoDE paper, ours: a control. Met: the estimate is at least the threshold "
-        f"and its interval above 0; not met: the interval is below the threshold.")
-    pictures = "\n".join(f"![{grid}, {name}]({path.relative_to(ROOT).as_posix()})"
+        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. Mean ± "
+        f"sample standard deviation over n seeds; differences are paired by seed, with 95 % "
+        f"t-intervals. T: the TGR-MoE paper, M: the MoDE paper, ours: a control. Met: the estimate "
+        f"is at least the threshold and its interval above 0; not met: the interval is below the "
+        f"threshold.")
+    pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     return "\n\n".join([
-        f"**{grid}, scale {scale}** (`python notebooks/study.py run {grid} --scale {scale}`)",
+        f"### {grid}, scale {scale}", f"`python notebooks/study.py run {grid} --scale {scale}`",
         arms_table(grid, rows), caption + unpaired(grid, rows),
         hypotheses_table(grid, scale, rows), pictures])
+
+
+def link(path, page):
+    return Path(os.path.relpath(path, Path(page).resolve().parent)).as_posix()
 
 
 def picture_paths(grid, scale, rows):
@@ -436,42 +453,99 @@ def draw(grid, scale):
         plots[name]().savefig(path)
 
 
-BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+# --- what is written between two markers of a file ---
 
 
-def readme_block():
-    """Every grid that has rows; all but the first, main, are folded."""
+def results(page):
+    """Every grid that has rows, and above them a link to each."""
     sections = {(grid, scale): text for grid in GRIDS for scale in SCALES
-                if (text := section(grid, scale))}
-    return "\n\n".join(
-        text if grid == "main" else f"<details><summary>{grid}, scale {scale}: arms, verdicts, "
-        f"figures</summary>\n\n{text}\n\n</details>"
-        for (grid, scale), text in sections.items()) or "The study has no rows yet."
+                if (text := section(grid, scale, page))}
+    if not sections:
+        return "The study has no rows yet."
+    links = [f"[{grid}, scale {scale}](#{grid}-scale-{scale})" for grid, scale in sections]
+    return "\n\n".join([" · ".join(links), *sections.values()])
 
 
-def check_readme(readme=ROOT / "README.md"):
-    """Why README and rows disagree, in a sentence; None where they agree."""
-    _, between, _ = report.cut(readme, BEGIN, END)
-    return None if between.strip() == readme_block() else (
-        f"{readme} is not what the rows say: run python notebooks/study.py report --readme "
-        f"{readme}")
+# the arms that the front page shows, at scale cpu: their names there, is the router guided, are the
+# features?
+FRONT = {"dense": ("dense ViT", "– / no"), "moe-k1": ("V-MoE", "no / no"),
+         "tgr-k1-router-alone": ("router guided alone", "yes / no"),
+         "moe-k1-features-alone": ("features guided alone", "no / yes"),
+         "tgr-k1": ("TGR", "yes / yes")}
+
+
+def front(page):
+    """What does guidance guide? A row for each of the five models that say it."""
+    rows = alike([row for row in read_rows() if row["scale"] == "cpu" and row["arm"] in FRONT],
+                 list(FRONT))
+    if not rows:
+        return "The study has no rows yet."
+    steady = "agreement adjacent, first quarter"
+    lines = ["| model | guided: router / features | test accuracy, % "
+             "| against V-MoE, paired by seed [95 %] | steadiness | n |", "|-|-|-|-|-|-|"]
+    made_at = {}                                            # commits > models
+    for arm, (model, guided) in FRONT.items():
+        some = [row for row in rows if row["arm"] == arm]
+        against = "–" if arm == "moe-k1" else decided.signed(
+            decided.contrast(rows, ACC, (arm,), ("moe-k1",)))
+        lines.append(f"| {model} | {guided} | {report.pooled([METRICS[ACC](r) for r in some])} "
+                     f"| {against} | {report.pooled([METRICS[steady](r) for r in some])} "
+                     f"| {len(some)} |")
+        commits = all_of(some, lambda row: (row["commit"] or "unknown")[:12])
+        made_at.setdefault(commits or "none", []).append(model)
+    commits = "; ".join(f"{some} ({', '.join(models)})" for some, models in made_at.items())
+    return "\n".join([*lines, "", (
+        f"{recipe(rows, 'cpu')}; commits {commits}. The teacher has seen all training images, a "
+        f"model {rows[0]['train_images']:,} of them. Guided: does the teacher's KL train the "
+        f"router, does it train the features below? A guided router has no load and entropy losses "
+        f"of its own; V-MoE's has. Mean ± sample standard deviation over n seeds. The t-intervals "
+        f"are over seeds alone, for one teacher and one set of images, and not corrected for their "
+        f"number. Steadiness: share of probe tokens that keep their expert from one epoch to the "
+        f"next, in the first quarter of training. Features guided alone: thought of after the "
+        f"first rows. All grids, verdicts and figures: [{PAGE.name}]({link(PAGE, page)}).")])
+
+
+BLOCKS = {"page": ("study", results), "front": ("front", front)}    # option: (marker, its text)
+
+
+def markers(option):
+    name, _ = BLOCKS[option]
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write(option, path):
+    report.put_between(path, *markers(option), lambda: BLOCKS[option][1](path),
+                       f"python notebooks/study.py report --{option} {path}")
+
+
+def disagreement(path):
+    """Why a file and the rows disagree, in a sentence; None where they agree."""
+    written = [option for option in BLOCKS if markers(option)[0] in Path(path).read_text()]
+    if not written:
+        return f"{path} has no markers of the study: {' or '.join(markers(o)[0] for o in BLOCKS)}"
+    for option in written:
+        _, between, _ = report.cut(path, *markers(option))
+        if between.strip().rpartition("\n\nWritten by")[0] != BLOCKS[option][1](path):
+            return (f"{path} is not what the rows say: run python notebooks/study.py report "
+                    f"--{option} {path}")
+    return None
 
 
 def tell(args):
     if args.check:
-        if wrong := check_readme(args.check):
+        if wrong := disagreement(args.check):
             raise ValueError(wrong)
-        return
-    for grid in [args.grid] if args.grid else GRIDS:
-        for scale in SCALES:
+    elif args.front:
+        write("front", args.front)
+    else:
+        for grid, scale in itertools.product([args.grid] if args.grid else GRIDS, SCALES):
             if text := section(grid, scale):
                 draw(grid, scale)
                 print(text, end="\n\n")
             else:
                 print(f"{grid}, scale {scale}: no rows yet")
-    if args.readme:
-        before, _, after = report.cut(args.readme, BEGIN, END)
-        Path(args.readme).write_bytes(f"{before}{BEGIN}\n{readme_block()}\n{END}{after}".encode())
+        if args.page:
+            write("page", args.page)
 
 
 # --- the command ---
@@ -494,8 +568,9 @@ def main(argv=None):
     one.add_argument("--here", action="store_true", help="in this process, as a worker does")
     two = command.add_parser("report", help="tables, verdicts and figures from the rows")
     two.add_argument("grid", nargs="?", choices=GRIDS)
-    two.add_argument("--readme", help="write all grids between its two study markers")
-    two.add_argument("--check", help="only say whether this README is what the rows say")
+    two.add_argument("--page", help="write all grids between the study markers of this file")
+    two.add_argument("--front", help="only write the short table between this file's front markers")
+    two.add_argument("--check", help="only say whether this file is what the rows say")
     args = parser.parse_args(argv)
     try:
         if args.command == "list":

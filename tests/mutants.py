@@ -717,7 +717,7 @@ MUTANTS = [
      'statistics.median(took) / 3600 / workers',
      'statistics.median(took) / 3600 * workers'),
     ("notebooks/study.py", 'h.grid == grid and scale in h.scales', 'h.grid == grid'),
-    ("notebooks/study.py", 'between.strip() == readme_block()', 'between'),
+    ("notebooks/study.py", '!= BLOCKS[option][1](path):', '== "":'),
     ("notebooks/study.py", 'if same != (report.experiment(row), row["data_md5"]):', 'if False:'),
     ("notebooks/study.py", 'if row["method"] == "mode" else 0.0', ''),
     ("notebooks/study.py", 'if not any(row["grid"] == grid for row in rows):', 'if not rows:'),

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -697,17 +698,51 @@ def test_an_arm_is_also_tested_as_it_was_dispatched_in_training():
     assert metric(row("tgr-k1", 0, 0.5)) == 50
 
 
-def test_readme_and_rows_agree_until_one_of_them_changes(capsys):
-    Path("README.md").write_text(f"before\n{study.BEGIN}\nyesterday\n{study.END}\nafter\n")
+@pytest.mark.parametrize("option", ["page", "front"])
+def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
+    begin, end = study.markers(option)
+    Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n")
     written()
-    assert "not what the rows say" in study.check_readme(Path("README.md"))
-    assert study.main(["report", "--readme", "README.md"]) == 0
-    text = Path("README.md").read_text()
+    assert "not what the rows say" in study.disagreement("a.md")
+    assert study.main(["report", f"--{option}", "a.md"]) == 0
+    text = Path("a.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
-    assert study.main(["report", "--check", "README.md"]) == 0
-    study.append(study.RESULTS / "main.jsonl", full("soft", 0, 0.4))
-    assert study.main(["report", "--check", "README.md"]) == 2
-    assert "report --readme" in capsys.readouterr().err
+    assert f"Written by `python notebooks/study.py report --{option} a.md`." in text
+    assert study.main(["report", "--check", "a.md"]) == 0
+    study.append(study.RESULTS / "main.jsonl", full("tgr-k1-router-alone", 0, 0.4))
+    assert study.main(["report", "--check", "a.md"]) == 2
+    assert f"report --{option} a.md" in capsys.readouterr().err
+
+
+def test_a_page_without_markers_agrees_with_nothing():
+    Path("a.md").write_text("no number")
+    assert "no markers" in study.disagreement("a.md")
+
+
+def test_a_page_begins_with_a_link_to_every_grid_and_finds_its_pictures_from_where_it_lies():
+    written()
+    study.append(study.RESULTS / "alpha.jsonl", full("moe-k8", 0, 0.4) | {"grid": "alpha"})
+    text = study.results(Path("deep/down/a.md"))
+    assert text.splitlines()[0] == (
+        "[main, scale cpu](#main-scale-cpu) · [alpha, scale cpu](#alpha-scale-cpu)")
+    assert re.findall("^### (.*)", text, flags=re.M) == ["main, scale cpu", "alpha, scale cpu"]
+    assert "](../../figures/study-cpu-main-differences.png)" in text
+
+
+def test_the_front_page_pairs_each_model_with_v_moe_and_names_its_runs_commits():
+    written()
+    for s in range(3):
+        later = full("moe-k1-features-alone", s, 0.4 + 0.01 * s) | {"commit": "d" * 40}
+        study.append(study.RESULTS / "later.jsonl", later)
+    lines = study.front(Path("a.md")).splitlines()
+    assert lines[2:7] == [
+        "| dense ViT | – / no | 30.40 ± 0.55 | -2.00 [-2.00, -2.00] | – | 5 |",
+        "| V-MoE | no / no | 32.40 ± 0.55 | – | 0.50 ± 0.00 | 5 |",
+        "| router guided alone | yes / no | – | – | – | 0 |",
+        "| features guided alone | no / yes | 41.00 ± 1.00 | +8.67 [+5.80, +11.54] | – | 3 |",
+        "| TGR | yes / yes | 32.40 ± 0.55 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 | 5 |"]
+    assert ("commits c (dense ViT, V-MoE, TGR); none (router guided alone); dddddddddddd (features "
+            "guided alone)") in lines[-1]
 
 
 def test_rows_of_one_arm_with_other_settings_are_refused():
