@@ -1,13 +1,14 @@
-"""measure.py -- how are the numbers made that the notebooks show and the study's rows do not hold?
+"""measure.py -- the notebooks show numbers that are in no row of the study: how are they made?
 
-    python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
-    python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
-    python notebooks/measure.py sweep --runs runs/study/cpu       what alpha does to colleagues
+    python notebooks/measure.py keep --runs runs/study/cpu       two students, for the notebooks
+    python notebooks/measure.py experts --runs runs/study/cpu    what does each expert know?
+    python notebooks/measure.py sweep --runs runs/study/cpu      how alike does alpha make experts?
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
-    python notebooks/measure.py classes                       whom the kept students' experts serve
-    python notebooks/measure.py features_alone                guidance that reaches no router
+    python notebooks/measure.py classes         which classes do the kept students' experts serve?
+    python notebooks/measure.py features_alone  does guidance need a router? Ten runs
 
-Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
+Every file that it writes under notebooks/results/ says which command, seed, commit and device made
+it.
 """
 import argparse
 import itertools
@@ -42,7 +43,7 @@ RESULTS = ROOT / "notebooks" / "results"
 
 
 def about(command, seed, commit=None, device="cpu"):
-    """Who measured this, in the words of a run's result.json."""
+    """Where a number comes from, under the names that a run's result.json uses."""
     return {"command": command, "seed": seed, "commit": commit or study.commit_of_row(dirty=True),
             "device": train.describe(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -61,7 +62,7 @@ def half(weights):
 
 
 def ended(run, data_dir):
-    """(result, cfg, images, vit) of a run that has ended: a student that tells its raw outputs."""
+    """(result, cfg, images, vit) of a run that has ended; vit keeps its experts' raw outputs."""
     result = json.loads((run / "result.json").read_text())
     cfg = train.Config(**result["config"] | {"device": "cpu"})
     images = data.load(cfg.data, data_dir)
@@ -73,7 +74,7 @@ def ended(run, data_dir):
 
 
 def keep(args):
-    """Two trained students, the teacher of one, 64 probe images and the routing of every epoch."""
+    """Keep two trained students, the teacher of one, 64 probe images and every epoch's routing."""
     runs = {name: Path(args.runs, arm, "seed0")
             for name, arm in (("vmoe", "moe-k1"), ("tgr", "tgr-k1"))}
     results = {name: json.loads((run / "result.json").read_text()) for name, run in runs.items()}
@@ -103,16 +104,19 @@ def keep(args):
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
 
 
-# --- what does each expert know, and from whom does it hear? (notebook 3) ---
+# --- what does each expert know, and who teaches it? (notebook 3) ---
 
-# seed 0 of each; the first one's gate gives the partition that all share
+# One run of each arm, seed 0. The first is V-MoE: notebook 3 also judges the others on its domains.
 EXPERTS_OF = ("moe-k2", "mode-k2", "mode-k2-alpha-1", "mode-k2-alpha-100", "tgr+mode-k2")
-PROBED, HEARD = 2_000, 400     # test images: experts are forced on these, gradients taken on those
+HEARD = 400         # test images on which gradients are taken; experts are forced on probes.PROBED
 
 
 def pulls(vit, images, labels):
-    """(L, 2): mean size of what the task and mutual distillation with alpha = 1 send to an expert's
-    output for a token, as one training step of `train.objective` would, for L MoE blocks."""
+    """How strongly do the task and mutual distillation pull at an expert's output for a token?
+
+    (L, 2) for L MoE blocks: the mean length of the gradient of the task loss, and of mutual
+    distillation with alpha = 1, as one step of `train.objective` would send it.
+    """
     output = vit(images)
     raws = [output.layers[b].raw for b in vit.moe_blocks]               # L of (T, K, D)
     mutual = sum(distill.mutual_distillation_loss(raw) for raw in raws) / len(raws)
@@ -123,7 +127,7 @@ def pulls(vit, images, labels):
 
 
 def experts(args):
-    """Force every expert, take gradients, count who meets whom, in one run of each arm."""
+    """Force every expert, take gradients and count shared tokens, in one run of each arm."""
     commit = study.commit_of_row(dirty=True)     # before the minutes in which a file may be edited
     kept = {name: [] for name in ("arms", "domain", "correct", "norms", "meet", "first_share",
                                   "pulls")}
@@ -132,8 +136,8 @@ def experts(args):
         result, cfg, images, vit = ended(Path(args.runs, arm, "seed0"), args.data_dir)
         trained_by[arm] = {key: result[key] for key in ("command", "commit", "device")}
         sets = train.split(cfg, images)
-        x = data.normalise(sets.test[0][:PROBED], images.mean, images.std)
-        y = sets.test[1][:PROBED]
+        x = data.normalise(sets.test[0][:probes.PROBED], images.mean, images.std)
+        y = sets.test[1][:probes.PROBED]
         E, N, blocks = cfg.n_experts, vit.n_tokens, vit.moe_blocks
 
         with torch.no_grad():
@@ -159,20 +163,23 @@ def experts(args):
           **{name: np.stack(values) for name, values in kept.items()})
 
 
-# --- what does alpha do to the experts that serve a token together? (notebook 3) ---
+# --- how alike does alpha make the experts that serve a token together? (notebook 3) ---
 
 def colleagues(raw):
-    """(cosine of two experts' outputs for a token that both serve, their length), from the raw
-    outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
+    """(cosine, length) of the outputs of the two experts that serve a token, means over tokens.
+
+    Distillation sees nothing of the experts but these raw outputs (T, K=2, D).
+    """
     return F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean(), raw.norm(dim=-1).mean()
 
 
 def sweep(args):
-    """Arrays (alphas, seeds) from the ended runs of grid alpha at K=2; NaN where none has ended.
+    """Measure the ended runs of grid alpha at K=2: arrays (alphas, seeds), NaN where none ended.
 
-    held_out: accuracy on the tenth that --split val holds out, for decided.BEST_ALPHA. The rest is
-    about 1,000 test images and a mean over the blocks: colleagues' cosine and length, strangers
-    (pairs of experts that share under 1 % of the tokens), gate accuracy and that of a blind gate.
+    `held_out` is the accuracy on the tenth that --split val holds out, for decided.BEST_ALPHA. All
+    others are means over the blocks, on 1,000 test images: the cosine and length of `colleagues`,
+    the number of `strangers` (pairs of experts that share under 1 % of the tokens), the gate's
+    accuracy and that of a blind gate, which asks the same expert about every image.
     """
     commit, seeds = study.commit_of_row(dirty=True), range(GRIDS["alpha"]["mode-k2"][0])
     names = ("colleagues", "length", "strangers", "gate", "blind")
@@ -205,10 +212,10 @@ def sweep(args):
 
 
 def gradients(args):
-    """cosine (runs, epochs + 1, L) of each router's task gradient with the oracle's, seed 0.
+    """Train five gates and measure probes.oracle_cosine on the probe images: (runs, epochs + 1, L).
 
-    Epoch 0 is the first weights. The oracle is probes.oracle_cosine's, on the 256 probe images; NaN
-    where the sparse gradient is 0. The runs are the study's own, bit for bit: it only looks.
+    Epoch 0 stands for the first weights. NaN where the sparse gradient is 0. Looking changes
+    nothing: the runs are the study's own, bit for bit.
     """
     arms = {"softmax, then top-1": ARMS["moe-k1"].flags,
             "softmax, then top-2": ARMS["moe-k2"].flags,
@@ -225,7 +232,7 @@ def gradients(args):
 
 
 def cosines(flags, folder, data_dir):
-    """Train one run; (epochs + 1, L) cosines, from the first step of every epoch and the end."""
+    """Train one run; (epochs + 1, L) cosines before the first step of each epoch and at the end."""
     _, job = study.prepare(flags, Path(folder), data_dir, seed=0)
     x = data.normalise(job.sets.probe[0], job.data.mean, job.data.std)
     step, found = 0, []
@@ -248,10 +255,10 @@ def cosines(flags, folder, data_dir):
     return found
 
 
-# --- whom does an expert serve? ---
+# --- whom does an expert serve? (notebook 2) ---
 
 def exchanges(B, N):
-    """Orders (B*N,) in which tokens take over each other's experts."""
+    """Three orders (T,), T = B*N: whose expert does each token visit, its own or another's?"""
     other = torch.randperm(B)[:, None] * N + torch.arange(N)
     return {"own": torch.arange(B * N), "same place, other image": other.flatten(),
             "any other token": torch.randperm(B * N)}
@@ -259,13 +266,13 @@ def exchanges(B, N):
 
 @torch.no_grad()
 def classes(args):
-    """Whom does each expert serve, and does it matter? Every test image, both kept students.
+    """Whom does each expert serve, and does it matter? Both kept students, every test image.
 
-    counts (router, block, class, token, expert) for the routers of V-MoE, of TGR and of TGR's
-    teacher; token 0 is the class token. `dealt` is the same, summed over patches, with the classes
-    dealt out anew among the images: the information that chance alone would show. `right` counts
-    the images that a student classifies right when its tokens keep or exchange their experts
-    (their gates stay their own), and when the teacher routers send them.
+    `counts` (router, block, class, token, expert) are of the routers of V-MoE, of TGR and of TGR's
+    teacher; token 0 is the class token. `dealt` sums the patches and deals the classes out anew
+    among the images: it holds the information that chance alone would show. `right` counts the
+    images that a student gets right when its tokens keep their experts, when they exchange them
+    (each keeps its own gates), and when the teacher routers send them.
     """
     torch.manual_seed(0)
     vmoe, _ = trained("vmoe")
@@ -302,12 +309,13 @@ def classes(args):
           trials=np.array([f"{name}: {how}" for name, how in right]))
 
 
-# --- does guidance need a router at all? ---
+# --- does guidance need a router at all? (notebook 2) ---
 
 def features_alone(args):
-    """Two controls of ours, thought of after the first rows: V-MoE and a dense ViT with such heads.
+    """Guide the features of V-MoE and of a dense ViT (ours, thought of after the first rows).
 
-    Recipe, scale and seeds are the study's, so the rows are paired with its own by seed.
+    The KL reaches heads that dispatch nothing. Recipe, scale and seeds are the study's, so each row
+    has a partner of its seed there.
     """
     _, state = trained("tgr")
     path = RESULTS / "features_alone.jsonl"
