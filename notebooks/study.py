@@ -58,7 +58,7 @@ def read_rows():
 
 
 def append(path, row):
-    """One write in append mode: rows of processes side by side stay whole."""
+    """Add a row in a single write, so that rows of processes side by side stay whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row) + "\n").encode()
     file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
@@ -101,7 +101,7 @@ def unclean():
 
 
 def commit_of_row(dirty):
-    """HEAD; "-dirty" only if code differs, for rows that were just added are no code."""
+    """HEAD, with "-dirty" if the code differs from it: rows that were just added are no code."""
     commit = train.commit() or ""
     return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
 
@@ -160,7 +160,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         _, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, teacher)
         guide = None
         if taught:
-            vit = load_teacher(job, teacher)               # first, for it draws from another seed
+            vit = load_teacher(job, teacher)               # first, because it sets another seed
             torch.manual_seed(seed)                        # the teacher routers' own weights
             guide = Guide(vit, job.student, job.cfg.n_experts).to(job.cfg.device)
         if control in SETUPS:
@@ -181,21 +181,21 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
 
 
 def to_do(grid, scale, only=None, seed=None):
-    """(arm, seed) without a row, all arms of one seed before the next: pairs are soon complete."""
+    """(arm, seed) of runs without a row, seed by seed, so that pairs are soon complete."""
     have = {(r["scale"], r["arm"], r["seed"]) for r in read_rows()}
     runs = [(s, arm) for arm, (seeds, _) in GRIDS[grid].items() for s in range(seeds)
             if (only is None or arm in only) and seed in (None, s)]
-    # what waits for the others' result comes last
+    # an arm that takes the best alpha of the others comes last
     runs.sort(key=lambda run: ("BEST" in ARMS[run[1]].flags, run[0]))
     return [(arm, s) for s, arm in runs if (scale, arm, s) not in have]
 
 
 def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep):
-    """Keep `workers` runs going; returns those that failed.
+    """Keep `workers` runs going and return those that failed.
 
-    start(run) gives a Popen. With `minutes`, no run starts that the median run says would end too
-    late, and what still runs at the end is interrupted: its checkpoint is where it goes on. Where
-    no run fits into the time at all, checkpoints carry them from call to call.
+    start(run) gives a Popen. With `minutes`, no run starts that would end too late if it took as
+    long as the median run, and what still runs at the end is interrupted. It goes on from its
+    checkpoint in the next call, and so do runs that are longer than a call.
     """
     began, waiting, going, took, failed = now(), list(runs), {}, list(took), []
     limit = math.inf if minutes is None else 60 * minutes
@@ -263,7 +263,7 @@ def run(args):
 
 
 def overview():
-    """Grids, arms, runs done and to do, and the hours that a median run says the rest will take."""
+    """Grids and arms, the runs done and to do, and the hours that the rest will take."""
     rows, lines = read_rows(), []
     for scale in SCALES:
         for grid, arms in GRIDS.items():
@@ -339,9 +339,9 @@ def hypotheses_table(grid, scale, rows):
 
 
 def unpaired(grid, rows):
-    """Which runs no difference uses, in a sentence; empty where all are used.
+    """A sentence on the runs that no difference uses; empty where all are used.
 
-    Where an arm has not run at all, its difference is missing and no run is left out of it.
+    An arm that has not run has no difference, and so leaves no run out.
     """
     lost = {}
     for arm, (_, other) in GRIDS[grid].items():
@@ -353,7 +353,7 @@ def unpaired(grid, rows):
 
 
 def recipe(rows, scale):
-    """On what these runs were trained and tested, by whom they were taught, and where they ran."""
+    """What these runs were trained and tested on, their teacher, and where they ran."""
     first = rows[0]
     taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
               and row["arm"] != "tgr-k1-random-teacher"]
@@ -466,8 +466,8 @@ def results(page):
     return "\n\n".join([" · ".join(links), *sections.values()])
 
 
-# the arms that the front page shows, at scale cpu: their names there, is the router guided, are the
-# features?
+# The arms on the front page, at scale cpu: what they are called there, and whether router and
+# features are guided.
 FRONT = {"dense": ("dense ViT", "– / no"), "moe-k1": ("V-MoE", "no / no"),
          "tgr-k1-router-alone": ("router guided alone", "yes / no"),
          "moe-k1-features-alone": ("features guided alone", "no / yes"),
@@ -495,7 +495,7 @@ def front(page):
         made_at.setdefault(commits or "none", []).append(model)
     commits = "; ".join(f"{some} ({', '.join(models)})" for some, models in made_at.items())
     return "\n".join([*lines, "", (
-        f"{recipe(rows, 'cpu')}; commits {commits}. The teacher has seen all training images, a "
+        f"{recipe(rows, 'cpu')}; commits {commits}. The teacher has seen all training images, each "
         f"model {rows[0]['train_images']:,} of them. Guided: does the teacher's KL train the "
         f"router, does it train the features below? A guided router has no load and entropy losses "
         f"of its own; V-MoE's has. Mean ± sample standard deviation over n seeds. The t-intervals "
@@ -520,7 +520,8 @@ def write(option, path):
 
 def disagreement(path):
     """Why a file and the rows disagree, in a sentence; None where they agree."""
-    written = [option for option in BLOCKS if markers(option)[0] in Path(path).read_text()]
+    text = Path(path).read_bytes().decode()
+    written = [option for option in BLOCKS if markers(option)[0] in text]
     if not written:
         return f"{path} has no markers of the study: {' or '.join(markers(o)[0] for o in BLOCKS)}"
     for option in written:

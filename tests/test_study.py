@@ -13,10 +13,12 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import distill
 import report
 import train
 from data import normalise, synthetic
@@ -254,6 +256,34 @@ def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
 def test_a_router_without_gradient_has_no_cosine():
     job, *_, (images, targets) = prepared("moe-k1-topk-softmax")
     assert probes.oracle_cosine(job.student, images, targets.argmax(dim=1), 2) is None
+
+
+def test_a_row_that_fixes_the_column_tells_log_n_and_one_that_says_nothing_tells_zero():
+    assert probes.mutual_information(5 * np.eye(3)) == pytest.approx(math.log(3))
+    assert probes.mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
+    # rows and columns of different shares: p log p(r, c) / (p(r) p(c)), with p(r) 2/3, p(c) 1/2
+    told = 0.5 * math.log(0.5 / (2 / 3 * 0.5)) + 1 / 6 * math.log(1 / 6 / (2 / 3 * 0.5)) + (
+        1 / 3 * math.log(1 / 3 / (1 / 3 * 0.5)))
+    assert probes.mutual_information(np.array([[3, 1], [0, 2]])) == pytest.approx(told)
+
+
+def test_forced_experts_are_judged_on_the_domains_of_the_models_own_gate():
+    student = prepared("moe-k2")[0].student.eval()
+    images = normalise(SMALL.test.images, SMALL.mean, SMALL.std)
+    with torch.no_grad():
+        student.blocks[1].mlp.experts.w_out.mul_(20)        # let the choice of an expert matter
+        output = student(images)
+        labels = output.logits.argmax(dim=1)                # or no untrained expert were ever right
+        correct = distill.probe(student, images, labels, 2).float()         # (E, B)
+    domain = distill.domains(output.layers[2].routing.probs, student.n_tokens)
+    home = torch.stack([(domain == e).float() for e in range(len(correct))])    # (E, B)
+    share = correct @ home.T / home.sum(dim=1)              # (E, E) of domain j, right by expert i
+    found, other = probes.probe_experts(student, images, labels, 2), ~torch.eye(4, dtype=torch.bool)
+    assert found["own"] == pytest.approx(share.diagonal().nanmean().item())
+    assert found["others"] == pytest.approx(share[other].view(4, 3).nanmean(dim=1).nanmean().item())
+    assert found["gate_accuracy"] == pytest.approx(
+        ((correct * home).sum() / correct.any(dim=0).sum()).item())
+    assert len({round(value, 4) for value in found.values()}) == 3
 
 
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
