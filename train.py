@@ -464,7 +464,8 @@ def say(cfg, line, left):
         seen += f"  validation {line['val_accuracy']:.1%}"
     if "dropped" in line:
         seen += f"  dropped {line['dropped']:.1%}"
-    took = f"{line['seconds']:.1f} s" + (f"  about {left / 60:.1f} minutes left" if left else "")
+    rest = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} minutes"
+    took = f"{line['seconds']:.1f} s" + (f"  about {rest} left" if left else "")
     print(f"  epoch {line['epoch']:3d}/{cfg.epochs}  {terms}  {seen}  {took}", flush=True)
 
 

@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from checkpoint import commit
 from notebooks.contenders import PEERS, Skip, check, draw, everybody, kept
 from report import put_between
 
@@ -298,8 +299,6 @@ def write_readme(readme_path, json_path):
 # --- the command ---
 
 def environment(args, argv, absent):
-    from train import commit
-
     def version(package):
         try:
             return metadata.version(package)

@@ -1,9 +1,9 @@
-"""controls.py -- if guidance helps, what did it guide? Each control takes one explanation away.
+"""controls.py -- if guidance helps, what did it guide?
 
-A control is what an arm of study.py does that no flag of train.py says: LOSSES replace
-train.losses, SETUPS change job and guide before the first step. Guided features alone are no arm:
-measure.py trains them, for they were thought of after the study's first rows. "ours" marks what no
-paper defines.
+Each control takes one explanation away. It is what an arm does that no flag of train.py says: one
+of LOSSES replaces train.losses, one of SETUPS changes job and guide before the first step. Guided
+features alone are no arm, because they were thought of after the study's first rows: measure.py
+trains them. "ours" marks what no paper defines.
 """
 from dataclasses import replace
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import normalise
 from teacher import guidance_loss, teacher_router_losses
 
 
@@ -20,7 +19,7 @@ def router(student, block):
 
 
 def ask_again(student, output, change):
-    """`output` with each router's answer to change(h): what the KL sees, and nothing else does."""
+    """`output` with every routing made anew from change(h). The KL alone reads these routings."""
     return output._replace(layers={
         b: layer if layer.routing is None else layer._replace(
             routing=router(student, b)(change(layer.h)))
@@ -28,7 +27,7 @@ def ask_again(student, output, change):
 
 
 def guide_the_router_alone(cfg, student, guide, images, targets):
-    """TGR with the KL stopped at the router's input: it trains the router's weight alone."""
+    """TGR with the KL stopped at the router's input: it trains nothing but the router's weight."""
     with train.autocast(cfg, images):
         output = ask_again(student, student(images), torch.Tensor.detach)
         return train.objective(cfg, output, targets, guide(images) if guide else None)
@@ -37,7 +36,8 @@ def guide_the_router_alone(cfg, student, guide, images, targets):
 def guide_the_features_alone(cfg, student, guide, images, targets):
     """TGR's KL on linear heads that look at h like a router and dispatch nothing (ours).
 
-    The backbone is pulled as in TGR; a router that the student may have learns as in V-MoE.
+    The KL reaches the backbone as in TGR. The student's own router, where it has one, learns as in
+    V-MoE.
     """
     with train.autocast(cfg, images):
         output, asked = student(images), guide(images)
@@ -54,7 +54,8 @@ def learn_the_teachers_logits(cfg, student, guide, images, targets, temperature=
     """L + KL(softmax(t / 3) || softmax(s / 3)), mean over images: a teacher's plain information.
 
     DeiT's soft distillation 0.9 L_task + 0.1 tau^2 KL with its own tau = 3 (arXiv:2012.12877,
-    eq. 2), divided by 0.9, which makes the KL's weight exactly 1: published, so not tuned here.
+    eq. 2), divided by 0.9, which makes the KL's weight exactly 1. The weight is published, so it is
+    not tuned here.
     """
     with train.autocast(cfg, images):
         output = student(images)
@@ -66,12 +67,12 @@ def learn_the_teachers_logits(cfg, student, guide, images, targets, temperature=
 
 
 def dispatch(student, targets):
-    """The teacher routers' logits {block: (T, E)} as orders to the student's experts."""
+    """Routings {block: Routing} that obey the teacher routers' logits {block: (T, E)}."""
     return {b: router(student, b).route(z.detach()) for b, z in targets.items()}
 
 
 def follow_the_teacher(cfg, student, guide, images, targets):
-    """Oracle dispatch: the teacher routers send the tokens; the student's routers only learn to."""
+    """Oracle dispatch: teacher routers send the tokens, the KL teaches the student's to follow."""
     with train.autocast(cfg, images):
         asked = guide(images)
         output = student(images, dispatch(student, asked))
@@ -80,17 +81,19 @@ def follow_the_teacher(cfg, student, guide, images, targets):
 
 def detach_gates(job, guide):
     """Distil only: the task loss sees the gates as constants, so the KL alone trains a router."""
-    for b in job.student.moe_blocks:
-        router(job.student, b).register_forward_hook(
+    for b in job.model.moe_blocks:
+        router(job.model, b).register_forward_hook(
             lambda module, inputs, routing: routing._replace(gates=routing.gates.detach()))
 
 
 def untrained_teacher(job, guide):
+    """A teacher with first weights of a seed of its own: its features hold no knowledge."""
     cfg = replace(job.cfg, method="dense", moe_blocks="", seed=1001)
     guide.teacher = train.build(cfg, job.data).requires_grad_(False).eval()
 
 
 def last_layer(job, guide):
+    """Every block is guided by the features of the teacher's last block."""
     guide.blocks = dict.fromkeys(guide.blocks, len(guide.teacher.blocks))
 
 
@@ -102,7 +105,7 @@ def freeze_routers(job, guide, directions):
     as confident as trained teacher routers are (ours).
     """
     cfg, data, sets = job.cfg, job.data, job.sets
-    features = guide.features(normalise(sets.train[0][:1_000], data.mean, data.std))
+    features = guide.features(data.normalise(sets.train[0][:1_000]))
     for b, h in features.items():
         rows = directions(h.float().cpu(), cfg.n_experts)               # (E, D)
         guide.routers[str(b)].weight.copy_(rows * rows.shape[1] ** 0.5)
@@ -110,7 +113,10 @@ def freeze_routers(job, guide, directions):
 
 
 def random_directions(h, E):
-    """Random, but blind to what all tokens share: that would send every token to one expert."""
+    """Random unit rows (E, D) that do not see the mean of h (T, D).
+
+    What all tokens share would send every token to the same expert.
+    """
     rows = torch.randn(E, h.shape[1], generator=torch.Generator().manual_seed(0))
     common = F.normalize(h.mean(dim=0), dim=0)
     return F.normalize(rows - (rows @ common)[:, None] * common, dim=1)
@@ -119,8 +125,8 @@ def random_directions(h, E):
 def centroids(h, E, steps=25):
     """Spherical k-means of features (T, D): E unit centroids, nearest by cosine.
 
-    The nearest by distance would need a bias, |c|^2 / 2, that a teacher router does not have; with
-    unit centroids the largest dot product is the nearest on the sphere, whatever |h|.
+    The nearest by distance would need a bias of |c|^2 / 2, and a teacher router has no bias. Among
+    unit centroids the one with the largest dot product is the nearest on the sphere, whatever |h|.
     """
     h = F.normalize(h, dim=1)
     c = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:E]]

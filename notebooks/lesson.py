@@ -1,6 +1,7 @@
-"""lesson.py -- what do the notebooks share? Guesses, checks, figures, whose number it is.
+"""lesson.py -- what do the notebooks share?
 
-No class or function of the modules is defined here a second time.
+Guesses and checks, figures, and what was measured before, with its origin. No class or function of
+the modules is defined here a second time.
 """
 import io
 import json
@@ -13,42 +14,28 @@ import torch
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
 from PIL import Image as Picture
+from torchvision.transforms import v2
 from tqdm.auto import tqdm as bar
 
 import train
-from data import normalise
-from notebooks import study
+from data import unit
+from notebooks import decided, study
 from report import COLOURS
 from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
-# what notebook 2 calls the study's arms, in the order of its figure; *: thought of after the first
-# rows; the teacher of 10,000 taught the runs of results/cpu.jsonl
-NAMES = {
-    "dense": "dense ViT", "dense-features-alone": "dense ViT, KL on its features*",
-    "moe-k1": "V-MoE", "moe-k1-logits": "V-MoE, teacher's logits",
-    "moe-k1-features-alone": "V-MoE, KL on features alone*",
-    "tgr-k1-router-alone": "TGR, KL on routers alone", "tgr-k1": "TGR: KL on both",
-    "tgr-k1-distil-only": "TGR, KL and no task on routers",
-    "tgr-k1-first-half": "TGR, KL in the first half only",
-    "tgr-k1-weight-0.5": "TGR, a tenth of the KL", "tgr-k1-weight-50": "TGR, ten times the KL",
-    "tgr-k1-oracle": "TGR, the teacher dispatches",
-    "tgr-k1-last-layer": "TGR, teacher's last layer",
-    "tgr-k1-kmeans": "TGR, k-means teacher router",
-    "tgr-k1-random-router": "TGR, random teacher router",
-    "tgr": "TGR by the teacher of 10,000", "tgr-k1-random-teacher": "TGR, untrained teacher"}
 SMOKE = bool(os.environ.get("SMOKE_TEST"))      # set by the tests: live cells stay small
 
 
 def tqdm(items, **kwargs):
-    """A progress bar for a person who watches; a page that is kept shows none."""
+    """A progress bar, shown to a person who watches and not on a page that is kept."""
     return bar(items, leave=False, disable=not os.isatty(2), **kwargs)
 
 
 # --- predict, then run ---
 
 def predict(guess, truth, what=""):
-    """Put the reader's guess beside what came out; an Ellipsis is no guess yet."""
+    """Print what came out beside the reader's guess; an Ellipsis is no guess yet."""
     truth = f"{truth:.4g}" if isinstance(truth, float) else truth
     said = "no guess written yet" if guess is ... else f"your guess: {guess}"
     print(f"{what + ': ' if what else ''}{truth}   ({said})")
@@ -94,7 +81,7 @@ def brief(value):
 # --- figures ---
 
 def show(fig, alt):
-    """Put a figure on the page as a small PNG; `alt` says it in words to who cannot see it."""
+    """Put a figure on the page as a small PNG; `alt` tells it to those who cannot see it."""
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=80)
     # 256 colours are enough for a figure and halve its file
@@ -103,10 +90,12 @@ def show(fig, alt):
 
 
 def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
-    """Draw sum(plus) - sum(minus) of the study's arms above `at`: a ring per seed that all of them
-    have, a bar at the mean, a line over its 95 % interval. Returns the study's Estimate."""
-    found = study.contrast(rows, metric, plus, minus)
-    each = [study.contrast([r for r in rows if r["seed"] == seed], metric, plus, minus).mean
+    """Draw sum(plus) - sum(minus) of the study's arms at x = `at`, and return its Estimate.
+
+    A ring stands for a seed that all arms have, a bar for the mean, a line for its 95 % interval.
+    """
+    found = decided.contrast(rows, metric, plus, minus)
+    each = [decided.contrast([r for r in rows if r["seed"] == seed], metric, plus, minus).mean
             for seed in sorted({r["seed"] for r in rows})]
     each = [value for value in each if value is not None]
     axis.plot([at] * len(each), each, "o", ms=7, mfc="none", mew=1.5, color=colour)
@@ -118,9 +107,9 @@ def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
 
 
 def patch_map(axis, image, experts=None, strength=None, title=""):
-    """Draw an image (3, 32, 32) in bytes; or, pale below them, the expert of each of 16 patches.
+    """Draw an image (3, 32, 32) of bytes; given experts (16,), draw each patch's expert over it.
 
-    Colour and number say which expert; strength (16,), 0 to 1, how strong the colour is.
+    Colour and number say which expert; strength (16,), 0 to 1, says how strong the colour is.
     """
     axis.set(xticks=[], yticks=[], title=title)
     if experts is None:
@@ -137,14 +126,14 @@ def patch_map(axis, image, experts=None, strength=None, title=""):
 # --- what was measured before, and by whom ---
 
 def measured(about):
-    """Say who made a number: the line above every figure that was not computed on this page."""
+    """Print where a number comes from, above every figure that was not computed on this page."""
     versions = about["versions"]
     print(f"Measured by `{about['command']}` on {about['device']}, seed {about['seed']}, torch "
           f"{versions['torch']}, commit {(about['commit'] or 'unknown')[:12]}.")
 
 
 def read(name):
-    """The arrays of notebooks/results/NAME.npz and, under "about", who measured them."""
+    """The arrays of notebooks/results/NAME.npz and, under "about", where they come from."""
     with np.load(RESULTS / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file.files}
     arrays["about"] = json.loads(str(arrays["about"]))
@@ -152,17 +141,19 @@ def read(name):
 
 
 def rows(grid, scale="cpu"):
-    """The study's runs of one grid, a dict per run; arms shared with other grids are among them."""
+    """The rows of one grid of the study, with those of arms that it shares with other grids."""
     return study.rows_of(grid, scale)
 
 
 def probe_images():
-    """64 of the study's probe images, never augmented: standardised, as uint8 (64, 3, 32, 32),
-    their labels, and the names of the classes."""
+    """64 of the study's probe images, which are never augmented.
+
+    Returns them standardised, as uint8 (64, 3, 32, 32), their labels, and the classes' names.
+    """
     kept = read("probe")
     images = torch.from_numpy(kept["images"])
-    mean, std = kept["mean"].tolist(), kept["std"].tolist()
-    return normalise(images, mean, std), images, kept["labels"], kept["names"].tolist()
+    x = v2.functional.normalize(unit(images), kept["mean"].tolist(), kept["std"].tolist())
+    return x, images, kept["labels"], kept["names"].tolist()
 
 
 def trained(name):

@@ -1,18 +1,18 @@
-"""measure.py -- how are the numbers made that the notebooks show and the study's rows do not hold?
+"""measure.py -- the notebooks show numbers that are in no row of the study: how are they made?
 
-    python notebooks/measure.py keep --runs runs/study/cpu    what they keep of the study's runs
-    python notebooks/measure.py experts --runs runs/study/cpu    what each expert knows and hears
-    python notebooks/measure.py sweep --runs runs/study/cpu       what alpha does to colleagues
+    python notebooks/measure.py keep --runs runs/study/cpu       two students, for the notebooks
+    python notebooks/measure.py experts --runs runs/study/cpu    what does each expert know?
+    python notebooks/measure.py sweep --runs runs/study/cpu      how alike does alpha make experts?
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
-    python notebooks/measure.py classes                       whom the kept students' experts serve
-    python notebooks/measure.py features_alone                guidance that reaches no router
+    python notebooks/measure.py classes         which classes do the kept students' experts serve?
+    python notebooks/measure.py features_alone  does guidance need a router? Ten runs
 
-Every file it writes under notebooks/results/ says which command, seed, commit and device made it.
+Every file that it writes under notebooks/results/ says which command, seed, commit and device made
+it.
 """
 import argparse
 import itertools
 import json
-import platform
 import sys
 import tempfile
 from dataclasses import replace
@@ -21,31 +21,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import data
+import distill
+import report
+import train
+from notebooks import probes, study
+from notebooks.controls import guide_the_features_alone
+from notebooks.decided import ARMS, GRIDS, SCALES, SWEEP
+from notebooks.lesson import guide_of, rebuild, trained
+from router import TopKRouter
+from teacher import Guide
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import data  # noqa: E402
-import distill  # noqa: E402
-import report  # noqa: E402
-import train  # noqa: E402
-from notebooks import study  # noqa: E402
-from notebooks.controls import guide_the_features_alone  # noqa: E402
-from notebooks.lesson import guide_of, rebuild, trained  # noqa: E402
-from router import TopKRouter  # noqa: E402
-from teacher import Guide  # noqa: E402
-
 RESULTS = ROOT / "notebooks" / "results"
 
 
 def about(command, seed, commit=None, device="cpu"):
-    """Who measured this, in the words of a run's result.json."""
-    return {"command": command, "seed": seed, "commit": commit or study.commit_of_row(dirty=True),
-            "device": train.describe(device),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "numpy": np.__version__}}
+    """Where a number comes from, under the names that a run's result.json uses."""
+    return {"command": command, "seed": seed, **checkpoint.provenance(device),
+            "commit": commit or study.commit_of_row(dirty=True)}
 
 
 def write(name, origin, **arrays):
@@ -60,19 +59,20 @@ def half(weights):
 
 
 def ended(run, data_dir):
-    """(result, cfg, images, vit) of a run that has ended: a student that tells its raw outputs."""
+    """(result, cfg, images, vit) of a run that has ended; vit keeps its experts' raw outputs."""
     result = json.loads((run / "result.json").read_text())
     cfg = train.Config(**result["config"] | {"device": "cpu"})
     images = data.load(cfg.data, data_dir)
     vit = train.build(cfg, images)
-    train.restore(vit, train.read(run / "checkpoint.pt")["student"], run / "checkpoint.pt")
+    path = run / "checkpoint.pt"
+    checkpoint.restore(vit, checkpoint.read(path, train.Config)["student"], path)
     for b in vit.moe_blocks:
         vit.blocks[b - 1].mlp.keep_raw = True
     return result, cfg, images, vit.eval()
 
 
 def keep(args):
-    """Two trained students, the teacher of one, 64 probe images and the routing of every epoch."""
+    """Keep two trained students, the teacher of one, 64 probe images and every epoch's routing."""
     runs = {name: Path(args.runs, arm, "seed0")
             for name, arm in (("vmoe", "moe-k1"), ("tgr", "tgr-k1"))}
     results = {name: json.loads((run / "result.json").read_text()) for name, run in runs.items()}
@@ -82,7 +82,7 @@ def keep(args):
     origins = {name: {key: r[key] for key in ("command", "seed", "commit", "device", "versions")}
                for name, r in results.items()}
 
-    probe, labels = (part[:64].numpy() for part in train.split(cfg, images).probe)
+    probe, labels = (part[:64].numpy() for part in data.split(cfg, images).probe)
     write("probe", origins["tgr"], images=probe, labels=labels, names=np.array(names),
           mean=images.mean, std=images.std)
     histories = {name: np.load(run / "routing.npz")["experts"].astype(np.int8)
@@ -91,27 +91,30 @@ def keep(args):
     write("routing", origins["tgr"] | {"command": both},
           layers=np.load(runs["tgr"] / "routing.npz")["layers"], **histories)
     for name, run in runs.items():
-        state = train.read(run / "checkpoint.pt")
+        state = checkpoint.read(run / "checkpoint.pt", train.Config)
         kept = {"config": state["config"], "names": list(names), "about": origins[name],
                 "student": half(state["student"])}
         if state["routers"]:
-            teacher = train.read(Path(args.runs, "teacher", "checkpoint.pt"))
+            teacher = checkpoint.read(Path(args.runs, "teacher", "checkpoint.pt"), train.Config)
             kept |= {"routers": half(state["routers"]), "teacher": half(teacher["student"]),
                      "teacher_config": teacher["config"]}
-        train.save(RESULTS / f"{name}.pt", kept)
+        checkpoint.save(RESULTS / f"{name}.pt", kept)
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
 
 
-# --- what does each expert know, and from whom does it hear? (notebook 3) ---
+# --- what does each expert know, and who teaches it? (notebook 3) ---
 
-# seed 0 of each; the first one's gate gives the partition that all share
+# One run of each arm, seed 0. The first is V-MoE: notebook 3 also judges the others on its domains.
 EXPERTS_OF = ("moe-k2", "mode-k2", "mode-k2-alpha-1", "mode-k2-alpha-100", "tgr+mode-k2")
-PROBED, HEARD = 2_000, 400     # test images: experts are forced on these, gradients taken on those
+HEARD = 400         # test images on which gradients are taken; experts are forced on probes.PROBED
 
 
 def pulls(vit, images, labels):
-    """(L, 2): mean size of what the task and mutual distillation with alpha = 1 send to an expert's
-    output for a token, as one training step of `train.objective` would, for L MoE blocks."""
+    """How strongly do the task and mutual distillation pull at an expert's output for a token?
+
+    (L, 2) for L MoE blocks: the mean length of the gradient of the task loss, and of mutual
+    distillation with alpha = 1, as one step of `train.objective` would send it.
+    """
     output = vit(images)
     raws = [output.layers[b].raw for b in vit.moe_blocks]               # L of (T, K, D)
     mutual = sum(distill.mutual_distillation_loss(raw) for raw in raws) / len(raws)
@@ -122,7 +125,7 @@ def pulls(vit, images, labels):
 
 
 def experts(args):
-    """Force every expert, take gradients, count who meets whom, in one run of each arm."""
+    """Force every expert, take gradients and count shared tokens, in one run of each arm."""
     commit = study.commit_of_row(dirty=True)     # before the minutes in which a file may be edited
     kept = {name: [] for name in ("arms", "domain", "correct", "norms", "meet", "first_share",
                                   "pulls")}
@@ -130,9 +133,9 @@ def experts(args):
     for arm in EXPERTS_OF:
         result, cfg, images, vit = ended(Path(args.runs, arm, "seed0"), args.data_dir)
         trained_by[arm] = {key: result[key] for key in ("command", "commit", "device")}
-        sets = train.split(cfg, images)
-        x = data.normalise(sets.test[0][:PROBED], images.mean, images.std)
-        y = sets.test[1][:PROBED]
+        sets = data.split(cfg, images)
+        x = images.normalise(sets.test[0][:probes.PROBED])
+        y = sets.test[1][:probes.PROBED]
         E, N, blocks = cfg.n_experts, vit.n_tokens, vit.moe_blocks
 
         with torch.no_grad():
@@ -140,7 +143,7 @@ def experts(args):
         routings = [layers[b].routing for b in blocks]
         pairs = [F.one_hot(r.chosen, E).sum(dim=1).float() for r in routings]      # (T, E) 0 or 1
         share = [r.gates[:, 0] / r.gates.sum(dim=1) for r in routings]  # (T,) of the favourite
-        probe = (data.normalise(sets.probe[0], images.mean, images.std), sets.probe[1])
+        probe = (images.normalise(sets.probe[0]), sets.probe[1])
         found = {
             "arms": arm,
             "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
@@ -158,32 +161,35 @@ def experts(args):
           **{name: np.stack(values) for name, values in kept.items()})
 
 
-# --- what does alpha do to the experts that serve a token together? (notebook 3) ---
+# --- how alike does alpha make the experts that serve a token together? (notebook 3) ---
 
 def colleagues(raw):
-    """(cosine of two experts' outputs for a token that both serve, their length), from the raw
-    outputs (T, K=2, D): what distillation sees of the experts, and all that it sees."""
+    """(cosine, length) of the outputs of the two experts that serve a token, means over tokens.
+
+    Distillation sees nothing of the experts but these raw outputs (T, K=2, D).
+    """
     return F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean(), raw.norm(dim=-1).mean()
 
 
 def sweep(args):
-    """Arrays (alphas, seeds) from the ended runs of grid alpha at K=2; NaN where none has ended.
+    """Measure the ended runs of grid alpha at K=2: arrays (alphas, seeds), NaN where none ended.
 
-    held_out: accuracy on the tenth that --split val holds out, for study.BEST_ALPHA. The rest is
-    about 1,000 test images and a mean over the blocks: colleagues' cosine and length, strangers
-    (pairs of experts that share under 1 % of the tokens), gate accuracy and that of a blind gate.
+    `held_out` is the accuracy on the tenth that --split val holds out, for decided.BEST_ALPHA. All
+    others are means over the blocks, on 1,000 test images: the cosine and length of `colleagues`,
+    the number of `strangers` (pairs of experts that share under 1 % of the tokens), the gate's
+    accuracy and that of a blind gate, which asks the same expert about every image.
     """
-    commit, seeds = study.commit_of_row(dirty=True), range(study.GRIDS["alpha"]["mode-k2"][0])
+    commit, seeds = study.commit_of_row(dirty=True), range(GRIDS["alpha"]["mode-k2"][0])
     names = ("colleagues", "length", "strangers", "gate", "blind")
-    found = {name: np.full((len(study.SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
-    for (at, arm), seed in itertools.product(enumerate(study.SWEEP.values()), seeds):
+    found = {name: np.full((len(SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
+    for (at, arm), seed in itertools.product(enumerate(SWEEP.values()), seeds):
         run = Path(args.runs, arm, f"seed{seed}")
         if not (run / "result.json").exists():
             continue
         _, cfg, images, vit = ended(run, args.data_dir)
-        sets = train.split(replace(cfg, split="val"), images)       # the same training images
+        sets = data.split(replace(cfg, split="val"), images)       # the same training images
         found["held_out"][at, seed] = train.accuracy(vit, *sets.val, cfg, images)
-        x, y = data.normalise(sets.test[0][:1_000], images.mean, images.std), sets.test[1][:1_000]
+        x, y = images.normalise(sets.test[0][:1_000]), sets.test[1][:1_000]
         with torch.no_grad():
             layers = vit(x).layers
         values = []
@@ -200,65 +206,57 @@ def sweep(args):
             found[name][at, seed] = value
         print(arm, seed, *(f"{value[at, seed]:.3f}" for value in found.values()), flush=True)
     origin = about(f"python notebooks/measure.py sweep --runs {args.runs}", list(seeds), commit)
-    write("sweep", origin, alpha=np.array(list(study.SWEEP), dtype=float), **found)
+    write("sweep", origin, alpha=np.array(list(SWEEP), dtype=float), **found)
 
 
 def gradients(args):
-    """cosine (runs, epochs + 1, L) of each router's task gradient with the oracle's, seed 0.
+    """Train five gates and measure probes.oracle_cosine on the probe images: (runs, epochs + 1, L).
 
-    Epoch 0 is the first weights. The oracle is study.oracle_cosine's, on the 256 probe images; NaN
-    where the sparse gradient is 0. The runs are the study's own, bit for bit: it only looks.
+    Epoch 0 stands for the first weights. NaN where the sparse gradient is 0. Looking changes
+    nothing: the runs are the study's own, bit for bit.
     """
-    arms = {"softmax, then top-1": study.ARMS["moe-k1"].flags,
-            "softmax, then top-2": study.ARMS["moe-k2"].flags,
-            "top-2, then softmax": study.ARMS["moe-k2-topk-softmax"].flags,
-            "sigmoid, top-2": study.ARMS["moe-k2-sigmoid"].flags,
+    arms = {"softmax, then top-1": ARMS["moe-k1"].flags,
+            "softmax, then top-2": ARMS["moe-k2"].flags,
+            "top-2, then softmax": ARMS["moe-k2-topk-softmax"].flags,
+            "sigmoid, top-2": ARMS["moe-k2-sigmoid"].flags,
             "sigmoid, top-1": "--method moe --k 1 --gate sigmoid"}
     origin, curves = about("python notebooks/measure.py gradients", seed=0), []
     for name, flags in arms.items():
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            curves.append(cosines(f"{study.SCALES['cpu']} {flags}", folder, args.data_dir))
+            curves.append(cosines(f"{SCALES['cpu']} {flags}", folder, args.data_dir))
         write("gradients", origin, names=np.array(list(arms)[:len(curves)]),
               cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
 
 
 def cosines(flags, folder, data_dir):
-    """Train one run; (epochs + 1, L) cosines, from the first step of every epoch and the end."""
+    """Train one run; (epochs + 1, L) cosines before the first step of each epoch and at the end."""
     _, job = study.prepare(flags, Path(folder), data_dir, seed=0)
-    x = data.normalise(job.sets.probe[0], job.data.mean, job.data.std)
+    x = job.data.normalise(job.sets.probe[0])
     step, found = 0, []
 
     def look(student):
         student.eval()
-        found.append([study.oracle_cosine(student, x, job.sets.probe[1], block)
+        found.append([probes.oracle_cosine(student, x, job.sets.probe[1], block)
                       for block in student.moe_blocks])
         student.train()
 
     def losses(cfg, student, guide, images, targets):
         nonlocal step
-        if step % train.steps_per_epoch(cfg, job.sets) == 0:
+        if step % data.steps_per_epoch(cfg, job.sets) == 0:
             look(student)
         step += 1
         return train.losses(cfg, student, guide, images, targets)
 
     train.fit(job, own_losses=losses)
-    look(job.student)
+    look(job.model)
     return found
 
 
-# --- whom does an expert serve? ---
-
-def mutual_information(counts):
-    """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
-    joint = counts / counts.sum()
-    alone = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    seen = joint > 0                                        # 0 log 0 = 0
-    return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
-
+# --- whom does an expert serve? (notebook 2) ---
 
 def exchanges(B, N):
-    """Orders (B*N,) in which tokens take over each other's experts."""
+    """Three orders (T,), T = B*N: whose expert does each token visit, its own or another's?"""
     other = torch.randperm(B)[:, None] * N + torch.arange(N)
     return {"own": torch.arange(B * N), "same place, other image": other.flatten(),
             "any other token": torch.randperm(B * N)}
@@ -266,13 +264,13 @@ def exchanges(B, N):
 
 @torch.no_grad()
 def classes(args):
-    """Whom does each expert serve, and does it matter? Every test image, both kept students.
+    """Whom does each expert serve, and does it matter? Both kept students, every test image.
 
-    counts (router, block, class, token, expert) for the routers of V-MoE, of TGR and of TGR's
-    teacher; token 0 is the class token. `dealt` is the same, summed over patches, with the classes
-    dealt out anew among the images: the information that chance alone would show. `right` counts
-    the images that a student classifies right when its tokens keep or exchange their experts
-    (their gates stay their own), and when the teacher routers send them.
+    `counts` (router, block, class, token, expert) are of the routers of V-MoE, of TGR and of TGR's
+    teacher; token 0 is the class token. `dealt` sums the patches and deals the classes out anew
+    among the images: it holds the information that chance alone would show. `right` counts the
+    images that a student gets right when its tokens keep their experts, when they exchange them
+    (each keeps its own gates), and when the teacher routers send them.
     """
     torch.manual_seed(0)
     vmoe, _ = trained("vmoe")
@@ -284,7 +282,7 @@ def classes(args):
     counts = np.zeros((len(routers), len(guide.blocks), len(images.coarse_names), N, E), np.int32)
     dealt, right = np.zeros_like(counts[:, :, :, 0]), {}
     for some in torch.arange(len(labels)).split(500):
-        x, y = data.normalise(images.test.images[some], images.mean, images.std), labels[some]
+        x, y = images.normalise(images.test.images[some]), labels[some]
         targets = guide(x)
         sent = {b: tgr.blocks[b - 1].mlp.router.route(z) for b, z in targets.items()}
         routings = {"teacher": sent}
@@ -309,27 +307,28 @@ def classes(args):
           trials=np.array([f"{name}: {how}" for name, how in right]))
 
 
-# --- does guidance need a router at all? ---
+# --- does guidance need a router at all? (notebook 2) ---
 
 def features_alone(args):
-    """Two controls of ours, thought of after the first rows: V-MoE and a dense ViT with such heads.
+    """Guide the features of V-MoE and of a dense ViT (ours, thought of after the first rows).
 
-    Recipe, scale and seeds are the study's, so the rows are paired with its own by seed.
+    The KL reaches heads that dispatch nothing. Recipe, scale and seeds are the study's, so each row
+    has a partner of its seed there.
     """
     _, state = trained("tgr")
     path = RESULTS / "features_alone.jsonl"
     done = {(row["arm"], row["seed"]) for row in report.read_lines(path)} if path.exists() else ()
-    for seed in range(study.GRIDS["main"]["moe-k1"][0]):
+    for seed in range(GRIDS["main"]["moe-k1"][0]):
         for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
             if (f"{arm}-features-alone", seed) in done:
                 continue
-            _, job = train.plan(train.parse([*study.SCALES["cpu"].split(), *flags.split(), "--seed",
+            _, job = train.plan(train.parse([*SCALES["cpu"].split(), *flags.split(), "--seed",
                                              str(seed), "--data_dir", args.data_dir]))
             teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
             torch.manual_seed(seed)                        # the teacher routers' own weights
             blocks = {int(b): int(b) for b in job.cfg.moe_blocks.split(",")}
-            guide = Guide(teacher, job.student, job.cfg.n_experts, blocks)
-            job.student.heads = nn.ModuleDict({
+            guide = Guide(teacher, job.model, job.cfg.n_experts, blocks)
+            job.model.heads = nn.ModuleDict({
                 str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in blocks})
             result = train.fit(job, guide, "python notebooks/measure.py features_alone",
                                guide_the_features_alone)

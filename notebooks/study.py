@@ -3,17 +3,17 @@
     python notebooks/study.py list                                    what is done, what it takes
     python notebooks/study.py run main --scale cpu --workers 2        go on with a grid
     python notebooks/study.py run main --scale gpu --workers 4 --minutes 9
-    python notebooks/study.py report main --readme README.md          tables, verdicts, figures
-    python notebooks/study.py report --check README.md                is README what the rows say?
+    python notebooks/study.py report main                             tables, verdicts, figures
+    python notebooks/study.py report --page notebooks/RESULTS.md      write those of all grids there
+    python notebooks/study.py report --front README.md                what guidance guides, in short
+    python notebooks/study.py report --check README.md                is it what the rows say?
 
-Everything that is decided before a run stands above the first function: the recipe, the arms, the
-grids, the hypotheses and the analysis. A run becomes one row of notebooks/results/GRID.jsonl: the
-result.json of train.py and what is measured here at the end. Arms differ from each other only in
-what their line says; those of one seed share their trunk's first weights, the order of the images
-and the augmentation, so they are compared seed by seed. "ours" marks what no paper defines.
+decided.py holds what was decided before any run, controls.py what an arm does that no flag of
+train.py says, probes.py what a trained model is asked. A run becomes one row of
+notebooks/results/GRID.jsonl: the result.json of train.py and the answers to probes.closing_look.
 """
 import argparse
-import fcntl
+import errno
 import itertools
 import json
 import math
@@ -25,351 +25,23 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import report
+import train
+from notebooks import decided
+from notebooks.controls import LOSSES, SETUPS
+from notebooks.decided import ACC, ARMS, GRIDS, METRICS, SCALES
+from notebooks.probes import closing_look
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import distill  # noqa: E402
-import report  # noqa: E402
-import train  # noqa: E402
-from data import normalise  # noqa: E402
-from notebooks.controls import LOSSES, SETUPS, dispatch  # noqa: E402
-from teacher import Guide  # noqa: E402
-
 RESULTS, FIGURES = ROOT / "notebooks" / "results", ROOT / "notebooks" / "figures"
+PAGE = ROOT / "notebooks" / "RESULTS.md"
 
-# --- decided in advance: the recipe ---
-
-SCALES = {
-    "cpu": "--preset tiny --data cifar100 --labels coarse --train_images 10000 --epochs 12 "
-           "--device cpu",
-    "gpu": "--preset small --data cifar100 --labels fine --train_images 0 --epochs 100 "
-           "--device cuda",
-}
-WORKERS = {"cpu": 2, "gpu": 4}
-# One dense teacher per scale, for every grid, arm and seed; no student has its seed, for a student
-# of the teacher's seed would start from the teacher's own first weights. At scale cpu it learns
-# from all 50,000 images, for the paper's teacher too has seen more than its students; one of
-# their 10,000 images knew no more than they did (32.1 %: the dense row of results/cpu.jsonl). What
-# its knowledge is worth by itself is what the arm moe-k1-logits measures.
-TEACHER = {"cpu": "--method dense --seed 1000 --train_images 0",
-           "gpu": "--method dense --seed 1000"}
-
-# --- decided in advance: the arms, all with E=8 unless they say otherwise ---
-
-
-class Arm(NamedTuple):
-    flags: str                      # of train.py
-    control: str | None = None      # a name in controls.py: what no flag can say
-
-
-# alpha: its arm at K=2, in order; 0 is the plain V-MoE, 0.01 what the other grids use
-SWEEP = {"0": "moe-k2", "0.001": "mode-k2-alpha-0.001", "0.01": "mode-k2",
-         "0.1": "mode-k2-alpha-0.1", "1": "mode-k2-alpha-1", "10": "mode-k2-alpha-10",
-         "100": "mode-k2-alpha-100"}
-# What mode-k8-best-alpha takes: the best at K=2 on the tenth of the training images that --split
-# val holds out, never on the test split. None: not chosen yet. At scale cpu no student trains on
-# that tenth, so `python notebooks/measure.py sweep` asks the ended runs of the grid themselves.
-BEST_ALPHA = {"cpu": "0.01", "gpu": None}
-EXPERTS = (4, 8, 16, 32, 64)
-ARMS = {
-    "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
-    "dense-total": Arm("--method dense --expert_ratio 16"),     # = total parameters of moe-k1
-    "soft": Arm("--method soft"),
-    "moe-k1": Arm("--method moe --k 1"),                   # V-MoE, alpha 0 of MoDE
-    "moe-k2": Arm("--method moe --k 2"),
-    "tgr-k1": Arm("--method tgr --k 1"),
-    "tgr-k1-router-alone": Arm("--method tgr --k 1", "router alone"),
-    "moe-k1-logits": Arm("--method moe --k 1", "logits"),
-    "mode-k2": Arm("--method mode --k 2 --alpha 0.01"),
-    "tgr+mode-k2": Arm("--method tgr+mode --k 2 --alpha 0.01"),
-    # how strong may mutual distillation be, and does a gate of all experts need it?
-    **{arm: Arm(f"--method mode --k 2 --alpha {alpha}") for alpha, arm in SWEEP.items()
-       if "alpha" in arm},
-    "moe-k8": Arm("--method moe --k 8"),
-    "mode-k8-best-alpha": Arm("--method mode --k 8 --alpha BEST"),      # of BEST_ALPHA
-    # when does guidance act, by whose knowledge, from which layer?
-    "tgr-k1-first-half": Arm("--method tgr --k 1 --guide_until 0.5"),
-    "tgr-k1-distil-only": Arm("--method tgr --k 1", "distil only"),
-    "tgr-k1-random-router": Arm("--method tgr --k 1", "random router"),
-    "tgr-k1-random-teacher": Arm("--method tgr --k 1", "random teacher"),
-    "tgr-k1-kmeans": Arm("--method tgr --k 1", "k-means"),
-    "tgr-k1-last-layer": Arm("--method tgr --k 1", "last layer"),
-    "tgr-k1-oracle": Arm("--method tgr --k 1", "oracle"),
-    "tgr-k1-weight-0.5": Arm("--method tgr --k 1 --guide_weight 0.5"),
-    "tgr-k1-weight-50": Arm("--method tgr --k 1 --guide_weight 50"),
-    # does the gain grow with the number of experts?
-    **{f"{m}-k1-E{E}": Arm(f"--method {m} --k 1 --n_experts {E}") for E in EXPERTS if E != 8
-       for m in ("moe", "tgr")},
-    # which gates let the task teach the router?
-    "moe-k2-topk-softmax": Arm("--method moe --k 2 --gate topk_softmax"),
-    "moe-k2-sigmoid": Arm("--method moe --k 2 --gate sigmoid"),
-    "moe-k1-topk-softmax": Arm("--method moe --k 1 --gate topk_softmax"),
-}
-
-# --- decided in advance: the grids, arm: (seeds, the arm it is compared with) ---
-
-GRIDS = {
-    "main": {
-        "dense": (5, None), "dense-total": (5, "moe-k1"), "soft": (5, "moe-k1"),
-        "moe-k1": (5, "dense"), "tgr-k1": (5, "moe-k1"), "tgr-k1-router-alone": (5, "tgr-k1"),
-        "moe-k1-logits": (5, "moe-k1"), "moe-k2": (8, "moe-k1"), "mode-k2": (8, "moe-k2"),
-        "tgr+mode-k2": (8, "moe-k2")},
-    "alpha": {
-        **{arm: (5, None if arm == "moe-k2" else "moe-k2") for arm in SWEEP.values()},
-        "moe-k8": (5, "moe-k2"), "mode-k8-best-alpha": (5, "moe-k8")},
-    "guidance": {
-        "moe-k1": (5, None), "tgr-k1": (5, "moe-k1"),
-        **{f"tgr-k1-{name}": (5, "tgr-k1") for name in (
-            "first-half", "distil-only", "random-router", "random-teacher", "kmeans", "last-layer",
-            "oracle", "weight-0.5", "weight-50")}},
-    "experts": {f"{m}-k1" + (f"-E{E}" if E != 8 else ""): (
-        5, ("moe-k1" + (f"-E{E}" if E != 8 else "")) if m == "tgr" else None)
-        for E in EXPERTS for m in ("moe", "tgr")},
-    "gates": {
-        "moe-k2": (5, None), "moe-k2-topk-softmax": (5, "moe-k2"), "moe-k2-sigmoid": (5, "moe-k2"),
-        "moe-k1": (5, None), "moe-k1-topk-softmax": (5, "moe-k1")},
-}
-
-# --- decided in advance: what is measured, and what is expected ---
-
-
-def over_time(name):
-    return lambda row: row["consistency"].get(name)
-
-
-def probing(name):
-    return lambda row: (row.get("probing") or {}).get(name)
-
-
-# from a row; None where a run has no such number. Accuracies in points (percent).
-METRICS = {
-    "accuracy": lambda row: 100 * row["test_accuracy"],
-    # an arm that trained on the teacher's dispatch is tested on it too
-    "accuracy, dispatched as in training":
-        lambda row: 100 * row.get("oracle_accuracy", row["test_accuracy"]),
-    "agreement adjacent, first quarter": over_time("first_quarter_agreement_adjacent"),
-    "kappa adjacent, first quarter": over_time("first_quarter_kappa_adjacent"),
-    "agreement with the end at 1/6": over_time("sixth_agreement_final"),
-    "agreement with the end at 1/2": over_time("half_agreement_final"),
-    "load entropy": lambda row: row["load_entropy"],
-    "expert similarity": lambda row: row.get("similarity"),
-    "own-domain accuracy": probing("own"),
-    "other-domain accuracy": probing("others"),
-    "gate accuracy": probing("gate_accuracy"),
-    "oracle cosine": lambda row: row.get("oracle_cosine"),
-}
-
-
-# beside the accuracy, what a grid's table shows
-COLUMNS = {
-    "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
-    "guidance": ("accuracy, dispatched as in training", "agreement adjacent, first quarter",
-                 "load entropy"),
-    "gates": ("oracle cosine", "agreement adjacent, first quarter", "load entropy")}
-USUAL = ("agreement adjacent, first quarter", "agreement with the end at 1/2", "load entropy")
-
-
-class Hypothesis(NamedTuple):
-    """sum of `plus` - sum of `minus`, seed by seed, is at least `least` and surely above 0."""
-    grid: str
-    claim: str
-    source: str                     # whose claim: T the TGR paper, M the MoDE paper, ours
-    metric: str
-    plus: tuple
-    minus: tuple = ()
-    least: float = 0.0
-    scales: tuple = ("cpu", "gpu")  # a threshold may mean something at one scale alone
-
-
-ACC, TGR_MOE = "accuracy", (("tgr-k1",), ("moe-k1",))
-HYPOTHESES = [
-    Hypothesis("main", "the dense ViT is a fair baseline", "ours", ACC, ("dense",), (), 70,
-               ("gpu",)),
-    Hypothesis("main", "experts help", "T", ACC, ("moe-k1",), ("dense",), 0.8),
-    Hypothesis("main", "guidance helps", "T", ACC, *TGR_MOE, 0.8),
-    Hypothesis("main", "guidance steadies routing", "T", "agreement adjacent, first quarter",
-               *TGR_MOE),
-    Hypothesis("main", "... beyond chance", "ours", "kappa adjacent, first quarter", *TGR_MOE),
-    Hypothesis("main", "guided tokens settle early", "T", "agreement with the end at 1/6",
-               *TGR_MOE),
-    Hypothesis("main", "... and at half-time", "ours", "agreement with the end at 1/2", *TGR_MOE),
-    Hypothesis("main", "70 % have settled at 1/6", "T", "agreement with the end at 1/6",
-               ("tgr-k1",), (), 0.7),
-    Hypothesis("main", "guidance works through the backbone too", "ours", ACC, ("tgr-k1",),
-               ("tgr-k1-router-alone",)),
-    Hypothesis("main", "guiding the router alone helps", "ours", ACC, ("tgr-k1-router-alone",),
-               ("moe-k1",)),
-    Hypothesis("main", "guidance is more than a teacher's information", "ours", ACC, ("tgr-k1",),
-               ("moe-k1-logits",)),
-    Hypothesis("main", "mutual distillation helps", "M", ACC, ("mode-k2",), ("moe-k2",), 0.5),
-    Hypothesis("main", "both together help more than mutual distillation", "ours", ACC,
-               ("tgr+mode-k2",), ("mode-k2",)),
-    Hypothesis("alpha", "too large an alpha hurts", "M", ACC, ("mode-k2",),
-               ("mode-k2-alpha-100",)),
-    Hypothesis("alpha", "a moderate alpha helps", "M", ACC, ("mode-k2",), ("moe-k2",)),
-    Hypothesis("alpha", "a large alpha makes experts alike", "M", "expert similarity",
-               ("mode-k2-alpha-100",), ("moe-k2",), 0.1),
-    Hypothesis("alpha", "the gate chooses better", "M", "gate accuracy", ("mode-k2",),
-               ("moe-k2",)),
-    Hypothesis("alpha", "experts do better on their own domain", "M", "own-domain accuracy",
-               ("mode-k2",), ("moe-k2",)),
-    Hypothesis("guidance", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
-               ("tgr-k1",)),
-    Hypothesis("guidance", "the last layer is the wrong one", "T", ACC, ("tgr-k1",),
-               ("tgr-k1-last-layer",)),
-    Hypothesis("guidance", "the teacher's own dispatch is far above", "T",
-               "accuracy, dispatched as in training", ("tgr-k1-oracle",), ("tgr-k1",), 1.0),
-    Hypothesis("guidance", "a student trained on it cannot route by itself", "T", ACC,
-               ("moe-k1",), ("tgr-k1-oracle",)),
-    *(Hypothesis("guidance", f"a trained teacher router beats {what}", "ours", ACC, ("tgr-k1",),
-                 (f"tgr-k1-{arm}",)) for what, arm in (
-        ("a frozen random one", "random-router"), ("one on an untrained teacher", "random-teacher"),
-        ("frozen k-means", "kmeans"))),
-    *(Hypothesis("guidance", f"the KL's weight of 5 beats {w}", "ours", ACC, ("tgr-k1",),
-                 (f"tgr-k1-weight-{w}",)) for w in ("0.5", "50")),
-    Hypothesis("experts", "the gain grows from E=4 to E=64", "T", ACC,
-               ("tgr-k1-E64", "moe-k1-E4"), ("moe-k1-E64", "tgr-k1-E4")),
-    Hypothesis("experts", "guidance helps with 64 experts", "T", ACC, ("tgr-k1-E64",),
-               ("moe-k1-E64",), 0.8),
-    Hypothesis("gates", "a router that cannot learn costs accuracy", "ours", ACC, ("moe-k1",),
-               ("moe-k1-topk-softmax",)),
-]
-
-# --- decided in advance: the analysis ---
-
-# t with 97.5 % below it, for 1 to 30 degrees of freedom (any t table; tests integrate the density)
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-         2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-
-
-class Estimate(NamedTuple):
-    mean: float | None
-    low: float | None               # the 95 % t-interval; None with fewer than two seeds
-    high: float | None
-    n: int
-    left_out: tuple = ()            # (arm, seed) of the runs that have no partner
-
-
-def interval(values, left_out=()):
-    """Mean and 95 % t-interval of independent values."""
-    n = len(values)
-    if n < 2:
-        return Estimate(values[0] if values else None, None, None, n, left_out)
-    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n)
-    mean = statistics.fmean(values)
-    return Estimate(mean, mean - half, mean + half, n, left_out)
-
-
-def contrast(rows, metric, plus, minus=()):
-    """sum(plus) - sum(minus) over the seeds that every arm has; the others are left out by name."""
-    known = {arm: {r["seed"]: value for r in rows if r["arm"] == arm
-                   if (value := METRICS[metric](r)) is not None} for arm in (*plus, *minus)}
-    seeds = sorted(set.intersection(*map(set, known.values())))
-    left_out = tuple((arm, s) for arm in known for s in sorted(known[arm]) if s not in seeds)
-    return interval([sum(known[a][s] for a in plus) - sum(known[a][s] for a in minus)
-                     for s in seeds], left_out)
-
-
-def verdict(estimate, least):
-    """met: at least `least`, and surely above 0. not met: surely below `least`. Else undecided."""
-    if estimate.n == 0:
-        return "not run"
-    if estimate.low is None:
-        return "undecided"
-    if estimate.mean >= least and estimate.low > 0:
-        return "met"
-    return "not met" if estimate.high < least or estimate.high <= 0 else "undecided"
-
-
-# --- what is measured at the end of a run ---
-
-PROBED = 2_000       # test images whose experts are forced one by one
-
-
-@torch.no_grad()
-def expert_similarity(moe, h):
-    """Mean cosine of two experts' outputs for one token, over pairs and tokens h (T, D) (ours)."""
-    E = len(moe.experts.w_in)
-    f = F.normalize(moe.experts.batched(h.expand(E, *h.shape)), dim=-1)     # (E, T, D)
-    pairs = f.sum(dim=0).square().sum(dim=-1) - E                       # (T,) both ways round
-    return (pairs / (E * (E - 1))).mean().item()
-
-
-def oracle_cosine(student, images, labels, block):
-    """Cosine of the router's gradient with the one it would have if it saw every expert (ours).
-
-    dL/dy of the sparse pass is kept, every expert is evaluated, and the same gate's formula is
-    given all experts. None where the sparse gradient is 0.
-    """
-    moe, seen = student.blocks[block - 1].mlp, {}
-    hook = moe.register_forward_hook(lambda m, x, out: seen.update(x=x[0], y=out[0]))
-    loss = F.cross_entropy(student(images).logits, labels)
-    hook.remove()
-    sparse, dy = torch.autograd.grad(loss, [moe.router.weight, seen["y"]], allow_unused=True)
-    if sparse is None or not sparse.any():
-        return None
-    h, dy = (v.detach().flatten(0, 1) for v in (seen["x"], dy))         # (T, D) both
-    with torch.no_grad():
-        f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))   # (E, T, D)
-        q = torch.einsum("td,etd->te", dy, f)                           # what each expert is worth
-    logits = F.linear(h, moe.router.weight)                             # (T, E)
-    gates = logits.sigmoid() if moe.router.gate == "sigmoid" else logits.softmax(dim=-1)
-    dense, = torch.autograd.grad((gates * q).sum(), moe.router.weight)
-    return F.cosine_similarity(sparse.flatten(), dense.flatten(), dim=0).item()
-
-
-@torch.no_grad()
-def probe_experts(student, images, labels, block):
-    """Each expert by force, on the domains of the model's own gate: distill.py says what this is"""
-    parts = list(zip(images.split(500), labels.split(500), strict=True))
-    correct = torch.cat([distill.probe(student, *part, block) for part in parts], dim=1)   # (E, B)
-    probs = torch.cat([student(x).layers[block].routing.probs for x, _ in parts])
-    domain = distill.domains(probs, student.n_tokens)
-    own, others = distill.own_and_others(distill.accuracy_matrix(correct, domain))
-    found = {"own": own.nanmean().item(), "others": others.nanmean().item(),
-             "gate_accuracy": distill.gate_accuracy(correct, domain)}
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
-
-
-def closing_look(job, guide, control):
-    """The fields that a row has beyond result.json: means over the MoE blocks, in float32."""
-    cfg, data, sets, student, _ = job
-    if cfg.method in ("dense", "soft"):
-        return {}
-    student.eval()
-    images, labels = (part[:PROBED] for part in sets.test)
-    images = normalise(images, data.mean, data.std)
-    x, y = normalise(sets.probe[0], data.mean, data.std), sets.probe[1]
-    blocks = student.moe_blocks
-    with torch.no_grad():
-        layers = student(x).layers
-    found = {"similarity": report.mean(
-                 expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
-             "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks)}
-    if cfg.k > 1:
-        probed = [probe_experts(student, images, labels, b) for b in blocks]
-        found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}
-    if control == "oracle":
-        hits = []
-        with torch.no_grad():
-            for x, y in zip(*(part.split(500) for part in sets.test), strict=True):
-                x = normalise(x, data.mean, data.std)
-                with train.autocast(cfg, x):
-                    logits = student(x, dispatch(student, guide(x))).logits
-                hits.append(logits.argmax(dim=1) == y)
-        found["oracle_accuracy"] = torch.cat(hits).float().mean().item()
-    return found
-
-
-# --- one run ---
+# --- rows, and whose they are ---
 
 
 def read_rows():
@@ -383,7 +55,7 @@ def read_rows():
 
 
 def append(path, row):
-    """One write in append mode: rows of processes side by side stay whole."""
+    """Add a row in a single write, so that rows of processes side by side stay whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(row) + "\n").encode()
     file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
@@ -396,30 +68,51 @@ def append(path, row):
 
 @contextmanager
 def locked(folder):
-    """Only one process at a time; the lock ends with the process that holds it."""
+    """Only one process at a time is inside; the lock ends with the process that holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(folder / "lock", "a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:                                 # Windows has another lock
+            import msvcrt
+            waiting = True
+            while waiting:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    waiting = False
+                except OSError as error:                    # it waits ten seconds and gives up
+                    if error.errno != errno.EDEADLK:
+                        raise
         yield
 
 
 def unclean():
     """The files of code that differ from their commit; rows, figures and texts may differ."""
     if not (ROOT / ".git").exists():
-        return "" if train.commit() else "everything (no git here, and no GUIDED_MOE_COMMIT)"
+        return "" if checkpoint.commit() else "everything (no git here, and no GUIDED_MOE_COMMIT)"
     status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
               ":!notebooks/results", ":!notebooks/figures", ":!*.md"]
     found = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return ", ".join(line[3:] for line in found.splitlines())
 
 
+def commit_of_row(dirty):
+    """HEAD, with "-dirty" if the code differs from it: rows that were just added are no code."""
+    commit = checkpoint.commit() or ""
+    return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
+
+
+# --- one run ---
+
+
 def best_alpha(scale):
     """The alpha that was chosen for the dense gate at this scale, on no test image."""
-    if BEST_ALPHA[scale] is None:
+    if decided.BEST_ALPHA[scale] is None:
         raise ValueError(f"scale {scale} has no BEST_ALPHA yet: train mode-k2 with each alpha and "
                          f"train.py's --split val, and write the one of the best val_accuracy "
-                         f"into {Path(__file__).name}")
-    return BEST_ALPHA[scale]
+                         f"into decided.py")
+    return decided.BEST_ALPHA[scale]
 
 
 def prepare(flags, folder, data_dir, seed=None, teacher=None):
@@ -438,16 +131,9 @@ def train_teacher(scale, out, data_dir):
     """The dense teacher's checkpoint; whoever comes first trains it, the others wait."""
     folder = Path(out, scale, "teacher")
     with locked(folder):
-        _, job = prepare(f"{SCALES[scale]} {TEACHER[scale]}", folder, data_dir)
+        _, job = prepare(f"{SCALES[scale]} {decided.TEACHER[scale]}", folder, data_dir)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale}")
     return folder / "checkpoint.pt"
-
-
-def load_teacher(job, path):
-    state = train.read(path)
-    vit = train.build(replace(train.Config(**state["config"]), device=job.cfg.device), job.data)
-    train.restore(vit, state["student"], path)
-    return vit
 
 
 def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
@@ -461,12 +147,10 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         teacher = train_teacher(scale, out, data_dir) if taught else None
         if "BEST" in flags:
             flags = flags.replace("BEST", best_alpha(scale))
-        _, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, teacher)
+        planned, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, teacher)
         guide = None
-        if taught:
-            vit = load_teacher(job, teacher)               # first, for it draws from another seed
-            torch.manual_seed(seed)                        # the teacher routers' own weights
-            guide = Guide(vit, job.student, job.cfg.n_experts).to(job.cfg.device)
+        if taught:                                         # the logits' arm is planned without one
+            guide = train.guide_of(planned or train.teacher_of(job), job)
         if control in SETUPS:
             SETUPS[control](job, guide)
         if guide and job.state:                            # a run that has ended is only read
@@ -481,31 +165,25 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         append(RESULTS / f"{grid}.jsonl", row)
 
 
-def commit_of_row(dirty):
-    """HEAD; "-dirty" only if code differs, for rows that were just added are no code."""
-    commit = train.commit() or ""
-    return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
-
-
 # --- many runs ---
 
 
 def to_do(grid, scale, only=None, seed=None):
-    """(arm, seed) without a row, all arms of one seed before the next: pairs are soon complete."""
+    """(arm, seed) of runs without a row, seed by seed, so that pairs are soon complete."""
     have = {(r["scale"], r["arm"], r["seed"]) for r in read_rows()}
     runs = [(s, arm) for arm, (seeds, _) in GRIDS[grid].items() for s in range(seeds)
             if (only is None or arm in only) and seed in (None, s)]
-    # what waits for the others' result comes last
+    # an arm that takes the best alpha of the others comes last
     runs.sort(key=lambda run: ("BEST" in ARMS[run[1]].flags, run[0]))
     return [(arm, s) for s, arm in runs if (scale, arm, s) not in have]
 
 
 def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep):
-    """Keep `workers` runs going; returns those that failed.
+    """Keep `workers` runs going and return those that failed.
 
-    start(run) gives a Popen. With `minutes`, no run starts that the median run says would end too
-    late, and what still runs at the end is interrupted: its checkpoint is where it goes on. Where
-    no run fits into the time at all, checkpoints carry them from call to call.
+    start(run) gives a Popen. With `minutes`, no run starts that would end too late if it took as
+    long as the median run, and what still runs at the end is interrupted. It goes on from its
+    checkpoint in the next call, and so do runs that are longer than a call.
     """
     began, waiting, going, took, failed = now(), list(runs), {}, list(took), []
     limit = math.inf if minutes is None else 60 * minutes
@@ -564,7 +242,7 @@ def run(args):
 
     took = [r["wall_seconds"] for r in read_rows()
             if r["scale"] == args.scale and r["arm"] in GRIDS[args.grid]]
-    failed = schedule(runs, start, args.workers or WORKERS[args.scale], args.minutes, took)
+    failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes, took)
     for arm, seed in failed:
         log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
         print(f"{arm}, seed {seed}: {(log.read_text().splitlines() or ['?'])[-1]}", file=sys.stderr)
@@ -573,16 +251,17 @@ def run(args):
 
 
 def overview():
-    """Grids, arms, runs done and to do, and the hours that a median run says the rest will take."""
+    """Grids and arms, the runs done and to do, and the hours that the rest will take."""
     rows, lines = read_rows(), []
     for scale in SCALES:
         for grid, arms in GRIDS.items():
             todo = to_do(grid, scale)
             total = sum(seeds for seeds, _ in arms.values())
             took = [r["wall_seconds"] for r in rows if r["scale"] == scale]
+            workers = decided.WORKERS[scale]
             hours = "hours unknown: no run yet" if not took else (
-                f"about {len(todo) * statistics.median(took) / 3600 / WORKERS[scale]:.1f} hours "
-                f"with {WORKERS[scale]} workers")
+                f"about {len(todo) * statistics.median(took) / 3600 / workers:.1f} hours "
+                f"with {workers} workers")
             lines.append(f"{grid}, scale {scale}: {total - len(todo)} done, {len(todo)} to do"
                          + (f", {hours}" if todo else ""))
             for arm, (seeds, _) in arms.items():
@@ -595,30 +274,25 @@ def overview():
 
 
 def rows_of(grid, scale):
-    """The grid's rows at one scale; all runs of an arm must differ in their seed alone."""
+    """The grid's rows at one scale, arm by arm and seed by seed."""
     arms = GRIDS[grid]
-    rows = [row for row in read_rows() if row["scale"] == scale and row["arm"] in arms
-            and row["seed"] < arms[row["arm"]][0]]
+    return alike([row for row in read_rows() if row["scale"] == scale and row["arm"] in arms
+                  and row["seed"] < arms[row["arm"]][0]], list(arms))
+
+
+def alike(rows, arms):
+    """The rows in the order of `arms`; all runs of an arm must differ in their seed alone."""
     settings = {}
     for row in rows:
         same = settings.setdefault(row["arm"], (report.experiment(row), row["data_md5"]))
         if same != (report.experiment(row), row["data_md5"]):
-            raise ValueError(f"scale {scale}: {row['arm']}, seed {row['seed']} was run with other "
-                             f"settings than seed 0: its config says which")
-    return sorted(rows, key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
-
-
-def signed(estimate, digits=2):
-    """`+0.81 [+0.20, +1.42]`; – is what there is no number for."""
-    if estimate.mean is None:
-        return "–"
-    text = f"{estimate.mean:+.{digits}f}"
-    return text if estimate.low is None else (
-        text + f" [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]")
+            raise ValueError(f"scale {row['scale']}: {row['arm']}, seed {row['seed']} was run with "
+                             f"other settings than seed 0: its config says which")
+    return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
 
 
 def arms_table(grid, rows):
-    columns = COLUMNS.get(grid, USUAL)
+    columns = decided.COLUMNS.get(grid, decided.USUAL)
     lines = ["| arm | n | params total / active | MFLOPs | accuracy, points | against | difference "
              f"[95 %] | {' | '.join(columns)} | images/s | seconds |",
              "|-|-|-|-|-|-|-" + len(columns) * "|-" + "|-|-|"]
@@ -626,12 +300,12 @@ def arms_table(grid, rows):
         some = [row for row in rows if row["arm"] == arm]
         if not some:
             continue
-        pair = contrast(rows, ACC, (arm,), (other,)) if other else Estimate(None, None, None, 0)
+        pair = decided.contrast(rows, ACC, (arm,), (other,)) if other else decided.interval([])
         lines.append("| " + " | ".join([
             arm, str(len(some)),
             f"{some[0]['params_total'] / 1e6:.2f} / {some[0]['params_active'] / 1e6:.2f} M",
             f"{some[0]['flops_per_image'] / 1e6:.1f}",
-            report.pooled([METRICS[ACC](row) for row in some]), other or "–", signed(pair),
+            report.pooled([METRICS[ACC](row) for row in some]), other or "–", decided.signed(pair),
             *(report.pooled([METRICS[name](row) for row in some]) for name in columns),
             f"{report.mean(row['images_per_second'] for row in some):,.0f}",
             f"{report.mean(row['seconds'] for row in some):.0f}"]) + " |")
@@ -641,58 +315,70 @@ def arms_table(grid, rows):
 def hypotheses_table(grid, scale, rows):
     lines = ["| expected | by | metric | contrast | at least | estimate [95 %] | n | verdict |",
              "|-|-|-|-|-|-|-|-|"]
-    for h in HYPOTHESES:
+    for h in decided.HYPOTHESES:
         if h.grid == grid and scale in h.scales:
-            found = contrast(rows, h.metric, h.plus, h.minus)
+            found = decided.contrast(rows, h.metric, h.plus, h.minus)
             digits = 2 if h.metric.startswith(ACC) else 3
             words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
             lines.append(f"| {h.claim} | {h.source} | {h.metric} | {words} | {h.least:g} "
-                         f"| {signed(found, digits)} | {found.n} | {verdict(found, h.least)} |")
+                         f"| {decided.signed(found, digits)} | {found.n} "
+                         f"| {decided.verdict(found, h.least)} |")
     return "\n".join(lines)
 
 
 def unpaired(grid, rows):
-    """Which runs no difference uses, in a sentence; empty where all are used.
+    """A sentence on the runs that no difference uses; empty where all are used.
 
-    Where an arm has not run at all, its difference is missing and no run is left out of it.
+    An arm that has not run has no difference, and so leaves no run out.
     """
     lost = {}
     for arm, (_, other) in GRIDS[grid].items():
-        if other and (pair := contrast(rows, ACC, (arm,), (other,))).n:
+        if other and (pair := decided.contrast(rows, ACC, (arm,), (other,))).n:
             for name, seed in pair.left_out:
                 lost.setdefault(f"from {arm} − {other}: {name}, seed ", []).append(str(seed))
     return "" if not lost else " Left out for want of a partner: " + "; ".join(
         where + ", ".join(seeds) for where, seeds in lost.items()) + "."
 
 
-def section(grid, scale):
-    """Everything that the rows of one grid at one scale say, as markdown; empty without rows."""
+def recipe(rows, scale):
+    """What these runs were trained and tested on, their teacher, and where they ran."""
+    first = rows[0]
+    taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
+              and row["arm"] != "tgr-k1-random-teacher"]
+    teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
+               if taught else "")
+    return (f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
+            f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
+            f"{first['preset']}; epochs: {first['epochs']}; {teacher}device: "
+            f"{all_of(rows, lambda r: r['device'])}; torch "
+            f"{all_of(rows, lambda r: r['versions']['torch'])}")
+
+
+def all_of(rows, value):
+    return ", ".join(sorted({str(value(row)) for row in rows}))
+
+
+def section(grid, scale, page=PAGE):
+    """All that one grid's rows at one scale say, as markdown for `page`; empty without rows."""
     rows = rows_of(grid, scale)
     if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
-
-    def all_of(value):
-        return ", ".join(sorted({str(value(row)) for row in rows}))
-
-    first = rows[0]
-    taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
-              and ARMS[row["arm"]].control != "random teacher"]
-    teacher = f"dense teacher (`{TEACHER[scale]}`): {report.mean(taught):.1%}; " if taught else ""
     caption = (
-        f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
-        f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
-        f"{first['preset']}; epochs: {first['epochs']}; {teacher}device: "
-        f"{all_of(lambda r: r['device'])}; torch {all_of(lambda r: r['versions']['torch'])}; "
-        f"commit {all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation "
-        f"over n seeds; differences are paired by seed, with 95 % t-intervals. T: the TGR-MoE "
-        f"paper, M: the MoDE paper, ours: a control. Met: the estimate is at least the threshold "
-        f"and its interval above 0; not met: the interval is below the threshold.")
-    pictures = "\n".join(f"![{grid}, {name}]({path.relative_to(ROOT).as_posix()})"
+        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. Mean ± "
+        f"sample standard deviation over n seeds; differences are paired by seed, with 95 % "
+        f"t-intervals. T: the TGR-MoE paper, M: the MoDE paper, ours: a control. Met: the estimate "
+        f"is at least the threshold and its interval above 0; not met: the interval is below the "
+        f"threshold.")
+    pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     return "\n\n".join([
-        f"**{grid}, scale {scale}** (`python notebooks/study.py run {grid} --scale {scale}`)",
+        f"### {grid}, scale {scale}", f"`python notebooks/study.py run {grid} --scale {scale}`",
         arms_table(grid, rows), caption + unpaired(grid, rows),
         hypotheses_table(grid, scale, rows), pictures])
+
+
+def link(path, page):
+    return Path(os.path.relpath(path, Path(page).resolve().parent)).as_posix()
 
 
 def picture_paths(grid, scale, rows):
@@ -703,7 +389,7 @@ def picture_paths(grid, scale, rows):
 
 def plot_differences(grid, rows):
     """A forest plot: every arm's accuracy minus that of the arm it is compared with."""
-    found = {f"{arm} − {other}": contrast(rows, ACC, (arm,), (other,))
+    found = {f"{arm} − {other}": decided.contrast(rows, ACC, (arm,), (other,))
              for arm, (_, other) in GRIDS[grid].items() if other}
     found = {name: e for name, e in found.items() if e.mean is not None}
     sure = sum(e.low is not None and (e.low > 0 or e.high < 0) for e in found.values())
@@ -734,7 +420,7 @@ def plot_alpha(rows):
                              if points[ACC] else "No run at K=2 yet", 1, 2, 9, 3.8)
     for axis, (metric, label) in zip(axes[0], panels.items(), strict=True):
         for alpha, values in sorted(points[metric].items()):
-            e = interval([v for v in values if v is not None])
+            e = decided.interval([v for v in values if v is not None])
             axis.plot([alpha] * len(values), values, ".", color="grey", ms=4)
             if e.low is not None:
                 axis.plot([alpha, alpha], [e.low, e.high], color=report.COLOURS[0], lw=2)
@@ -755,42 +441,100 @@ def draw(grid, scale):
         plots[name]().savefig(path)
 
 
-BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+# --- what is written between two markers of a file ---
 
 
-def readme_block():
-    """Every grid that has rows; all but the first, main, are folded."""
+def results(page):
+    """Every grid that has rows, and above them a link to each."""
     sections = {(grid, scale): text for grid in GRIDS for scale in SCALES
-                if (text := section(grid, scale))}
-    return "\n\n".join(
-        text if grid == "main" else f"<details><summary>{grid}, scale {scale}: arms, verdicts, "
-        f"figures</summary>\n\n{text}\n\n</details>"
-        for (grid, scale), text in sections.items()) or "The study has no rows yet."
+                if (text := section(grid, scale, page))}
+    if not sections:
+        return "The study has no rows yet."
+    links = [f"[{grid}, scale {scale}](#{grid}-scale-{scale})" for grid, scale in sections]
+    return "\n\n".join([" · ".join(links), *sections.values()])
 
 
-def check_readme(readme=ROOT / "README.md"):
-    """Why README and rows disagree, in a sentence; None where they agree."""
-    _, between, _ = report.cut(readme, BEGIN, END)
-    return None if between.strip() == readme_block() else (
-        f"{readme} is not what the rows say: run python notebooks/study.py report --readme "
-        f"{readme}")
+# The arms on the front page, at scale cpu: what they are called there, and whether router and
+# features are guided.
+FRONT = {"dense": ("dense ViT", "– / no"), "moe-k1": ("V-MoE", "no / no"),
+         "tgr-k1-router-alone": ("router guided alone", "yes / no"),
+         "moe-k1-features-alone": ("features guided alone", "no / yes"),
+         "tgr-k1": ("TGR", "yes / yes")}
+
+
+def front(page):
+    """What does guidance guide? A row for each of the five models that say it."""
+    rows = alike([row for row in read_rows() if row["scale"] == "cpu" and row["arm"] in FRONT],
+                 list(FRONT))
+    if not rows:
+        return "The study has no rows yet."
+    steady = "agreement adjacent, first quarter"
+    lines = ["| model | guided: router / features | test accuracy, % "
+             "| against V-MoE, paired by seed [95 %] | steadiness | n |", "|-|-|-|-|-|-|"]
+    made_at = {}                                            # commits > models
+    for arm, (model, guided) in FRONT.items():
+        some = [row for row in rows if row["arm"] == arm]
+        against = "–" if arm == "moe-k1" else decided.signed(
+            decided.contrast(rows, ACC, (arm,), ("moe-k1",)))
+        lines.append(f"| {model} | {guided} | {report.pooled([METRICS[ACC](r) for r in some])} "
+                     f"| {against} | {report.pooled([METRICS[steady](r) for r in some])} "
+                     f"| {len(some)} |")
+        commits = all_of(some, lambda row: (row["commit"] or "unknown")[:12])
+        made_at.setdefault(commits or "none", []).append(model)
+    commits = "; ".join(f"{some} ({', '.join(models)})" for some, models in made_at.items())
+    return "\n".join([*lines, "", (
+        f"{recipe(rows, 'cpu')}; commits {commits}. The teacher has seen all training images, each "
+        f"model {rows[0]['train_images']:,} of them. Guided: does the teacher's KL train the "
+        f"router, does it train the features below? A guided router has no load and entropy losses "
+        f"of its own; V-MoE's has. Mean ± sample standard deviation over n seeds. The t-intervals "
+        f"are over seeds alone, for one teacher and one set of images, and not corrected for their "
+        f"number. Steadiness: share of probe tokens that keep their expert from one epoch to the "
+        f"next, in the first quarter of training. Features guided alone: thought of after the "
+        f"first rows. All grids, verdicts and figures: [{PAGE.name}]({link(PAGE, page)}).")])
+
+
+BLOCKS = {"page": ("study", results), "front": ("front", front)}    # option: (marker, its text)
+
+
+def markers(option):
+    name, _ = BLOCKS[option]
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write(option, path):
+    report.put_between(path, *markers(option), lambda: BLOCKS[option][1](path),
+                       f"python notebooks/study.py report --{option} {path}")
+
+
+def disagreement(path):
+    """Why a file and the rows disagree, in a sentence; None where they agree."""
+    text = Path(path).read_bytes().decode()
+    written = [option for option in BLOCKS if markers(option)[0] in text]
+    if not written:
+        return f"{path} has no markers of the study: {' or '.join(markers(o)[0] for o in BLOCKS)}"
+    for option in written:
+        _, between, _ = report.cut(path, *markers(option))
+        if between.strip().rpartition("\n\nWritten by")[0] != BLOCKS[option][1](path):
+            return (f"{path} is not what the rows say: run python notebooks/study.py report "
+                    f"--{option} {path}")
+    return None
 
 
 def tell(args):
     if args.check:
-        if wrong := check_readme(args.check):
+        if wrong := disagreement(args.check):
             raise ValueError(wrong)
-        return
-    for grid in [args.grid] if args.grid else GRIDS:
-        for scale in SCALES:
+    elif args.front:
+        write("front", args.front)
+    else:
+        for grid, scale in itertools.product([args.grid] if args.grid else GRIDS, SCALES):
             if text := section(grid, scale):
                 draw(grid, scale)
                 print(text, end="\n\n")
             else:
                 print(f"{grid}, scale {scale}: no rows yet")
-    if args.readme:
-        before, _, after = report.cut(args.readme, BEGIN, END)
-        Path(args.readme).write_bytes(f"{before}{BEGIN}\n{readme_block()}\n{END}{after}".encode())
+        if args.page:
+            write("page", args.page)
 
 
 # --- the command ---
@@ -813,8 +557,9 @@ def main(argv=None):
     one.add_argument("--here", action="store_true", help="in this process, as a worker does")
     two = command.add_parser("report", help="tables, verdicts and figures from the rows")
     two.add_argument("grid", nargs="?", choices=GRIDS)
-    two.add_argument("--readme", help="write all grids between its two study markers")
-    two.add_argument("--check", help="only say whether this README is what the rows say")
+    two.add_argument("--page", help="write all grids between the study markers of this file")
+    two.add_argument("--front", help="only write the short table between this file's front markers")
+    two.add_argument("--check", help="only say whether this file is what the rows say")
     args = parser.parse_args(argv)
     try:
         if args.command == "list":

@@ -5,6 +5,8 @@ wrong answer that the page itself folds away, and with its solution.
 """
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -132,6 +134,19 @@ def test_all_begin_with_the_same_first_cell():
     first = {cells(path, "code")[0].source for path in NOTEBOOKS}
     assert len(first) == 1
     assert len(first.pop().splitlines()) <= 8
+
+
+@each
+def test_a_page_loads_no_file_twice_and_asks_for_nothing_that_windows_lacks(path):
+    begin = ["import sys", "sys.modules['fcntl'] = None", *(
+        c.source for c in cells(path, "code")[:2])]
+    tell = "for m in list(sys.modules.values()): print(getattr(m, '__file__', ''))"
+    said = subprocess.run(
+        [sys.executable, "-c", "\n".join([*begin, tell])], cwd=HERE, check=True, text=True,
+        stdout=subprocess.PIPE).stdout
+    ours = [file for file in map(Path, said.splitlines()) if file.parent in (HERE, HERE.parent)]
+    assert HERE / "lesson.py" in ours
+    assert sorted(ours) == sorted(set(ours))
 
 
 def test_every_measured_file_says_who_measured_it():

@@ -2,21 +2,29 @@
 
 On 64 drawn images and a ViT of 5 tokens; the runs are real, only small.
 """
+import errno
 import json
 import math
+import os
+import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
+import distill
 import report
 import train
-from data import normalise, synthetic
-from notebooks import controls, study
-from notebooks.study import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval, verdict
+from data import batches, synthetic
+from notebooks import controls, decided, probes, study
+from notebooks.decided import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval
 from router import TopKRouter
 from teacher import Guide
 
@@ -35,7 +43,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
-    monkeypatch.setitem(study.SCALES, "cpu", SCALE)
+    monkeypatch.setitem(decided.SCALES, "cpu", SCALE)
 
 
 def prepared(arm):
@@ -46,12 +54,12 @@ def prepared(arm):
     job.cfg.method = flags.split()[1]
     teacher = train.build(train.resolve(train.parse([*SCALE.split(), "--method", "dense",
                                                      "--seed", "1"])), SMALL)
-    guide = Guide(teacher, job.student, job.cfg.n_experts)
+    guide = Guide(teacher, job.model, job.cfg.n_experts)
     for router in guide.routers.values():                   # confident, unlike the student
         torch.nn.init.normal_(router.weight)
     if control in controls.SETUPS:
         controls.SETUPS[control](job, guide)
-    batch = next(train.batches(job.cfg, SMALL, job.sets, epoch=1))
+    batch = next(batches(job.cfg, SMALL, job.sets, epoch=1))
     return job, guide, controls.LOSSES.get(control, train.losses), batch
 
 
@@ -60,11 +68,11 @@ def gradients(arm, term, losses=None):
     job, guide, own, batch = prepared(arm)
     if losses is controls.guide_the_features_alone:
         torch.manual_seed(7)                                # heads unlike the routers
-        job.student.heads = torch.nn.ModuleDict({
+        job.model.heads = torch.nn.ModuleDict({
             str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in (1, 2)})
-    named = dict(job.student.named_parameters()) | {
+    named = dict(job.model.named_parameters()) | {
         f"guide.{n}": p for n, p in guide.named_parameters() if p.requires_grad}
-    terms = (losses or own)(job.cfg, job.student, guide, *batch)
+    terms = (losses or own)(job.cfg, job.model, guide, *batch)
     grads = torch.autograd.grad(terms[term], list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, grads, strict=True) if g is not None and g.any()}
 
@@ -91,10 +99,10 @@ def test_guided_features_pull_on_the_backbone_and_on_heads_that_dispatch_nothing
 
 def test_guided_features_weigh_what_guided_routers_weigh():
     job, guide, plain, batch = prepared("tgr-k1")
-    guided = plain(job.cfg, job.student, guide, *batch)
-    job.student.heads = {str(b): controls.router(job.student, b) for b in (1, 2)}
+    guided = plain(job.cfg, job.model, guide, *batch)
+    job.model.heads = {str(b): controls.router(job.model, b) for b in (1, 2)}
     job.cfg.method = "moe"
-    heads = controls.guide_the_features_alone(job.cfg, job.student, guide, *batch)
+    heads = controls.guide_the_features_alone(job.cfg, job.model, guide, *batch)
     for term in ("guidance", "teacher_load", "teacher_entropy"):
         torch.testing.assert_close(heads[term], guided[term])
 
@@ -111,7 +119,7 @@ def test_stopping_the_kl_changes_neither_the_task_nor_the_routers_own_gradient()
 
 def test_an_arm_whose_guidance_has_ended_still_computes_its_loss():
     job, _, losses, batch = prepared("tgr-k1-router-alone")
-    assert losses(job.cfg, job.student, None, *batch).keys() == {"task"}
+    assert losses(job.cfg, job.model, None, *batch).keys() == {"task"}
 
 
 def test_a_teachers_logits_reach_backbone_and_head_but_never_the_teacher():
@@ -124,14 +132,14 @@ def test_logits_that_agree_teach_nothing_and_others_cost_the_kl_at_temperature_t
     job, guide, losses, (images, targets) = prepared("moe-k1-logits")
     with torch.no_grad():                                   # or both directions would be the same
         guide.teacher.head.weight.mul_(50)
-    terms = losses(job.cfg, job.student, guide, images, targets)
+    terms = losses(job.cfg, job.model, guide, images, targets)
     assert terms.keys() == {"task", "load", "entropy", "logits"}
-    s = (job.student(images).logits / 3).softmax(dim=1)
+    s = (job.model(images).logits / 3).softmax(dim=1)
     t = (guide.teacher(images).logits / 3).softmax(dim=1)
     kl = (t * (t / s).log()).sum() / len(images)
     torch.testing.assert_close(terms["logits"], kl)
-    guide.teacher = job.student
-    assert losses(job.cfg, job.student, guide, images, targets)["logits"].abs() < 1e-6
+    guide.teacher = job.model
+    assert losses(job.cfg, job.model, guide, images, targets)["logits"].abs() < 1e-6
 
 
 def test_with_gates_detached_the_task_gives_the_router_nothing_and_the_kl_still_does():
@@ -143,15 +151,15 @@ def test_with_gates_detached_the_task_gives_the_router_nothing_and_the_kl_still_
 
 def test_a_detached_gate_still_weighs_its_expert():
     (job, *_, (images, _)), (plain, *_) = prepared("tgr-k1-distil-only"), prepared("tgr-k1")
-    torch.testing.assert_close(job.student(images).logits, plain.student(images).logits)
+    torch.testing.assert_close(job.model(images).logits, plain.model(images).logits)
 
 
 @pytest.mark.parametrize("arm", ["tgr-k1-random-router", "tgr-k1-kmeans"])
 def test_a_frozen_teacher_router_is_the_same_after_a_step(arm):
     job, guide, losses, batch = prepared(arm)
     before = {n: p.clone() for n, p in guide.routers.state_dict().items()}
-    optimizer = torch.optim.AdamW(train.parameter_groups(job.student, guide, 0.5), lr=0.1)
-    sum(losses(job.cfg, job.student, guide, *batch).values()).backward()
+    optimizer = torch.optim.AdamW(train.parameter_groups(job.model, guide, 0.5), lr=0.1)
+    sum(losses(job.cfg, job.model, guide, *batch).values()).backward()
     optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in guide.routers.state_dict().items())
     assert gradients(arm, "guidance").keys() >= ROUTERS
@@ -175,7 +183,7 @@ def test_random_directions_do_not_see_what_all_tokens_share():
 
 def test_a_k_means_router_sends_each_feature_to_its_nearest_centroid():
     _, guide, _, _ = prepared("tgr-k1-kmeans")
-    features = guide.features(normalise(SMALL.train.images, SMALL.mean, SMALL.std))
+    features = guide.features(SMALL.normalise(SMALL.train.images))
     for b, h in features.items():
         c = F.normalize(guide.routers[str(b)].weight, dim=1)
         nearest = torch.cdist(F.normalize(h, dim=1), c).argmin(dim=1)
@@ -208,8 +216,8 @@ def test_last_layer_means_the_teachers_last_block_for_every_block():
 def test_oracle_dispatch_follows_the_teacher_and_not_the_students_router():
     job, guide, _, (images, _) = prepared("tgr-k1-oracle")
     asked = guide(images)
-    layers = job.student(images, controls.dispatch(job.student, asked)).layers
-    own = job.student(images).layers
+    layers = job.model(images, controls.dispatch(job.model, asked)).layers
+    own = job.model(images).layers
     for b, z in asked.items():
         assert torch.equal(layers[b].routing.chosen[:, 0], z.argmax(dim=1))
         assert not torch.equal(own[b].routing.chosen[:, 0], z.argmax(dim=1))
@@ -227,20 +235,20 @@ def test_similarity_is_the_cosine_of_two_experts_and_one_for_copies():
     moe = train.MoE(6, 5, 2, 1)
     h = torch.randn(9, 6)
     f = F.normalize(moe.experts.batched(h.expand(2, 9, 6)), dim=-1)
-    assert study.expert_similarity(moe, h) == pytest.approx(
+    assert probes.expert_similarity(moe, h) == pytest.approx(
         (f[0] * f[1]).sum(-1).mean().item(), abs=1e-6)
     with torch.no_grad():
         for p in moe.experts.parameters():
             p.copy_(p[:1].expand_as(p))
-    assert study.expert_similarity(moe, h) == pytest.approx(1, abs=1e-5)
+    assert probes.expert_similarity(moe, h) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
     job, *_, (images, targets) = prepared("moe-k2")
     for k, same in ((4, True), (2, False)):
         for b in (1, 2):
-            controls.router(job.student, b).k = k
-        cosine = study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2)
+            controls.router(job.model, b).k = k
+        cosine = probes.oracle_cosine(job.model, images, targets.argmax(dim=1), 2)
         assert (cosine == pytest.approx(1, abs=1e-4)) is same
         assert -1 <= cosine <= 1 + 1e-6
 
@@ -248,20 +256,48 @@ def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
 @pytest.mark.filterwarnings("ignore:topk_softmax")
 def test_a_router_without_gradient_has_no_cosine():
     job, *_, (images, targets) = prepared("moe-k1-topk-softmax")
-    assert study.oracle_cosine(job.student, images, targets.argmax(dim=1), 2) is None
+    assert probes.oracle_cosine(job.model, images, targets.argmax(dim=1), 2) is None
+
+
+def test_a_row_that_fixes_the_column_tells_log_n_and_one_that_says_nothing_tells_zero():
+    assert probes.mutual_information(5 * np.eye(3)) == pytest.approx(math.log(3))
+    assert probes.mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
+    # rows and columns of different shares: p log p(r, c) / (p(r) p(c)), with p(r) 2/3, p(c) 1/2
+    told = 0.5 * math.log(0.5 / (2 / 3 * 0.5)) + 1 / 6 * math.log(1 / 6 / (2 / 3 * 0.5)) + (
+        1 / 3 * math.log(1 / 3 / (1 / 3 * 0.5)))
+    assert probes.mutual_information(np.array([[3, 1], [0, 2]])) == pytest.approx(told)
+
+
+def test_forced_experts_are_judged_on_the_domains_of_the_models_own_gate():
+    student = prepared("moe-k2")[0].model.eval()
+    images = SMALL.normalise(SMALL.test.images)
+    with torch.no_grad():
+        student.blocks[1].mlp.experts.w_out.mul_(20)        # let the choice of an expert matter
+        output = student(images)
+        labels = output.logits.argmax(dim=1)                # or no untrained expert were ever right
+        correct = distill.probe(student, images, labels, 2).float()         # (E, B)
+    domain = distill.domains(output.layers[2].routing.probs, student.n_tokens)
+    home = torch.stack([(domain == e).float() for e in range(len(correct))])    # (E, B)
+    share = correct @ home.T / home.sum(dim=1)              # (E, E) of domain j, right by expert i
+    found, other = probes.probe_experts(student, images, labels, 2), ~torch.eye(4, dtype=torch.bool)
+    assert found["own"] == pytest.approx(share.diagonal().nanmean().item())
+    assert found["others"] == pytest.approx(share[other].view(4, 3).nanmean(dim=1).nanmean().item())
+    assert found["gate_accuracy"] == pytest.approx(
+        ((correct * home).sum() / correct.any(dim=0).sum()).item())
+    assert len({round(value, 4) for value in found.values()}) == 3
 
 
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
     job, guide, _, _ = prepared("tgr-k1-oracle")
     with torch.no_grad():                                   # let the choice of an expert matter
         for b in (1, 2):
-            job.student.blocks[b - 1].mlp.experts.w_out.mul_(20)
-    images = normalise(SMALL.test.images, SMALL.mean, SMALL.std)
-    sent = controls.dispatch(job.student, guide(images))
-    answer = job.student.eval()(images, sent).logits.argmax(dim=1)
-    assert not torch.equal(answer, job.student(images).logits.argmax(dim=1))
+            job.model.blocks[b - 1].mlp.experts.w_out.mul_(20)
+    images = SMALL.normalise(SMALL.test.images)
+    sent = controls.dispatch(job.model, guide(images))
+    answer = job.model.eval()(images, sent).logits.argmax(dim=1)
+    assert not torch.equal(answer, job.model(images).logits.argmax(dim=1))
     job = job._replace(sets=job.sets._replace(test=(SMALL.test.images, answer)))
-    assert study.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
+    assert probes.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
 
 
 # --- arithmetic ---
@@ -272,7 +308,7 @@ def row(arm, seed, accuracy=0.5, **more):
 
 
 def test_the_table_of_t_holds_the_quantiles_that_the_density_has():
-    for df, t in enumerate(study.T_975, start=1):
+    for df, t in enumerate(decided.T_975, start=1):
         x = torch.linspace(0, t, 20_001, dtype=torch.float64)
         log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
         density = math.exp(log) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
@@ -320,11 +356,12 @@ def test_a_growing_gain_is_a_difference_of_differences():
     (0.8, 0.1, 1.5, 0.8, "met"), (0.1, 0.05, 0.15, 0, "met"), (0.1, -0.1, 0.3, 0, "undecided"),
     (-0.3, -0.5, -0.1, 0, "not met"), (-2, -3, -1, -4, "not met")])
 def test_a_verdict_needs_the_threshold_and_an_interval_above_zero(mean, low, high, least, word):
-    assert verdict(Estimate(mean, low, high, 5), least) == word
+    assert decided.verdict(Estimate(mean, low, high, 5), least) == word
 
 
 def test_nothing_is_decided_by_one_seed_or_none():
-    assert verdict(interval([3.0]), 1) == "undecided" and verdict(interval([]), 1) == "not run"
+    assert decided.verdict(interval([3.0]), 1) == "undecided"
+    assert decided.verdict(interval([]), 1) == "not run"
 
 
 # --- what was decided in advance hangs together ---
@@ -345,10 +382,10 @@ def test_every_arm_is_in_a_grid_and_every_control_in_an_arm():
 @pytest.mark.filterwarnings("ignore:topk_softmax")
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 def test_every_arm_is_a_command_that_train_py_understands_and_no_two_are_the_same(scale):
-    study.SCALES["cpu"] = "--preset tiny --device cpu"
+    decided.SCALES["cpu"] = "--preset tiny --device cpu"
     seen = set()
     for flags, control in ARMS.values():
-        words = f"{study.SCALES[scale]} {flags}".replace("BEST", "7").replace("cuda", "cpu")
+        words = f"{decided.SCALES[scale]} {flags}".replace("BEST", "7").replace("cuda", "cpu")
         cfg = train.resolve(train.parse(words.split()))
         seen.add((str(cfg), control))
     assert len(seen) == len(ARMS)
@@ -364,9 +401,9 @@ def test_the_two_dense_twins_match_v_moe_in_active_flops_and_in_total_parameters
     assert moe.params()[0] == pytest.approx(total.params()[0], rel=0.05)
 
 
-@pytest.mark.parametrize("scale", study.SCALES)
+@pytest.mark.parametrize("scale", decided.SCALES)
 def test_the_teachers_seed_is_no_students(scale):
-    teacher = train.parse(study.TEACHER[scale].split())["seed"]
+    teacher = train.parse(decided.TEACHER[scale].split())["seed"]
     assert all(teacher >= seeds for arms in GRIDS.values() for seeds, _ in arms.values())
 
 
@@ -411,7 +448,7 @@ def test_every_arm_and_seed_has_one_row_and_one_teacher_serves_them_all(monkeypa
     assert "similarity" not in found["dense", 0]
     assert found["moe-k1-logits", 0]["teacher_accuracy"] is not None
     line, *_ = report.read_lines("runs/study/cpu/moe-k1-logits/seed1/metrics.jsonl")
-    assert line.keys() >= {"task", "load", "entropy", "logits"}
+    assert line["terms"].keys() == {"task", "load", "entropy", "logits"}
 
 
 def test_a_run_that_another_grid_has_done_is_not_done_again():
@@ -425,7 +462,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypa
     whole = ["--only", "tgr-k1-random-router", "--seed", "1"]
     go(*whole, "--out", "whole", grid="guidance")
 
-    def stop(path, content, original=train.save):
+    def stop(path, content, original=checkpoint.save):
         original(path, content)
         if content["config"]["method"] == "tgr" and content["epoch"] == 1:
             raise KeyboardInterrupt
@@ -433,7 +470,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypa
     first, = rows()
     Path("results/guidance.jsonl").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", stop)
+        patch.setattr(checkpoint, "save", stop)
         assert go(*whole, "--out", "broken", grid="guidance") == 130
     assert rows() == []
     epochs, original = [], train.batches
@@ -531,8 +568,24 @@ def test_a_folder_is_one_processs_at_a_time():
     assert order == ["first", "other"]
 
 
+def test_on_windows_a_folder_is_waited_for_and_another_error_is_told(monkeypatch):
+    tries, answers = [], [OSError(errno.EDEADLK, "ten seconds"), None, OSError(errno.EBADF, "?")]
+
+    def locking(number, mode, size):
+        tries.append((os.fstat(number).st_ino, mode, size))
+        if answer := answers.pop(0):
+            raise answer
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_LOCK=1, locking=locking))
+    with study.locked(Path("folder")):
+        assert tries == 2 * [(Path("folder/lock").stat().st_ino, 1, 1)]
+    with pytest.raises(OSError, match="\\?"), study.locked(Path("folder")):
+        pytest.fail("nobody holds the lock")
+
+
 def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
-    monkeypatch.setattr(study, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
+    monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
     monkeypatch.setattr(study, "read_rows", lambda: pytest.fail("a row holds test accuracies"))
     assert study.best_alpha("cpu") == "0.1"
     with pytest.raises(ValueError, match="--split val"):
@@ -542,9 +595,9 @@ def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen
 
 
 def test_the_dense_gate_is_trained_with_the_alpha_that_was_chosen(monkeypatch):
-    monkeypatch.setattr(study, "BEST_ALPHA", {"cpu": "0.5"})
+    monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.5"})
     two = ARMS["mode-k8-best-alpha"].flags.replace("--k 8", "--k 2")    # SMALL has four experts
-    monkeypatch.setitem(ARMS, "mode-k8-best-alpha", study.Arm(two))
+    monkeypatch.setitem(ARMS, "mode-k8-best-alpha", decided.Arm(two))
     study.train_one("alpha", "mode-k8-best-alpha", 0, "cpu", "runs", "data", dirty=True)
     assert study.read_rows()[0]["config"]["alpha"] == 0.5
 
@@ -676,17 +729,51 @@ def test_an_arm_is_also_tested_as_it_was_dispatched_in_training():
     assert metric(row("tgr-k1", 0, 0.5)) == 50
 
 
-def test_readme_and_rows_agree_until_one_of_them_changes(capsys):
-    Path("README.md").write_text(f"before\n{study.BEGIN}\nyesterday\n{study.END}\nafter\n")
+@pytest.mark.parametrize("option", ["page", "front"])
+def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
+    begin, end = study.markers(option)
+    Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n")
     written()
-    assert "not what the rows say" in study.check_readme(Path("README.md"))
-    assert study.main(["report", "--readme", "README.md"]) == 0
-    text = Path("README.md").read_text()
+    assert "not what the rows say" in study.disagreement("a.md")
+    assert study.main(["report", f"--{option}", "a.md"]) == 0
+    text = Path("a.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
-    assert study.main(["report", "--check", "README.md"]) == 0
-    study.append(study.RESULTS / "main.jsonl", full("soft", 0, 0.4))
-    assert study.main(["report", "--check", "README.md"]) == 2
-    assert "report --readme" in capsys.readouterr().err
+    assert f"Written by `python notebooks/study.py report --{option} a.md`." in text
+    assert study.main(["report", "--check", "a.md"]) == 0
+    study.append(study.RESULTS / "main.jsonl", full("tgr-k1-router-alone", 0, 0.4))
+    assert study.main(["report", "--check", "a.md"]) == 2
+    assert f"report --{option} a.md" in capsys.readouterr().err
+
+
+def test_a_page_without_markers_agrees_with_nothing():
+    Path("a.md").write_text("no number")
+    assert "no markers" in study.disagreement("a.md")
+
+
+def test_a_page_begins_with_a_link_to_every_grid_and_finds_its_pictures_from_where_it_lies():
+    written()
+    study.append(study.RESULTS / "alpha.jsonl", full("moe-k8", 0, 0.4) | {"grid": "alpha"})
+    text = study.results(Path("deep/down/a.md"))
+    assert text.splitlines()[0] == (
+        "[main, scale cpu](#main-scale-cpu) · [alpha, scale cpu](#alpha-scale-cpu)")
+    assert re.findall("^### (.*)", text, flags=re.M) == ["main, scale cpu", "alpha, scale cpu"]
+    assert "](../../figures/study-cpu-main-differences.png)" in text
+
+
+def test_the_front_page_pairs_each_model_with_v_moe_and_names_its_runs_commits():
+    written()
+    for s in range(3):
+        later = full("moe-k1-features-alone", s, 0.4 + 0.01 * s) | {"commit": "d" * 40}
+        study.append(study.RESULTS / "later.jsonl", later)
+    lines = study.front(Path("a.md")).splitlines()
+    assert lines[2:7] == [
+        "| dense ViT | – / no | 30.40 ± 0.55 | -2.00 [-2.00, -2.00] | – | 5 |",
+        "| V-MoE | no / no | 32.40 ± 0.55 | – | 0.50 ± 0.00 | 5 |",
+        "| router guided alone | yes / no | – | – | – | 0 |",
+        "| features guided alone | no / yes | 41.00 ± 1.00 | +8.67 [+5.80, +11.54] | – | 3 |",
+        "| TGR | yes / yes | 32.40 ± 0.55 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 | 5 |"]
+    assert ("commits c (dense ViT, V-MoE, TGR); none (router guided alone); dddddddddddd (features "
+            "guided alone)") in lines[-1]
 
 
 def test_rows_of_one_arm_with_other_settings_are_refused():

@@ -279,6 +279,17 @@ def test_a_student_of_another_seed_starts_from_other_weights_and_methods_share_a
     assert torch.equal(a.blocks[0].mlp.fc_in.weight, dense.blocks[0].mlp.fc_in.weight)
 
 
+def test_the_teachers_routers_start_from_the_students_seed_whatever_came_before():
+    noise = itertools.count(1)
+
+    def drawn(seed):
+        teacher, job = train.plan(train.parse([*BASE, "--method", "tgr", "--seed", seed]))
+        torch.rand(next(noise))                             # whatever was drawn before
+        return train.guide_of(teacher, job).routers["2"].weight
+
+    assert torch.equal(drawn("0"), drawn("0")) and not torch.equal(drawn("0"), drawn("1"))
+
+
 def test_a_teacher_shares_every_flag_that_is_not_the_students_own():
     flags = ["--lr", "0.01", "--dim", "32", "--labels", "coarse", "--k", "1", "--n_experts", "3",
              "--expert_ratio", "5", "--seed", "4", "--teacher_epochs", "7"]
@@ -415,7 +426,7 @@ def test_the_first_epoch_says_how_long_the_rest_will_take(monkeypatch, capsys):
     _, lines, _ = run("--epochs", "3")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch ")]
     # training took 30 s and looking at the model another 30; two more epochs will take 2 minutes
-    assert said[0].endswith("30.0 s  about 2.0 minutes left")
+    assert said[0].endswith("30.0 s  about 2 minutes left")
     assert not any("left" in line for line in said[1:])
     assert [line["seconds"] for line in lines] == [30] * 3
 

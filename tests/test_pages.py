@@ -1,32 +1,33 @@
-"""Does the README say what is true? Its table, its commands, its list of tests."""
+"""Do README.md and RESULTS.md say what is true? Their tables, commands, links, list of tests."""
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS
 
 import report
 from notebooks import bench, study
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ROOT / "README.md", ROOT / "notebooks" / "RESULTS.md"
+each = pytest.mark.parametrize("page", [README, RESULTS], ids=lambda page: page.name)
 
 
 def test_the_results_table_is_what_its_rows_say():
     rows = report.read_lines(ROOT / "notebooks/results/cpu.jsonl")
-    between = README.split(report.BEGIN)[1].split(report.END)[0]
+    _, between, _ = report.cut(RESULTS, report.BEGIN, report.END)
     assert report.results_table(rows) in between
 
 
 def test_the_table_of_speeds_is_what_its_rows_say():
-    between = README.split(bench.BEGIN)[1].split(bench.END)[0]
+    _, between, _ = report.cut(RESULTS, bench.BEGIN, bench.END)
     assert bench.table(ROOT / "notebooks/results/kernels_cpu.json") in between
 
 
-def test_the_study_says_what_its_rows_say():
-    assert study.check_readme() is None
+@each
+def test_the_study_says_what_its_rows_say(page):
+    assert study.disagreement(page) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks/results").glob("*.jsonl")),
@@ -39,7 +40,8 @@ def test_every_row_says_where_it_comes_from(path):
 
 def test_every_flag_in_a_command_exists_and_every_method_is_known():
     known = {f.name for f in fields(Config)} | {"help"}
-    commands = re.findall(r"python train\.py[^#`\n]*", README)
+    text = README.read_text() + RESULTS.read_text()
+    commands = re.findall(r"python train\.py[^#`\n]*", text)
     assert len(commands) > 5
     for command in commands:
         assert {flag.rstrip() for flag in re.findall(r"--(\w+)", command)} <= known
@@ -48,15 +50,19 @@ def test_every_flag_in_a_command_exists_and_every_method_is_known():
 
 def test_every_quoted_test_exists():
     source = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    quoted = re.findall(r"^([a-z0-9_]{20,})$", README, flags=re.M)
+    quoted = re.findall(r"^([a-z0-9_]{20,})$", README.read_text(), flags=re.M)
     assert len(quoted) > 10
     assert [name for name in quoted if f"def test_{name}(" not in source] == []
 
 
-def test_the_number_of_mutants_is_the_number_of_mutants():
-    assert f"breaks {len(MUTANTS)} lines" in README
-
-
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
-def test_every_link_leads_to_a_file(link):
-    assert (ROOT / link).exists()
+@each
+def test_every_link_leads_to_a_file_or_to_a_heading(page):
+    links = re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text())
+    assert len(links) > 5
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M) if heading else []
+        assert not heading or heading in [
+            re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link

@@ -1,0 +1,107 @@
+"""probes.py -- what is asked of a trained model?
+
+Are its experts alike? Does the task teach its router what all experts would? Does its gate choose
+experts that are right? Whom does an expert serve? study.py asks `closing_look` after every run, the
+notebooks ask single questions. Whose measure it is stands beside it, or in distill.py.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import distill
+import report
+import train
+from notebooks.controls import dispatch
+
+PROBED = 2_000      # test images on which every expert is forced in turn
+
+
+@torch.no_grad()
+def expert_similarity(moe, h):
+    """Mean cosine of two experts' outputs for one token, over all pairs and tokens (ours).
+
+    h (T, D) is the input of the layer `moe`.
+    """
+    E = len(moe.experts.w_in)
+    f = F.normalize(moe.experts.batched(h.expand(E, *h.shape)), dim=-1)     # (E, T, D)
+    pairs = f.sum(dim=0).square().sum(dim=-1) - E                       # (T,) each pair twice
+    return (pairs / (E * (E - 1))).mean().item()
+
+
+def oracle_cosine(student, images, labels, block):
+    """Cosine of a router's gradient with the one that it would get if it saw every expert (ours).
+
+    The oracle keeps dL/dy of the sparse pass and puts all experts into the formula of the same
+    gate. Gradients are of the task loss, with respect to the router's weight (E, D). None where
+    the sparse gradient is 0.
+    """
+    moe, seen = student.blocks[block - 1].mlp, {}
+    hook = moe.register_forward_hook(lambda m, x, out: seen.update(x=x[0], y=out[0]))
+    loss = F.cross_entropy(student(images).logits, labels)
+    hook.remove()
+    sparse, dy = torch.autograd.grad(loss, [moe.router.weight, seen["y"]], allow_unused=True)
+    if sparse is None or not sparse.any():
+        return None
+    h, dy = (v.detach().flatten(0, 1) for v in (seen["x"], dy))         # (T, D) both
+    with torch.no_grad():
+        f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))   # (E, T, D)
+        q = torch.einsum("td,etd->te", dy, f)                           # what each expert is worth
+    logits = F.linear(h, moe.router.weight)                             # (T, E)
+    gates = logits.sigmoid() if moe.router.gate == "sigmoid" else logits.softmax(dim=-1)
+    dense, = torch.autograd.grad((gates * q).sum(), moe.router.weight)
+    return F.cosine_similarity(sparse.flatten(), dense.flatten(), dim=0).item()
+
+
+@torch.no_grad()
+def probe_experts(student, images, labels, block):
+    """Force each expert on all images, and judge it on the domains of the model's own gate.
+
+    Returns own-domain, other-domain and gate accuracy, 0 to 1, as distill.py defines them.
+    """
+    parts = list(zip(images.split(500), labels.split(500), strict=True))
+    correct = torch.cat([distill.probe(student, *part, block) for part in parts], dim=1)   # (E, B)
+    probs = torch.cat([student(x).layers[block].routing.probs for x, _ in parts])
+    domain = distill.domains(probs, student.n_tokens)
+    own, others = distill.own_and_others(distill.accuracy_matrix(correct, domain))
+    found = {"own": own.nanmean().item(), "others": others.nanmean().item(),
+             "gate_accuracy": distill.gate_accuracy(correct, domain)}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def mutual_information(counts):
+    """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
+    joint = counts / counts.sum()
+    alone = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0                                        # 0 log 0 = 0
+    return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
+
+
+def closing_look(job, guide, control):
+    """What a row of the study says beyond result.json: means over the MoE blocks, in float32."""
+    cfg, data, sets, student, _ = job
+    if cfg.method in ("dense", "soft"):
+        return {}
+    student.eval()
+    images, labels = (part[:PROBED] for part in sets.test)
+    images, x, y = data.normalise(images), data.normalise(sets.probe[0]), sets.probe[1]
+    blocks = student.moe_blocks
+    with torch.no_grad():
+        layers = student(x).layers
+    found = {"similarity": report.mean(
+                 expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
+             "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks)}
+    if cfg.k > 1:
+        probed = [probe_experts(student, images, labels, b) for b in blocks]
+        found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}
+    if control == "oracle":
+        hits = []
+        with torch.no_grad():
+            for x, y in zip(*(part.split(500) for part in sets.test), strict=True):
+                x = data.normalise(x)
+                with train.autocast(cfg, x):
+                    logits = student(x, dispatch(student, guide(x))).logits
+                hits.append(logits.argmax(dim=1) == y)
+        found["oracle_accuracy"] = torch.cat(hits).float().mean().item()
+    return found
