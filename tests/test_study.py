@@ -192,10 +192,15 @@ def test_a_k_means_router_sends_each_feature_to_its_nearest_centroid():
 
 
 def test_k_means_finds_three_bundles_of_directions():
-    axes = torch.eye(5)[:3].repeat_interleave(20, dim=0)
+    # two are near each other and one is opposite: a farthest centroid would have to serve both
+    axes = torch.tensor([[-1, 0, 0, 0, 0], [0.5, 0.9, 0, 0, 0], [1, 0, 0, 0, 0]])
+    axes = axes.repeat_interleave(20, dim=0)
     h = (axes + 0.1 * torch.randn(60, 5)) * torch.rand(60, 1).add(0.5)
-    nearest = (h @ controls.centroids(h, 3).T).argmax(dim=1).view(3, 20)
+    c = controls.centroids(h, 3)
+    nearest = (h @ c.T).argmax(dim=1).view(3, 20)
     assert (nearest == nearest[:, :1]).all() and len(nearest[:, 0].unique()) == 3
+    middle = F.normalize(F.normalize(h, dim=1).view(3, 20, 5).sum(dim=1), dim=1)
+    torch.testing.assert_close(c[nearest[:, 0]], middle)    # and each lies in its bundle's middle
 
 
 def test_an_untrained_teacher_is_frozen_and_no_other_seeds_teacher():
@@ -285,6 +290,18 @@ def test_forced_experts_are_judged_on_the_domains_of_the_models_own_gate():
     assert found["gate_accuracy"] == pytest.approx(
         ((correct * home).sum() / correct.any(dim=0).sum()).item())
     assert len({round(value, 4) for value in found.values()}) == 3
+
+
+def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
+    job, guide, *_ = prepared("moe-k2")
+    seen = []
+    monkeypatch.setattr(probes, "PROBED", 30)
+    monkeypatch.setattr(probes, "probe_experts", lambda student, images, labels, block: seen.append(
+        (images, labels, block)) or {"own": float(block)})
+    assert probes.closing_look(job, guide, None)["probing"] == {"own": 1.5}     # blocks 1 and 2
+    for (images, labels, _), block in zip(seen, (1, 2), strict=True):
+        assert torch.equal(images, normalise(SMALL.test.images[:30], SMALL.mean, SMALL.std))
+        assert torch.equal(labels, job.sets.test[1][:30]) and seen[block - 1][2] == block
 
 
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
@@ -657,6 +674,7 @@ def test_runs_longer_than_a_call_are_interrupted_and_carried_on_by_checkpoints()
 
 
 def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)    # or the worker would have it anyway
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
                         or Fake([9.0], 0))
@@ -712,7 +730,8 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
            "| met |" in said
     assert "| mutual distillation helps | M | accuracy | mode-k2 − moe-k2 | 0.5 | – | 0 " \
            "| not run |" in said
-    assert "**alpha" not in said and "| load entropy | images/s" in said
+    assert "| dense | 5 | 2.00 / 1.00 M | 3.0 | 30.40 ± 0.55 | – | – |" in said
+    assert "### alpha" not in said and "| load entropy | images/s" in said
     assert "a fair baseline" not in said                    # 70 points are a goal at scale gpu
     assert {p.name for p in Path("figures").iterdir()} == {
         "study-cpu-main-differences.png", "study-cpu-main-agreement.png"}
@@ -774,6 +793,20 @@ def test_the_front_page_pairs_each_model_with_v_moe_and_names_its_runs_commits()
         "| TGR | yes / yes | 32.40 ± 0.55 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 | 5 |"]
     assert ("commits c (dense ViT, V-MoE, TGR); none (router guided alone); dddddddddddd (features "
             "guided alone)") in lines[-1]
+
+
+def test_an_untrained_teachers_accuracy_is_no_teachers():
+    taught = {arm: full(arm, 0, 0.4) | {"teacher_accuracy": accuracy} for arm, accuracy in
+              (("tgr-k1", 0.5), ("tgr-k1-random-teacher", 0.1), ("moe-k1", None))}
+    assert f"dense teacher (`{decided.TEACHER['cpu']}`): 50.0%; " in study.recipe(
+        list(taught.values()), "cpu")
+    assert "teacher" not in study.recipe([taught["moe-k1"]], "cpu")
+
+
+def test_a_seed_that_a_grid_does_not_have_is_not_in_its_table():
+    written()
+    study.append(study.RESULTS / "main.jsonl", full("dense", GRIDS["main"]["dense"][0], 0.9))
+    assert {r["seed"] for r in study.rows_of("main", "cpu")} == {0, 1, 2, 3, 4}
 
 
 def test_rows_of_one_arm_with_other_settings_are_refused():
