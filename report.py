@@ -3,8 +3,8 @@
 Was the routing consistent over time, what did the model reach and cost, and how does it look?
 All from the files of a run: metrics.jsonl, result.json and, where there is a router, routing.npz.
 
-    python report.py runs/tgr                                          # closing table and figures
-    python report.py --readme README.md notebooks/results/cpu.jsonl    # the README's results table
+    python report.py runs/tgr                          # closing table and figures of one run
+    python report.py --page PAGE.md results.jsonl    # the results of many, on a page
 
 L is the number of MoE layers, B that of probe images, N that of tokens per image; the class token
 is number 0. An assignment says which of E experts each token visits. The same probe images are
@@ -14,6 +14,7 @@ routed after every epoch, in eval mode, so two assignments differ by training al
 import argparse
 import json
 import math
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -272,18 +273,19 @@ def one_table(groups):
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def write_readme(readme_path, results_path):
-    """Put table and picture of a file of results into the README."""
+def write_page(page, results_path):
+    """Put table and picture of a file of results between two markers of a page."""
     def content():
         rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
         if all(early_agreement(row) is None for row in rows):   # a picture needs a router
             return results_table(rows)
         plot_methods(rows).savefig(picture)
+        link = Path(os.path.relpath(picture, Path(page).resolve().parent))
         return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
-                f"({picture.as_posix()})")
+                f"({link.as_posix()})")
 
-    put_between(readme_path, BEGIN, END, content,
-                f"python report.py --readme {readme_path} {results_path}")
+    put_between(page, BEGIN, END, content,
+                f"python report.py --page {page} {results_path}")
 
 
 def cut(path, begin, end):
@@ -523,19 +525,19 @@ def figures(run_dir):
 
 def main():
     parser = argparse.ArgumentParser(description="What happened in this run?")
-    parser.add_argument("path", help="a run folder; with --readme, a file of results")
-    parser.add_argument("--readme", help="rewrite the results table of this file")
+    parser.add_argument("path", help="a run folder; with --page, a file of results")
+    parser.add_argument("--page", help="rewrite the results table of this file")
     args = parser.parse_args()
     try:
-        if args.readme:
-            write_readme(args.readme, args.path)
+        if args.page:
+            write_page(args.page, args.path)
         else:
             print(closing_table(json.loads((Path(args.path) / "result.json").read_text())))
             print(*figures(args.path), sep="\n")
     except OSError as error:
         parser.exit(2, f"report.py cannot read {error.filename}: {error.strerror}\n")
     except ValueError as error:
-        if not args.readme:
+        if not args.page:
             raise
         parser.exit(2, f"report.py: {error}\n")
 

@@ -2,7 +2,7 @@
 
     python notebooks/bench.py                                      # the table, on this machine
     python notebooks/bench.py --threads 1,2 --json notebooks/results/kernels_cpu.json
-    python notebooks/bench.py --readme README.md notebooks/results/kernels_cpu.json
+    python notebooks/bench.py --page PAGE.md notebooks/results/kernels_cpu.json
     python notebooks/bench.py notebooks/results/kernels_cpu.json   # which goals are met
 
 One MLP layer, forward and backward, from the same weights, routing and dL/dy for everybody in
@@ -130,9 +130,9 @@ def race(layer, builds, args, absent):
             yield row
 
 
-# --- what is shown: rows, goals, the README's table ---
+# --- what is shown: rows, goals, the page's table ---
 
-LAYER = ("device", "dtype", "T", "D", "H")      # rows of one layer share a table of the README
+LAYER = ("device", "dtype", "T", "D", "H")      # rows of one layer share a table of the page
 WIDE = "{:<24}{:>9}  {:>19}{:>8}{:>12}{:>9}  {}"
 
 
@@ -225,7 +225,7 @@ def goals(rows):
 
 
 def table(json_path):
-    """Markdown for the README: one table per layer, and in words who is slower than dense."""
+    """Markdown for a page: one table per layer, and in words who is slower than dense."""
     record = json.loads(Path(json_path).read_text())
     env, layers = record["env"], {}
     for r in record["rows"]:
@@ -290,10 +290,10 @@ def one_table(rows, threads):
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 
 
-def write_readme(readme_path, json_path):
-    """Put `table` into the README."""
-    put_between(readme_path, BEGIN, END, lambda: table(json_path),
-                f"python notebooks/bench.py --readme {readme_path} {json_path}")
+def write_page(page, json_path):
+    """Put `table` onto a page."""
+    put_between(page, BEGIN, END, lambda: table(json_path),
+                f"python notebooks/bench.py --page {page} {json_path}")
 
 
 # --- the command ---
@@ -342,8 +342,8 @@ def parse(argv):
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", nargs="?", help="a JSON file to show, by --readme or else its goals")
-    add("--readme", help="rewrite the kernels table of this file")
+    add("path", nargs="?", help="a JSON file to show, by --page or else its goals")
+    add("--page", help="rewrite the kernels table of this file")
     add("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"))
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
     add("--shapes", default="presets,perf", help="also tiny, small, IMAGESxTOKENSxDxH")
@@ -363,8 +363,8 @@ def parse(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    if args.readme:
-        return write_readme(args.readme, args.path)
+    if args.page:
+        return write_page(args.page, args.path)
     if args.path:
         return print(goals(json.loads(Path(args.path).read_text())["rows"]))
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))

@@ -482,15 +482,18 @@ def front(page):
         commits = all_of(some, lambda row: (row["commit"] or "unknown")[:12])
         made_at.setdefault(commits or "none", []).append(model)
     commits = "; ".join(f"{some} ({', '.join(models)})" for some, models in made_at.items())
+    first = rows[0]
     return "\n".join([*lines, "", (
-        f"{recipe(rows, 'cpu')}; commits {commits}. The teacher has seen all training images, each "
-        f"model {rows[0]['train_images']:,} of them. Guided: does the teacher's KL train the "
-        f"router, does it train the features below? A guided router has no load and entropy losses "
-        f"of its own; V-MoE's has. Mean ± sample standard deviation over n seeds. The t-intervals "
-        f"are over seeds alone, for one teacher and one set of images, and not corrected for their "
-        f"number. Steadiness: share of probe tokens that keep their expert from one epoch to the "
-        f"next, in the first quarter of training. Features guided alone: thought of after the "
-        f"first rows. All grids, verdicts and figures: [{PAGE.name}]({link(PAGE, page)}).")])
+        f"CIFAR-100, {first['labels']} labels, {first['train_images']:,} training images, "
+        f"{first['epochs']} epochs of preset {first['preset']} on a CPU; the teacher has seen all "
+        f"training images. Mean ± sample standard deviation over n seeds; steadiness is the share "
+        f"of tokens that keep their expert from one epoch to the next, early in training."), "", (
+        f"<details><summary>How these rows were made, and what they cannot say</summary>\n\n"
+        f"{recipe(rows, 'cpu')}; commits {commits}. A guided router has no load and entropy losses "
+        f"of its own; V-MoE's has. The t-intervals are over seeds alone, for one teacher and one "
+        f"set of images, and not corrected for their number. Early is the first quarter of "
+        f"training. Features guided alone were thought of after the first rows. All grids, "
+        f"verdicts and figures: [{PAGE.name}]({link(PAGE, page)}).\n\n</details>")])
 
 
 BLOCKS = {"page": ("study", results), "front": ("front", front)}    # option: (marker, its text)

@@ -242,7 +242,7 @@ def test_the_readme_says_who_is_slower_and_is_otherwise_left_alone(tmp_path):
     path, readme = tmp_path / "k.json", tmp_path / "README.md"
     bench.save(path, env, ROWS)
     readme.write_bytes(f"one\r\n{bench.BEGIN}\nold\n{bench.END}\r\ntwo".encode())
-    bench.main(["--readme", str(readme), str(path)])
+    bench.main(["--page", str(readme), str(path)])
     text = readme.read_bytes().decode()
     assert text.startswith(f"one\r\n{bench.BEGIN}\n") and text.endswith(f"{bench.END}\r\ntwo")
     assert "old" not in text and "| dense | 10.0 / 10.0 ms | 1,000 |" in text
@@ -262,11 +262,11 @@ def test_a_disturbed_column_is_marked_and_no_goal_is_judged_by_it():
     assert "1 thread |" in found and "2 threads |" not in found and "0 of 1 within must" in found
 
 
-def test_a_readme_without_its_markers_is_refused(tmp_path):
+def test_a_page_without_its_markers_is_refused(tmp_path):
     bench.save(tmp_path / "k.json", {}, [])
     (tmp_path / "README.md").write_text(bench.END + bench.BEGIN)
     with pytest.raises(ValueError, match="kernels:begin"):
-        bench.write_readme(tmp_path / "README.md", tmp_path / "k.json")
+        bench.write_page(tmp_path / "README.md", tmp_path / "k.json")
 
 
 def test_a_goal_is_judged_by_its_worst_case():

@@ -20,7 +20,7 @@ from report import (
     load_share,
     overlap,
     results_table,
-    write_readme,
+    write_page,
 )
 
 # --- numbers ---
@@ -275,9 +275,9 @@ def readme(tmp_path):
     return path
 
 
-def test_the_readme_is_rewritten_between_the_markers_and_nowhere_else(readme):
+def test_a_page_is_rewritten_between_the_markers_and_nowhere_else(readme):
     for _ in range(2):  # twice: the table is replaced, not added
-        write_readme(readme, readme.parent / "rows.jsonl")
+        write_page(readme, readme.parent / "rows.jsonl")
         before, rest = readme.read_bytes().decode().split(report.BEGIN)
         table, after = rest.split(report.END)
         assert (before, after) == ("# é\r\nabove\n", "\nbelow\n")
@@ -289,9 +289,9 @@ def test_the_readme_is_rewritten_between_the_markers_and_nowhere_else(readme):
 @pytest.mark.parametrize("row", [
     a_row(**DENSE), a_row(consistency={"first_quarter_agreement_adjacent": None})],
     ids=["no router", "a single epoch"])
-def test_a_readme_without_any_agreement_needs_no_picture(readme, row):
+def test_a_page_without_any_agreement_needs_no_picture(readme, row):
     (readme.parent / "rows.jsonl").write_text(json.dumps(row))
-    write_readme(readme, readme.parent / "rows.jsonl")
+    write_page(readme, readme.parent / "rows.jsonl")
     assert f"| {row['method']} |" in readme.read_text() and "png" not in readme.read_text()
 
 
@@ -299,10 +299,10 @@ def test_a_readme_without_any_agreement_needs_no_picture(readme, row):
     "no markers at all", report.BEGIN, f"{report.END}\n{report.BEGIN}",
     f"{report.BEGIN}{report.END}{report.END}", f"{report.BEGIN}{report.BEGIN}{report.END}",
 ])
-def test_a_readme_without_its_two_markers_is_refused_and_left_alone(readme, broken):
+def test_a_page_without_its_two_markers_is_refused_and_left_alone(readme, broken):
     readme.write_text(broken)
     with pytest.raises(ValueError, match="needs one line <!-- results:begin --> and, below it"):
-        write_readme(readme, readme.parent / "rows.jsonl")
+        write_page(readme, readme.parent / "rows.jsonl")
     assert readme.read_text() == broken
 
 
@@ -437,9 +437,9 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
 
 @pytest.mark.parametrize("arguments, said", [
     (["nowhere"], "report.py cannot read nowhere/result.json: No such file or directory\n"),
-    (["--readme", "nowhere.md", "rows.jsonl"],
+    (["--page", "nowhere.md", "rows.jsonl"],
      "report.py cannot read nowhere.md: No such file or directory\n"),
-    (["--readme", "README.md", "rows.jsonl"],
+    (["--page", "README.md", "rows.jsonl"],
      f"report.py: README.md needs one line {report.BEGIN} and, below it, one line {report.END}\n"),
 ])
 def test_a_missing_file_or_marker_is_one_sentence_and_exit_code_2(

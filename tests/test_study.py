@@ -300,7 +300,7 @@ def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
         (images, labels, block)) or {"own": float(block)})
     assert probes.closing_look(job, guide, None)["probing"] == {"own": 1.5}     # blocks 1 and 2
     for (images, labels, _), block in zip(seen, (1, 2), strict=True):
-        assert torch.equal(images, normalise(SMALL.test.images[:30], SMALL.mean, SMALL.std))
+        assert torch.equal(images, SMALL.normalise(SMALL.test.images[:30]))
         assert torch.equal(labels, job.sets.test[1][:30]) and seen[block - 1][2] == block
 
 
