@@ -3,8 +3,8 @@
 Ours are the rungs of kernels.py and a few plain ways; the peers are other libraries, imported when
 they are asked for. Each is an adapter: given a `Layer`, that is tokens, weights, choices and dL/dy,
 it returns a `Contender` that computes the layer from them, or raises `Skip` and says why it cannot.
-`check` compares a contender's output and gradients with float64. Two peers route by themselves;
-they cannot be checked so, and their notes say it. Letters as in kernels.py: T tokens, D width, H
+`check` compares a contender's output and gradients with float64. Two peers route by themselves:
+they cannot be compared, and their notes say so. Letters as in kernels.py: T tokens, D width, H
 hidden, E experts, K per token.
 """
 import math
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 
-# what an error may be beyond twice the plain loop's own, in units of the largest true value
+# room for an error beyond twice the plain loop's, as a share of the largest true value
 TINY = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 TOO_LARGE = 128 * 2 ** 20                       # bytes of z = (T, E, H), for those that form it all
 

@@ -583,17 +583,17 @@ def test_the_outputs_before_the_gates_teach_the_experts_and_not_the_gates(way, g
     assert leaves[1].grad is None or not leaves[1].grad.any()
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16])
-def test_auto_is_grouped_whatever_else_could_run(dtype, monkeypatch):
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dtype", [f64, f32, f16, bf16])
+def test_auto_is_grouped_whatever_else_could_run(dtype, compiling, monkeypatch):
     taken = []
     for name in BACKENDS:
         monkeypatch.setitem(BACKENDS, name, lambda *_, name=name: taken.append(name))
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    for device in ("cpu", "meta"):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for device, interpreted in itertools.product(("cpu", "meta"), (False, True)):
+        monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
         expert_mlp(*[torch.empty(1, 1, 1, dtype=dtype, device=device)] * 7)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    expert_mlp(*[torch.empty(1, 1, 1, dtype=dtype)] * 7)
-    assert taken == ["grouped"] * 3
+    assert taken == ["grouped"] * 4
 
 
 def test_auto_does_no_work_for_experts_that_were_not_chosen(monkeypatch):
