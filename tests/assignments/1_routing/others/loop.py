@@ -49,11 +49,11 @@ def entropy_loss(logits):
     return total / len(logits)
 
 
-def balance_loss(probs, experts):
+def balance_loss(probs, chosen):
     T, E = probs.shape
     total = 0
     for e in range(E):
-        share = (experts == e).sum() / experts.numel()
+        share = (chosen == e).sum() / chosen.numel()
         total = total + share.to(probs.dtype) * sum(probs[t, e] for t in range(T)) / T
     return E * total
 

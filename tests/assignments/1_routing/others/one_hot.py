@@ -48,10 +48,10 @@ def entropy_loss(logits):
     return (torch.logsumexp(z, dim=1) - torch.einsum("te,te->t", p, z)).mean()
 
 
-def balance_loss(probs, experts):
+def balance_loss(probs, chosen):
     T, E = probs.shape
-    hot = (experts[..., None] == torch.arange(E)).to(probs.dtype)
-    return E * torch.einsum("ske,te->", hot, probs) / (experts.numel() * T)
+    hot = (chosen[..., None] == torch.arange(E)).to(probs.dtype)
+    return E * torch.einsum("ske,te->", hot, probs) / (chosen.numel() * T)
 
 
 def z_loss(logits):

@@ -45,8 +45,8 @@ def entropy_loss(logits):
     return -(p * log_p).sum() / len(logits)
 
 
-def balance_loss(probs, experts):
-    count = torch.bincount(experts.flatten(), minlength=probs.shape[1]).to(probs.dtype)
+def balance_loss(probs, chosen):
+    count = torch.bincount(chosen.flatten(), minlength=probs.shape[1]).to(probs.dtype)
     return probs.shape[1] * torch.dot(count / count.sum(), probs.sum(dim=0) / len(probs))
 
 

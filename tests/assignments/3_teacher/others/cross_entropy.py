@@ -78,7 +78,7 @@ def kappa(a, b, n_experts):
     return 1 - (1 - agreement(a, b)) / (1 - chance)
 
 
-def last_fluctuation(experts):
-    away = np.not_equal(experts, experts[-1:])
+def last_fluctuation(first):
+    away = np.not_equal(first, first[-1:])
     later = np.flip(away, axis=0).argmax(axis=0)            # epochs after the last one away
-    return np.where(away.any(axis=0), len(experts) - later, 0)
+    return np.where(away.any(axis=0), len(first) - later, 0)

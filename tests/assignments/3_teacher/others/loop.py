@@ -95,8 +95,8 @@ def kappa(a, b, n_experts):
     return None if chance == n * n else (together - chance) / (n * n - chance)
 
 
-def last_fluctuation(experts):
-    last = np.zeros(experts.shape[1:], dtype=int)
-    for t, now in enumerate(experts, start=1):
-        last[now != experts[-1]] = t
+def last_fluctuation(first):
+    last = np.zeros(first.shape[1:], dtype=int)
+    for t, now in enumerate(first, start=1):
+        last[now != first[-1]] = t
     return last

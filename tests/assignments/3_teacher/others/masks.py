@@ -91,7 +91,7 @@ def kappa(a, b, n_experts):
     return float((np.trace(table) / n - chance) / (1 - chance))
 
 
-def last_fluctuation(experts):
+def last_fluctuation(first):
     # from the end: how many epochs already had the final expert?
-    settled = np.cumprod((experts == experts[-1])[::-1], axis=0).sum(axis=0)
-    return len(experts) - settled
+    settled = np.cumprod((first == first[-1])[::-1], axis=0).sum(axis=0)
+    return len(first) - settled
