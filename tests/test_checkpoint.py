@@ -1,6 +1,7 @@
 """Does a run survive, and does a result say where it comes from? On files of a few bytes."""
 import subprocess
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,18 @@ def test_a_file_that_is_no_checkpoint_or_of_another_config_is_refused_in_one_sen
         checkpoint.read("c.pt", Two)
     with pytest.raises(ValueError, match=r"no checkpoint at nowhere\.pt"):
         checkpoint.read("nowhere.pt", Two)
+
+
+class Trap:
+    def __reduce__(self):
+        return Path("sprung").touch, ()
+
+
+def test_a_strangers_file_is_opened_without_running_its_code():
+    torch.save({"config": {"a": 1, "b": 2}, "trap": Trap()}, "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt is damaged or no checkpoint"):
+        checkpoint.read("c.pt", Two)
+    assert not Path("sprung").exists()
 
 
 def test_weights_of_another_shape_are_refused_and_the_file_is_named():

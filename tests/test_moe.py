@@ -176,6 +176,20 @@ def test_bfloat16_autocast_runs_the_experts_in_bfloat16_and_stays_close():
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_has_reached_every_operand_when_the_kernels_see_it(dtype, monkeypatch):
+    seen = []
+
+    def expert_mlp(x, chosen, gates, *weights):
+        seen.extend(v.dtype for v in (x, *weights[:4]))
+        return x
+
+    monkeypatch.setattr(moe, "expert_mlp", expert_mlp)
+    with torch.autocast("cpu", dtype):
+        a_moe().float()(torch.randn(T, D))
+    assert seen == [dtype] * 5
+
+
 # --- soft slots ---
 
 def soft_moe_by_loops(layer, x):

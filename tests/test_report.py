@@ -183,6 +183,9 @@ def test_over_and_under_confidence_in_two_bins_do_not_cancel():
     assert report.calibration_error(probs, labels, bins=1) == pytest.approx(0.25)
     sure = np.array([[1.0, 0.0]] * 3)
     assert report.calibration_error(sure, np.array([0, 0, 1])) == pytest.approx(1 / 3)
+    # certain and wrong shares the last bin with almost certain and right: 1 - 0.04, over two
+    sure[1] = 0.96, 0.04
+    assert report.calibration_error(sure[:2], np.array([1, 0])) == pytest.approx(0.48)
 
 
 def test_an_exam_names_the_best_and_the_worst_classes_and_leaves_out_those_without_an_image():
