@@ -12,6 +12,7 @@ routed after every epoch, in eval mode, so two assignments differ by training al
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -19,14 +20,14 @@ import re
 import textwrap
 from pathlib import Path
 
+from checkpoint import HOW, printable, write
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-
-from checkpoint import HOW
 
 # --- numbers: is a token still with the same expert? ---
 
@@ -503,7 +504,7 @@ def plot_patches(images, chosen, probs, layer):
 
 
 def figures(run_dir):
-    """Draw what the files of a run allow, into its folder; returns the paths of the pictures."""
+    """Draw what the files of a run allow: {name: the bytes of a PNG}."""
     run = Path(run_dir)
     ended = (run / "result.json").exists()                  # a stopped run still has its curves
     result = json.loads((run / "result.json").read_text()) if ended else {}
@@ -515,15 +516,20 @@ def figures(run_dir):
         drawn["load.png"] = plot_load(chosen, E, layers)
         drawn["agreement.png"] = plot_agreement(consistency(chosen, E), layers)
         drawn["patches.png"] = plot_patches(images, chosen[-1], probs, layers)
-    for name, figure in drawn.items():
-        figure.savefig(run / name)
-    return [run / name for name in drawn]
+    return {name: png(figure) for name, figure in drawn.items()}
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 # --- the command ---
 
 
 def main():
+    printable()
     parser = argparse.ArgumentParser(description="What happened in this run?")
     parser.add_argument("path", help="a run folder; with --page, a file of results")
     parser.add_argument("--page", help="rewrite the results table of this file")
@@ -533,7 +539,9 @@ def main():
             write_page(args.page, args.path)
         else:
             print(closing_table(json.loads((Path(args.path) / "result.json").read_text())))
-            print(*figures(args.path), sep="\n")
+            for name, drawn in figures(args.path).items():
+                write(Path(args.path, name), drawn)
+                print(Path(args.path, name))
     except OSError as error:
         parser.exit(2, f"report.py cannot read {error.filename}: {error.strerror}\n")
     except ValueError as error:

@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import commit
+
 from notebooks.contenders import PEERS, Skip, check, draw, everybody, kept
 from report import put_between
 

@@ -26,6 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
+
 import data
 import distill
 import report
@@ -98,7 +99,7 @@ def keep(args):
             teacher = checkpoint.read(Path(args.runs, "teacher", "checkpoint.pt"), train.Config)
             kept |= {"routers": half(state["routers"]), "teacher": half(teacher["student"]),
                      "teacher_config": teacher["config"]}
-        checkpoint.save(RESULTS / f"{name}.pt", kept)
+        checkpoint.write(RESULTS / f"{name}.pt", checkpoint.seal(kept))
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
 
 

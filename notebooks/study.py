@@ -13,7 +13,6 @@ train.py says, probes.py what a trained model is asked. A run becomes one row of
 notebooks/results/GRID.jsonl: the result.json of train.py and the answers to probes.closing_look.
 """
 import argparse
-import errno
 import itertools
 import json
 import math
@@ -24,12 +23,12 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
+
 import report
 import train
 from notebooks import decided
@@ -66,27 +65,6 @@ def append(path, row):
         os.close(file)
 
 
-@contextmanager
-def locked(folder):
-    """Only one process at a time is inside; the lock ends with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:                                 # Windows has another lock
-            import msvcrt
-            waiting = True
-            while waiting:
-                try:
-                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                    waiting = False
-                except OSError as error:                    # it waits ten seconds and gives up
-                    if error.errno != errno.EDEADLK:
-                        raise
-        yield
-
-
 def unclean():
     """The files of code that differ from their commit; rows, figures and texts may differ."""
     if not (ROOT / ".git").exists():
@@ -117,30 +95,26 @@ def best_alpha(scale):
 
 def prepare(flags, folder, data_dir, seed=None, teacher=None):
     """train.py's plan for these flags; a run that has a checkpoint goes on from it."""
-    argv = [*shlex.split(flags), "--out", str(folder), "--data_dir", data_dir]
+    argv = [*shlex.split(flags), "--out", str(folder), "--data_dir", data_dir, "--resume"]
     argv += ["--seed", str(seed)] if seed is not None else []
     argv += ["--teacher", str(teacher)] if teacher else []
-    if (folder / "checkpoint.pt").exists():
-        argv.append("--resume")
-    else:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)   # it stopped before its first one
     return train.plan(train.parse(argv))
 
 
 def train_teacher(scale, out, data_dir):
     """The dense teacher's checkpoint; whoever comes first trains it, the others wait."""
     folder = Path(out, scale, "teacher")
-    with locked(folder):
+    with checkpoint.claim(folder, wait_for="to train the teacher"):
         _, job = prepare(f"{SCALES[scale]} {decided.TEACHER[scale]}", folder, data_dir)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale}")
-    return folder / "checkpoint.pt"
+    return folder / checkpoint.NAME
 
 
 def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
     """Train one arm with one seed and append its row, unless it is there."""
     flags, control = ARMS[arm]
     folder = Path(out, scale, arm, f"seed{seed}")
-    with locked(folder):
+    with checkpoint.claim(folder, wait_for="to train the same arm and seed"):
         if (scale, arm, seed) in {(r["scale"], r["arm"], r["seed"]) for r in read_rows()}:
             return
         taught = "tgr" in flags or control == "logits"
@@ -153,7 +127,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
             guide = train.guide_of(planned or train.teacher_of(job), job)
         if control in SETUPS:
             SETUPS[control](job, guide)
-        if guide and job.state:                            # a run that has ended is only read
+        if guide and job.ended:                            # then it is only read
             guide.routers.load_state_dict(job.state["routers"])
         command = f"python notebooks/study.py run {grid} --only {arm} --seed {seed} --scale {scale}"
         result = train.fit(job, guide, command, LOSSES.get(control))
@@ -178,12 +152,14 @@ def to_do(grid, scale, only=None, seed=None):
     return [(arm, s) for s, arm in runs if (scale, arm, s) not in have]
 
 
-def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep):
+def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep,
+             asked=()):
     """Keep `workers` runs going and return those that failed.
 
     start(run) gives a Popen. With `minutes`, no run starts that would end too late if it took as
-    long as the median run, and what still runs at the end is interrupted. It goes on from its
-    checkpoint in the next call, and so do runs that are longer than a call.
+    long as the median run, and what still runs at the end, or when `asked` is no longer empty, is
+    interrupted. It goes on from its checkpoint in the next call, and so do runs that are longer
+    than a call.
     """
     began, waiting, going, took, failed = now(), list(runs), {}, list(took), []
     limit = math.inf if minutes is None else 60 * minutes
@@ -200,7 +176,7 @@ def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sl
             median = statistics.median(took) if took else 0
             if left <= 0 or left < median <= limit:
                 waiting = []
-            if left <= 0:
+            if left <= 0 or asked:
                 break
             while waiting and len(going) < workers:
                 run = waiting.pop(0)
@@ -242,7 +218,11 @@ def run(args):
 
     took = [r["wall_seconds"] for r in read_rows()
             if r["scale"] == args.scale and r["arm"] in GRIDS[args.grid]]
-    failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes, took)
+    with checkpoint.until_asked_to_stop("interrupting the runs") as asked:
+        failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes,
+                          took, asked=asked)
+    if asked:
+        raise checkpoint.Stopped(asked[0])
     for arm, seed in failed:
         log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
         print(f"{arm}, seed {seed}: {(log.read_text().splitlines() or ['?'])[-1]}", file=sys.stderr)
@@ -571,9 +551,9 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (checkpoint.Stopped, KeyboardInterrupt) as stop:
         print("study.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return getattr(stop, "exit_code", 130)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,20 @@
 
 On 64 drawn images and a ViT of 5 tokens; the runs are real, only small.
 """
-import errno
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+
+import checkpoint
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import distill
 import report
 import train
@@ -39,7 +36,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GUIDED_MOE_COMMIT", "c0ffee")       # for a copy that is no git checkout
     monkeypatch.setattr(train, "load", lambda *args: SMALL)
-    monkeypatch.setattr(report, "figures", lambda out: [])
+    monkeypatch.setattr(report, "figures", lambda out: {})
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
@@ -569,38 +566,6 @@ def test_rows_written_side_by_side_stay_whole():
     assert len(report.read_lines(path)) == len(rows()) == 40
 
 
-def test_a_folder_is_one_processs_at_a_time():
-    order = []
-
-    def other():
-        with study.locked(Path("folder")):
-            order.append("other")
-
-    thread = threading.Thread(target=other)
-    with study.locked(Path("folder")):
-        thread.start()
-        thread.join(timeout=0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"]
-
-
-def test_on_windows_a_folder_is_waited_for_and_another_error_is_told(monkeypatch):
-    tries, answers = [], [OSError(errno.EDEADLK, "ten seconds"), None, OSError(errno.EBADF, "?")]
-
-    def locking(number, mode, size):
-        tries.append((os.fstat(number).st_ino, mode, size))
-        if answer := answers.pop(0):
-            raise answer
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_LOCK=1, locking=locking))
-    with study.locked(Path("folder")):
-        assert tries == 2 * [(Path("folder/lock").stat().st_ino, 1, 1)]
-    with pytest.raises(OSError, match="\\?"), study.locked(Path("folder")):
-        pytest.fail("nobody holds the lock")
-
-
 def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
     monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
     monkeypatch.setattr(study, "read_rows", lambda: pytest.fail("a row holds test accuracies"))
@@ -679,7 +644,7 @@ def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
                         or Fake([9.0], 0))
     monkeypatch.setattr(study.time, "sleep", lambda s: None)
-    monkeypatch.setattr(study, "schedule", lambda runs, start, *rest: [
+    monkeypatch.setattr(study, "schedule", lambda runs, start, *rest, **more: [
         start(run) for run in runs] and [])
     study.main(["run", "main", "--only", "soft", "--seed", "4", "--data_dir", "d", "--dirty",
                 "--out", "o"])
