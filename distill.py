@@ -11,7 +11,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from router import Routing
+from moe import check_blocks, routers
+from router import Routing, expect
 
 
 def mutual_distillation_loss(raw):
@@ -19,16 +20,16 @@ def mutual_distillation_loss(raw):
 
         K = 1: 0        K = 2: MSE(e_1, e_2)        K > 2: 1/K sum_i MSE(e_i, mean_j e_j)
 
-    averaged over features, then tokens, in float32; both sides learn (no stop-gradient). The form
+    averaged over features, then tokens, in float32 or wider; both sides learn (no stop-gradient). The form
     for K > 2 is the variance over experts. At K = 2 it would be MSE / 4, so the printed case weighs
     four times as much, and one alpha means two things on the two sides of that line. A dense gate
     is K = E. A choice that a full expert dropped still takes part (ours).
     """
-    K = raw.shape[1]
+    _, K, _ = expect("raw", raw, "T", "K", "D")
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     if K == 1:
         _warn_that_one_expert_is_alone()
-        return raw.new_zeros((), dtype=torch.float32)
-    raw = raw.float()
+        return raw.new_zeros(())
     if K == 2:
         return F.mse_loss(raw[:, 0], raw[:, 1])
     return raw.var(dim=1, correction=0).mean()
@@ -47,6 +48,7 @@ def domains(probs, n_tokens):
 
     An image's gate is the mean over its tokens (ours, for MoDE's experts see whole inputs).
     """
+    per_image(probs, n_tokens)
     return probs.view(-1, n_tokens, probs.shape[1]).mean(dim=1).argmax(dim=1)
 
 

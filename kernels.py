@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from router import expect, may_look
+
 try:
     import triton
     import triton.language as tl
@@ -131,9 +133,12 @@ class Permute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, order, undo):
-        ctx.save_for_backward(undo)
+    def forward(rows, order, undo):
         return rows.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx, dout):
@@ -162,15 +167,20 @@ class OwnBias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, out, b, ids, sizes):
-        ctx.E, ctx.sizes = len(b), sizes
-        ctx.save_for_backward(ids)
+    def forward(out, b, ids, sizes):
         if sizes is None:
             return out + b.index_select(0, ids)
-        ctx.mark_dirty(out)
         for rows, own in zip(out.split(sizes), b.unbind(), strict=True):
             rows += own
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        out, b, ids, sizes = inputs
+        ctx.E, ctx.sizes = len(b), sizes
+        ctx.save_for_backward(ids)
+        if sizes is not None:
+            ctx.mark_dirty(out)
 
     @staticmethod
     def backward(ctx, dout):
@@ -535,7 +545,6 @@ def grouped_dw(A, B, DW,                     # A (., HEIGHT), B (., WIDTH), DW (
 
 # --- the one name that the model calls ---
 
-# "auto" is `grouped`, on every device and in every dtype.
 BACKENDS = {"reference": reference, "sliced": sliced, "grouped": grouped, "lean": lean,
             "fused": fused}
 
@@ -552,8 +561,25 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
         raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
     if backend == "fused" and (why := why_not_fused(x, w_in)):
         raise RuntimeError(f"backend='fused' cannot run here: {why}; choose auto")
-    rung = BACKENDS["grouped" if backend == "auto" else backend]
-    return rung(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices)
+    check_operands(x, chosen, gates, w_in, b_in, w_out, b_out)
+    if backend == "auto":       # vmap cannot slice many routings at once; grouped_mm has no jvp
+        levels = not torch.compiler.is_compiling() and torch._C._functorch.get_interpreter_stack()
+        backend = ("reference" if any("Vmap" in str(level.key()) for level in levels or ()) else
+                   "sliced" if torch.autograd.forward_ad._current_level >= 0 else "grouped")
+    return BACKENDS[backend](x, chosen, gates, w_in, b_in, w_out, b_out, return_choices)
+
+
+def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):
+    """Refuse other shapes, dtypes and, where no host has to wait for a GPU, other experts."""
+    E, D, H = expect("w_in", w_in, "E", "D", "H")
+    T, K = expect("chosen", chosen, *x.shape[:1], "K")
+    for name, v, *sizes in (("x", x, T, D), ("gates", gates, T, K), ("b_in", b_in, E, H),
+                            ("w_out", w_out, E, H, D), ("b_out", b_out, E, D)):
+        expect(name, v, *sizes)
+    if chosen.dtype != torch.int64 or not x.dtype == w_in.dtype == w_out.dtype:
+        raise TypeError(f"chosen must be int64, not {chosen.dtype}, and the weights {x.dtype} as x")
+    if x.device.type == "cpu" and may_look() and T and not 0 <= chosen.min() <= chosen.max() < E:
+        raise ValueError(f"chosen must be 0 to {E - 1}, not {chosen.min()} to {chosen.max()}")
 
 
 def why_not_fused(x, w_in):

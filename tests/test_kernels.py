@@ -592,7 +592,9 @@ def test_auto_is_grouped_whatever_else_could_run(dtype, compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     for device, interpreted in itertools.product(("cpu", "meta"), (False, True)):
         monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
-        expert_mlp(*[torch.empty(1, 1, 1, dtype=dtype, device=device)] * 7)
+        x, gates, *weights = an_mlp_layer(1, torch.zeros(1, 1, dtype=torch.int64), dtype).values()
+        expert_mlp(x.to(device), torch.zeros(1, 1, dtype=torch.int64, device=device),
+                   *(v.to(device) for v in (gates, *weights)))
     assert taken == ["grouped"] * 4
 
 
