@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from router import expect, may_look
+from router import expect
 
 try:
     import triton
@@ -570,16 +570,14 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
 
 
 def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):
-    """Refuse other shapes, dtypes and, where no host has to wait for a GPU, other experts."""
+    """Refuse what no rung could compute, or would compute wrongly."""
     E, D, H = expect("w_in", w_in, "E", "D", "H")
-    T, K = expect("chosen", chosen, *x.shape[:1], "K")
+    T, K = expect("chosen", chosen, *x.shape[:1], "K", below=E)
     for name, v, *sizes in (("x", x, T, D), ("gates", gates, T, K), ("b_in", b_in, E, H),
                             ("w_out", w_out, E, H, D), ("b_out", b_out, E, D)):
         expect(name, v, *sizes)
     if chosen.dtype != torch.int64 or not x.dtype == w_in.dtype == w_out.dtype:
         raise TypeError(f"chosen must be int64, not {chosen.dtype}, and the weights {x.dtype} as x")
-    if x.device.type == "cpu" and may_look() and T and not 0 <= chosen.min() <= chosen.max() < E:
-        raise ValueError(f"chosen must be 0 to {E - 1}, not {chosen.min()} to {chosen.max()}")
 
 
 def why_not_fused(x, w_in):

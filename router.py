@@ -24,11 +24,14 @@ class Routing(NamedTuple):
     dropped: Tensor | int = 0  # () how many of the T*K choices found their expert full
 
 
-def expect(name, x, *sizes):
-    """The sizes of a tensor, if they are these; a letter stands for any size but 0."""
+def expect(name, x, *sizes, below=None):
+    """The sizes of x, if they are these: a letter is any size but 0. `below` bounds its numbers."""
     fits = (n > 0 if isinstance(s, str) else n == s for n, s in zip(x.shape, sizes, strict=False))
     if len(x.shape) != len(sizes) or not all(fits):
         raise ValueError(f"{name} must be ({', '.join(map(str, sizes))}), not {tuple(x.shape)}")
+    if below and may_look() and x.device.type == "cpu" and x.numel() and not (
+            0 <= x.min() <= x.max() < below):   # for those of a GPU the host would have to wait
+        raise ValueError(f"{name} must be 0 to {below - 1}, not {x.min()} to {x.max()}")
     return x.shape
 
 
@@ -45,9 +48,8 @@ class TopKRouter(nn.Module):
     gate="sigmoid"       one sigmoid per expert, not rescaled
 
     In training, noise=1.0 adds noise of standard deviation 1/E to the logits, as V-MoE does.
-    capacity_factor=None drops nothing. Otherwise an expert accepts C = ceil(factor * K * T / E)
-    choices, first choices before second ones, then in token order; a choice that comes too late
-    keeps its expert and gets gate 0.
+    capacity_factor=None drops nothing. Otherwise `within_capacity` says which choices come too
+    late: they keep their expert and get gate 0.
 
     >>> routing = TopKRouter(dim=8, n_experts=4, k=2)(torch.randn(5, 8))
     >>> routing.chosen.shape, routing.gates.shape, routing.probs.shape
@@ -60,10 +62,9 @@ class TopKRouter(nn.Module):
             raise ValueError(f"k cannot be {k}: choose 1 to {n_experts}, the number of experts")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
-        if capacity_factor is not None and not capacity_factor >= 0:
-            raise ValueError(f"capacity_factor cannot be {capacity_factor}: choose 0 or more")
-        if not 0 <= noise < math.inf:
-            raise ValueError(f"noise cannot be {noise}: choose 0 or more")
+        for name, value in (("noise", noise), ("capacity_factor", capacity_factor)):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} cannot be {value}: choose 0 or more")
         if gate == "topk_softmax" and k == 1:
             warnings.warn("topk_softmax with k=1: the only gate is 1, and the task loss never "
                           "reaches the router; use softmax_topk", stacklevel=2)
@@ -94,7 +95,6 @@ class TopKRouter(nn.Module):
         noisy = logits
         if self.training and self.noise > 0:
             noisy = logits + torch.randn_like(logits) * (self.noise / self.n_experts)
-
         # A stable sort, for topk may break ties differently on another device.
         order = noisy.sort(dim=-1, descending=True, stable=True).indices
         chosen = order[:, :self.k]                                      # (T, K)
@@ -123,7 +123,7 @@ def within_capacity(chosen, n_experts, capacity_factor):
     ones, then in token order; a factor of 0 drops every choice, infinity none. V-MoE serves in the
     same order (arXiv:2106.05974) but rounds C to the nearest integer where we round up.
     """
-    T, K = expect("chosen", chosen, *chosen.shape[:1], "K")
+    T, K = expect("chosen", chosen, *chosen.shape[:1], "K", below=n_experts)
     if not capacity_factor >= 0:
         raise ValueError(f"capacity_factor cannot be {capacity_factor}: choose 0 or more")
     # rounded first, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more
@@ -169,7 +169,7 @@ def balance_loss(probs, chosen):
     over all tokens of probs (T, E).
     """
     T, E = expect("probs", probs, "T", "E")
-    expect("chosen", chosen, T, "K")
+    expect("chosen", chosen, T, "K", below=E)
     f = F.one_hot(chosen, E).sum(dim=(0, 1)) / chosen.numel()           # (E,)
     return E * (f * probs.mean(dim=0)).sum()
 
