@@ -28,6 +28,8 @@ from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
 
+from router import expect
+
 SIZE = 32            # pixels on a side
 PATIENCE_S = 10      # seconds a server may take to answer, or to send its next bytes
 AGAIN = "run again, or train with --data synthetic"
@@ -51,7 +53,8 @@ class Data(NamedTuple):
     std: tuple[float, float, float]
 
     def normalise(self, images):
-        """uint8, or float in [0, 1], (B, 3, 32, 32) -> float32, mean 0 and std 1 per channel."""
+        """uint8, or float in [0, 1], (B, 3, 32, 32) -> float, mean 0 and std 1 per channel."""
+        expect("images", images, *images.shape[:-3], 3, *images.shape[-2:])
         return v2.functional.normalize(unit(images), self.mean, self.std)
 
 
@@ -86,6 +89,9 @@ def load(name="auto", data_dir="data", device="cpu", may_download=True):
 
 def channel_stats(images):
     """Mean and std per channel in [0, 1]; exact, and small in memory, from three histograms."""
+    expect("images", images, "n", 3, *images.shape[2:])
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, not {images.dtype}")
     value = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in images.unbind(1):
@@ -220,7 +226,7 @@ def uniform(B, generator, low=0.0, high=1.0, channels=1, dtype=torch.float32):
 
 def draw(fine, generator):
     """One picture per label (B,) -> (B, 3, 32, 32) uint8: a textured shape on a dim background."""
-    B = len(fine)
+    B, = expect("fine", fine, "B", below=100)
     palette, texture, shape = fine // 20, fine // 5 % 4, fine % 5
 
     def rand(low, high, channels=1):
@@ -343,7 +349,9 @@ def augment(images, strength, generator):
     none: as it is. light: crop and flip. heavy: light, one affine warp, two colour operations and
     an erased box, in the manner of RandAugment (arXiv:1909.13719) and arXiv:1708.04896.
     """
-    assert strength in ("none", "light", "heavy"), f"there is no augmentation {strength!r}"
+    if strength not in ("none", "light", "heavy"):
+        raise ValueError(f"there is no augmentation {strength!r}: choose none, light or heavy")
+    expect("images", images, "B", 3, SIZE, SIZE)
     if strength == "none":
         return unit(images)
     images = unit(crop_and_flip(images, generator))
@@ -426,6 +434,12 @@ def mix(images, labels, n_classes, mixup, cutmix, seed):
     numbers are the alphas of Beta(alpha, alpha), and 0 switches one off; with both on, a coin
     decides, batch by batch.
     """
+    expect("labels", labels, *expect("images", images, "B", 3, "H", "W")[:1], below=n_classes)
+    if not images.is_floating_point():
+        raise TypeError(f"images must be float, not {images.dtype}: mix them after `augment`")
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"{name} cannot be {alpha}: choose 0 or more")
     kinds = [kind(alpha=alpha, num_classes=n_classes)
              for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     if not kinds:

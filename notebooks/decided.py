@@ -237,6 +237,9 @@ def interval(values, left_out=()):
 
 def contrast(rows, metric, plus, minus=()):
     """sum(plus) - sum(minus), seed by seed: the Estimate over the seeds that every arm has."""
+    if metric not in METRICS or not (*plus, *minus):
+        raise ValueError(f"a contrast is of arms, not {(*plus, *minus)}, and in one of "
+                         f"{', '.join(METRICS)}, not {metric!r}")
     known = {arm: {r["seed"]: value for r in rows if r["arm"] == arm
                    if (value := METRICS[metric](r)) is not None} for arm in (*plus, *minus)}
     seeds = sorted(set.intersection(*map(set, known.values())))

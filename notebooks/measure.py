@@ -35,7 +35,7 @@ from notebooks import probes, study
 from notebooks.controls import guide_the_features_alone
 from notebooks.decided import ARMS, GRIDS, SCALES, SWEEP
 from notebooks.lesson import guide_of, rebuild, trained
-from router import TopKRouter
+from router import TopKRouter, expect
 from teacher import Guide
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,11 @@ def write(name, origin, **arrays):
     path = RESULTS / f"{name}.npz"
     np.savez_compressed(path, about=json.dumps(origin), **arrays)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def narrow(ids):
+    """Ids in the narrowest whole numbers that hold them all: the files are in the repository."""
+    return ids.astype(np.min_scalar_type(ids.max()))
 
 
 def half(weights):
@@ -86,7 +91,7 @@ def keep(args):
     probe, labels = (part[:64].numpy() for part in data.split(cfg, images).probe)
     write("probe", origins["tgr"], images=probe, labels=labels, names=np.array(names),
           mean=images.mean, std=images.std)
-    histories = {name: np.load(run / "routing.npz")["experts"].astype(np.int8)
+    histories = {name: narrow(np.load(run / "routing.npz")["experts"])
                  for name, run in runs.items()}             # (epochs, L, B, N, K)
     both = " and ".join(origin["command"] for origin in origins.values())
     write("routing", origins["tgr"] | {"command": both},
@@ -147,7 +152,7 @@ def experts(args):
         probe = (images.normalise(sets.probe[0]), sets.probe[1])
         found = {
             "arms": arm,
-            "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
+            "domain": narrow(np.stack([distill.domains(r.probs, N) for r in routings])),
             "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
             "norms": torch.stack([distill.expert_gradient_norms(vit, x[:HEARD], y[:HEARD], b)
                                   for b in blocks]),
@@ -169,6 +174,7 @@ def colleagues(raw):
 
     Distillation sees nothing of the experts but these raw outputs (T, K=2, D).
     """
+    expect("raw", raw, "T", 2, "D")
     return F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean(), raw.norm(dim=-1).mean()
 
 

@@ -421,7 +421,7 @@ def test_patches_are_coloured_by_their_expert_row_by_row_and_the_class_token_is_
 
 
 def test_a_whole_history_of_patches_is_refused_in_a_sentence():
-    with pytest.raises(AssertionError, match="one epoch, please"):
+    with pytest.raises(ValueError, match="one epoch, please"):
         report.plot_patches(np.zeros((1, 3, 8, 8)), np.zeros((3, 2, 1, 5, 1), dtype=int),
                             np.ones((2, 1, 5, 4)), [3, 5])
 
