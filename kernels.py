@@ -133,12 +133,9 @@ class Permute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(rows, order, undo):
+    def forward(ctx, rows, order, undo):
+        ctx.save_for_backward(undo)
         return rows.index_select(0, order)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx, dout):
@@ -167,20 +164,15 @@ class OwnBias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(out, b, ids, sizes):
+    def forward(ctx, out, b, ids, sizes):
+        ctx.E, ctx.sizes = len(b), sizes
+        ctx.save_for_backward(ids)
         if sizes is None:
             return out + b.index_select(0, ids)
+        ctx.mark_dirty(out)
         for rows, own in zip(out.split(sizes), b.unbind(), strict=True):
             rows += own
         return out
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        out, b, ids, sizes = inputs
-        ctx.E, ctx.sizes = len(b), sizes
-        ctx.save_for_backward(ids)
-        if sizes is not None:
-            ctx.mark_dirty(out)
 
     @staticmethod
     def backward(ctx, dout):
@@ -562,11 +554,21 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
     if backend == "fused" and (why := why_not_fused(x, w_in)):
         raise RuntimeError(f"backend='fused' cannot run here: {why}; choose auto")
     check_operands(x, chosen, gates, w_in, b_in, w_out, b_out)
-    if backend == "auto":       # vmap cannot slice many routings at once; grouped_mm has no jvp
-        levels = not torch.compiler.is_compiling() and torch._C._functorch.get_interpreter_stack()
-        backend = ("reference" if any("Vmap" in str(level.key()) for level in levels or ()) else
-                   "sliced" if torch.autograd.forward_ad._current_level >= 0 else "grouped")
+    if backend == "auto":
+        backend = "grouped" if torch.compiler.is_compiling() else choose_rung()
     return BACKENDS[backend](x, chosen, gates, w_in, b_in, w_out, b_out, return_choices)
+
+
+def choose_rung():
+    """Which rung is "auto"? `grouped`, on every device and in every dtype, but not in torch.func.
+
+    Its grad and jvp differentiate plain operations alone, those of `sliced`; a Function that they
+    too could enter takes four times as long to call. Its vmap cannot slice many routings at once.
+    """
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any("Vmap" in str(transform.key()) for transform in transforms):
+        return "reference"
+    return "sliced" if transforms or torch.autograd.forward_ad._current_level >= 0 else "grouped"
 
 
 def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):

@@ -29,9 +29,10 @@ def expect(name, x, *sizes, below=None):
     fits = (n > 0 if isinstance(s, str) else n == s for n, s in zip(x.shape, sizes, strict=False))
     if len(x.shape) != len(sizes) or not all(fits):
         raise ValueError(f"{name} must be ({', '.join(map(str, sizes))}), not {tuple(x.shape)}")
-    if below and may_look() and x.device.type == "cpu" and x.numel() and not (
-            0 <= x.min() <= x.max() < below):   # for those of a GPU the host would have to wait
-        raise ValueError(f"{name} must be 0 to {below - 1}, not {x.min()} to {x.max()}")
+    if below and x.device.type == "cpu" and may_look() and x.numel():   # a GPU's host would wait
+        low, high = map(int, x.aminmax())
+        if not 0 <= low <= high < below:
+            raise ValueError(f"{name} must be 0 to {below - 1}, not {low} to {high}")
     return x.shape
 
 
@@ -62,8 +63,8 @@ class TopKRouter(nn.Module):
             raise ValueError(f"k cannot be {k}: choose 1 to {n_experts}, the number of experts")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
-        for name, value in (("noise", noise), ("capacity_factor", capacity_factor)):
-            if value is not None and not value >= 0:
+        for name, value in (("noise", noise), ("capacity_factor", capacity_factor or 0)):
+            if not value >= 0:
                 raise ValueError(f"{name} cannot be {value}: choose 0 or more")
         if gate == "topk_softmax" and k == 1:
             warnings.warn("topk_softmax with k=1: the only gate is 1, and the task loss never "
@@ -76,8 +77,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, x):
         expect("x", x, *x.shape[:1], self.weight.shape[1])
-        # float32 or wider, whatever autocast says: in bfloat16 a few tokens would choose others
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 a few would choose others
         with torch.autocast(x.device.type, enabled=False):
             return self.route(F.linear(x.to(wide), self.weight.to(wide)))
 
