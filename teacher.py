@@ -54,10 +54,10 @@ class Guide(nn.Module):
         depth = len(teacher.blocks) / len(student.blocks)
         aligned = {b: max(1, round(b * depth)) for b in student.moe_blocks}
         self.blocks = aligned if blocks is None else blocks
-        known = routers(student) or dict.fromkeys(range(1, 1 + len(student.blocks)))
-        check_blocks("a student's blocks", self.blocks, known)
+        own = routers(student) or dict.fromkeys(blocks and range(1, 1 + len(student.blocks)) or ())
+        check_blocks("a student's blocks", self.blocks, own)
         check_blocks("a teacher's", set(self.blocks.values()), range(1, 1 + len(teacher.blocks)))
-        if any(known[b] and known[b].n_experts != n_experts for b in self.blocks):
+        if any(own[b] and own[b].n_experts != n_experts for b in self.blocks):
             raise ValueError(f"n_experts cannot be {n_experts}: the student's routers have others")
         dim = teacher.embed.out_features
         self.routers = nn.ModuleDict({str(b): TeacherRouter(dim, n_experts) for b in self.blocks})

@@ -723,3 +723,86 @@ def test_on_a_gpu_more_than_2_to_the_31_elements_are_as_good_as_few():
     (dx_few,) = torch.autograd.grad(y_few.sum(), part)
     assert_close(y[few], y_few)
     assert_close(dx[few], dx_few)
+
+
+# --- what is refused, and what torch.func makes of the rest ---
+
+def bent(**changes):
+    """A call of expert_mlp with some of its operands changed."""
+    chosen = distinct(T, E, K)
+    operands = an_mlp_layer(E, chosen, f32) | {"chosen": chosen}
+    return lambda backend: expert_mlp(**{name: changes.get(name, lambda v: v)(v)
+                                         for name, v in operands.items()}, backend=backend)
+
+
+def one_is(expert):
+    return bent(chosen=lambda c: c.index_put((torch.tensor(3), torch.tensor(1)),
+                                             torch.tensor(expert)))
+
+
+REFUSED = [
+    (one_is(-1), f"chosen must be 0 to {E - 1}, not -1 to "),
+    (one_is(E), f"chosen must be 0 to {E - 1}, not 0 to {E}"),
+    (one_is(2**40), "chosen must be 0 to "),
+    (one_is(-2**40), "chosen must be 0 to "),
+    (bent(chosen=lambda c: c[1:]), rf"chosen must be \({T}, K\), not \({T - 1}, {K}\)"),
+    (bent(chosen=lambda c: c[:1]), rf"chosen must be \({T}, K\), not \(1, {K}\)"),
+    (bent(chosen=lambda c: c[:, 0]), rf"chosen must be \({T}, K\), not \({T},\)"),
+    (bent(chosen=lambda c: c[:, :0]), rf"chosen must be \({T}, K\), not \({T}, 0\)"),
+    (bent(chosen=lambda c: c.int()), "chosen must be int64, not torch.int32"),
+    (bent(chosen=lambda c: c.byte()), "chosen must be int64, not torch.uint8"),
+    (bent(chosen=lambda c: c.float()), "chosen must be int64, not torch.float32"),
+    (bent(gates=lambda g: g[:, :1]), rf"gates must be \({T}, {K}\), not \({T}, 1\)"),
+    (bent(gates=lambda g: g[:1]), rf"gates must be \({T}, {K}\), not \(1, {K}\)"),
+    (bent(gates=lambda g: g[:, 0]), rf"gates must be \({T}, {K}\), not \({T},\)"),
+    (bent(gates=lambda g: g.T), rf"gates must be \({T}, {K}\), not \({K}, {T}\)"),
+    (bent(x=lambda x: x[:, 1:]), rf"x must be \({T}, {D}\), not \({T}, {D - 1}\)"),
+    (bent(x=lambda x: x[None]), r"chosen must be \(1, K\), not"),
+    (bent(x=lambda x: x[1:]), rf"chosen must be \({T - 1}, K\), not"),
+    (bent(x=lambda x: x.double()), "the weights torch.float64 as x"),
+    (bent(w_in=lambda w: w.double()), "the weights torch.float32 as x"),
+    (bent(w_out=lambda w: w.half()), "the weights torch.float32 as x"),
+    (bent(w_in=lambda w: w[0]), r"w_in must be \(E, D, H\), not"),
+    (bent(w_in=lambda w: w[:0]), r"w_in must be \(E, D, H\), not \(0, "),
+    (bent(w_in=lambda w: w.mT), rf"x must be \({T}, {H}\), not"),
+    (bent(w_out=lambda w: w.mT), rf"w_out must be \({E}, {H}, {D}\), not"),
+    (bent(w_out=lambda w: w[:1]), rf"w_out must be \({E}, {H}, {D}\), not \(1, "),
+    (bent(b_in=lambda b: b[:1]), rf"b_in must be \({E}, {H}\), not \(1, {H}\)"),
+    (bent(b_in=lambda b: b[:, :1]), rf"b_in must be \({E}, {H}\), not \({E}, 1\)"),
+    (bent(b_out=lambda b: b[0]), rf"b_out must be \({E}, {D}\), not \({D},\)"),
+    (bent(b_out=lambda b: b.T), rf"b_out must be \({E}, {D}\), not"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "lean"])
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_operands_that_do_not_fit_are_refused_in_a_sentence_on_every_rung(call, sentence, backend):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        call(backend)
+
+
+@pytest.mark.parametrize("dtype, D, H", [(f64, D, H), (f32, 24, 48)])       # the latter: grouped_mm
+def test_auto_in_torch_func_is_differentiated_forward_backward_and_by_the_batch(dtype, D, H):
+    from torch.func import grad, jvp, vmap
+    chosen = distinct(T, E, K)
+    x, *rest = an_mlp_layer(E, chosen, dtype, D, H).values()
+
+    def loss(x, *rest, chosen=chosen, backend="auto"):
+        return expert_mlp(x, chosen, *rest, backend=backend).square().mean()
+
+    def plainly(x, *rest):
+        return loss(x, *rest, backend="reference")
+
+    operands, every = (x, *rest), tuple(range(6))
+    for ours, theirs in ((grad(loss, every)(*operands), grad(plainly, every)(*operands)),
+                         (jvp(loss, operands, operands), jvp(plainly, operands, operands)),
+                         (jvp(grad(loss), operands, operands), jvp(grad(plainly), operands,
+                                                                   operands))):
+        assert_close(ours, theirs)
+    many = torch.stack([distinct(T, E, K) for _ in range(3)])
+    slopes = vmap(lambda chosen: grad(loss)(x, *rest, chosen=chosen))(many)
+    assert_close(slopes, torch.stack([grad(loss)(x, *rest, chosen=own) for own in many]))
+    slope = jvp(lambda x: plainly(x, *rest), (x,), (x,))[1]
+    with torch.autograd.forward_ad.dual_level():            # forward mode without torch.func
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, *rest)).tangent, slope)

@@ -453,3 +453,72 @@ def test_a_missing_file_or_marker_is_one_sentence_and_exit_code_2(
     with pytest.raises(SystemExit) as stopped:
         report.main()
     assert (stopped.value.code, capsys.readouterr().err) == (2, said)
+
+
+# --- what is refused ---
+
+
+IDS, P, NAMES = np.array([[0, 1], [2, 3]]), np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]), "abc"
+HISTORY = np.zeros((2, 3, 4, 5, 1), dtype=np.uint8)         # (epochs, L, B, N, K), a square of 4
+PROBS, PICTURES = np.ones((3, 4, 5, 8)) / 8, np.zeros((2, 3, 8, 8), dtype=np.uint8)
+
+
+def patches(images=PICTURES, chosen=HISTORY[-1], probs=PROBS, layer=(2, 4, 6)):
+    return lambda: report.plot_patches(images, chosen, probs, layer)
+
+
+REFUSED = [
+    *((lambda f=f, b=b: f(IDS, b), "of the same tokens, not") for f in (agreement, overlap)
+      for b in (IDS[0], IDS[:1], IDS[:, :1], IDS[None], 0, [])),
+    *((lambda f=f: f([], []), r"of the same tokens, not \(0,\) and \(0,\)")
+      for f in (agreement, overlap)),
+    *((lambda b=b: kappa(IDS, b, 4), "assignment") for b in (IDS[:1], IDS + 1, IDS - 1, [])),
+    *((lambda a=a: load_share(a, 4), "an assignment must be 0 to 3, not ")
+      for a in (IDS + 1, IDS - 1, [300])),
+    *((lambda a=a: load_share(a, 4), "an assignment must hold whole numbers, not ")
+      for a in ([], IDS / 1, [0.5], ["a"])),
+    *((lambda s=s: load_entropy(np.ones(s)), r"share must be \(E\), not") for s in ((0,), (2, 2))),
+    (lambda: last_fluctuation(HISTORY[:0]), r"first must be \(epochs, .*, not \(0, "),
+    *((lambda c=c: consistency(c, 8), "chosen must be .*L.*, not ")
+      for c in (HISTORY[0], HISTORY[..., 0], HISTORY[None])),
+    *((lambda c=c: consistency(c, 8), "an assignment must ")
+      for c in (HISTORY[:0], HISTORY + 8, HISTORY / 1, HISTORY.astype(int) - 1)),
+    *((lambda f=f, y=y: f(P, y), "labels must ")
+      for f in (report.top_k_accuracy, report.calibration_error, lambda p, y:
+                report.exam_table(p, y, NAMES))
+      for y in ([0], [0, 1, 2], [[0], [1]], [0, 3], [-1, 0], [0.0, 1.0], [])),
+    *((lambda f=f, p=p: f(p, [0, 1]), "probs must be ")
+      for f in (report.top_k_accuracy, report.calibration_error)
+      for p in (P[0], P[None], -P, 2 * P, P * np.nan, np.log(P))),
+    *((lambda f=f: f(P[:0], []), "probs must be") for f in (report.top_k_accuracy,
+                                                           report.calibration_error)),
+    *((lambda k=k: report.top_k_accuracy(P, [0, 1], k), f"k cannot be {k}") for k in (0, -1)),
+    *((lambda b=b: report.calibration_error(P, [0, 1], b), f"bins cannot be {b}") for b in (0, -3)),
+    *((lambda n=n: report.exam_table(P, [0, 1], n), r"probs must be \(2, ") for n in ("a", "abcd")),
+    (lambda: report.plot_loss([], {}), "there are no metrics to draw"),
+    (lambda: report.plot_methods([]), "no run has a router and two epochs"),
+    *((lambda c=c, l=l: report.plot_load(c, 8, l), "must be ")
+      for c, l in ((HISTORY, [2, 4]), (HISTORY[0], [2]), (HISTORY + 8, [2, 4, 6]))),
+    (patches(chosen=HISTORY), "one epoch, please"),
+    (patches(layer=(2, 4)), "3 layers, probs 3, and 2 are named: one epoch, please"),
+    (patches(probs=PROBS[:2]), "3 layers, probs 2, and 3 are named: one epoch, please"),
+    (patches(chosen=HISTORY[-1] + 8), "an assignment must be 0 to 7, not 8 to 8"),
+    (patches(chosen=HISTORY[-1][:, :, 1:]), r"chosen must be \(3, B, 5, K\), not \(3, 4, 4, 1\)"),
+    (patches(chosen=HISTORY[-1][:, :, 1:], probs=PROBS[:, :, 1:]), "4 tokens must be a class tok"),
+    (patches(images=PICTURES[:0]), "the 0 images some of the 4 that were routed"),
+    (patches(images=np.zeros((5, 3, 8, 8))), "the 5 images some of the 4 that were routed"),
+    (patches(images=np.zeros((2, 8, 8, 3))), "images must be .*3, height, width"),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_cannot_be_reported_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_list_of_labels_and_whole_numbers_of_any_width_are_as_good_as_an_array():
+    labels = np.array([0, 1], dtype=np.uint8)
+    assert report.exam_table(P, [0, 1], NAMES) == report.exam_table(P.tolist(), labels, NAMES)
+    wide = np.full((2, 1, 1, 1, 1), 299)                    # more experts than a byte can name
+    assert load_share(wide, 300)[299] == 1 == consistency(wide, 300)["mean_agreement_adjacent"]

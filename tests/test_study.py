@@ -20,7 +20,8 @@ import distill
 import report
 import train
 from data import batches, synthetic
-from notebooks import controls, decided, probes, study
+from moe import MoE
+from notebooks import controls, decided, measure, probes, study
 from notebooks.decided import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval
 from router import TopKRouter
 from teacher import Guide
@@ -814,3 +815,44 @@ def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
     Path("results").mkdir()
     Path("results/cpu.jsonl").write_text(json.dumps({"method": "moe", "seed": 0}) + "\n")
     assert rows() == []
+
+
+# --- what is refused ---
+
+def a_student():
+    return train.build(train.resolve(train.parse([*SCALE.split(), "--method", "moe", "--moe_blocks",
+                                                  "2"])), SMALL)
+
+
+ROWS, SIX = [{"arm": "dense", "seed": 0, "test_accuracy": 0.5}], torch.randn(6, 4)
+REFUSED = [
+    *((lambda b=b, f=f: f(a_student(), b), r"block cannot be .*: choose from \[2\], each once")
+      for b in (0, 1, 3, -1) for f in (controls.router, lambda vit, b: probes.oracle_cosine(
+          vit, torch.zeros(1, 3, 32, 32), torch.zeros(1).long(), b), lambda vit, b:
+          probes.probe_experts(vit, torch.zeros(1, 3, 32, 32), torch.zeros(1).long(), b))),
+    *((lambda E=E: controls.centroids(SIX, E), f"6 features have no {E} centroids: choose 1 to 6")
+      for E in (0, 7, -1)),
+    *((lambda m=m: contrast(ROWS, m, ("dense",)), f"one of accuracy, .*, not {m!r}")
+      for m in ("acuracy", "", None)),
+    (lambda: contrast(ROWS, "accuracy", ()), r"a contrast is of arms, not \(\)"),
+    *((lambda c=c: probes.mutual_information(np.array(c)), "counts must be a table")
+      for c in ([1, 2], [[0, 0]], [[-1, 2]], [[]], [[np.nan, 1.0]])),
+    *((lambda s=s: measure.colleagues(torch.zeros(s)), r"raw must be \(T, 2, D\), not")
+      for s in ((5, 1, 3), (5, 3, 3), (5, 2), (0, 2, 3))),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_cannot_be_studied_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_lone_expert_is_like_nobody():
+    assert probes.expert_similarity(MoE(4, 6, 1, k=1), SIX) is None
+
+
+def test_ids_of_any_number_of_experts_are_kept_as_they_are():
+    for most, dtype in ((7, np.uint8), (255, np.uint8), (256, np.uint16), (70_000, np.uint32)):
+        kept = measure.narrow(np.array([0, most]))
+        assert kept.dtype == dtype and kept.tolist() == [0, most]
