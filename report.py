@@ -341,7 +341,8 @@ def put_between(path, begin, end, content, command):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 # --- figures: every title says what the numbers say ---
@@ -551,7 +552,7 @@ def figures(run_dir):
     """Draw what the files of a run allow: {name: the bytes of a PNG}."""
     run = Path(run_dir)
     ended = (run / "result.json").exists()                  # a stopped run still has its curves
-    result = json.loads((run / "result.json").read_text()) if ended else {}
+    result = json.loads((run / "result.json").read_text(encoding="utf-8")) if ended else {}
     drawn = {"loss.png": plot_loss(read_lines(run / "metrics.jsonl"), result)}
     if (run / "routing.npz").exists():                      # dense and soft models have no router
         routing = np.load(run / "routing.npz")
@@ -582,7 +583,8 @@ def main():
         if args.page:
             write_page(args.page, args.path)
         else:
-            print(closing_table(json.loads((Path(args.path) / "result.json").read_text())))
+            result = (Path(args.path) / "result.json").read_text(encoding="utf-8")
+            print(closing_table(json.loads(result)))
             for name, drawn in figures(args.path).items():
                 write(Path(args.path, name), drawn)
                 print(Path(args.path, name))

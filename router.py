@@ -60,7 +60,7 @@ class TopKRouter(nn.Module):
     def __init__(self, dim, n_experts, k=2, gate="softmax_topk", noise=0.0, capacity_factor=None):
         super().__init__()
         if not isinstance(k, int) or not 1 <= k <= n_experts:
-            raise ValueError(f"k cannot be {k}: choose 1 to {n_experts}, the number of experts")
+            raise ValueError(f"k cannot be {k} of {n_experts} experts: choose 1 to {n_experts}")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
         for name, value in (("noise", noise), ("capacity_factor", capacity_factor or 0)):

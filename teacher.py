@@ -54,7 +54,7 @@ class Guide(nn.Module):
         depth = len(teacher.blocks) / len(student.blocks)
         aligned = {b: max(1, round(b * depth)) for b in student.moe_blocks}
         self.blocks = aligned if blocks is None else blocks
-        own = routers(student) or dict.fromkeys(blocks and range(1, 1 + len(student.blocks)) or ())
+        own = routers(student) or dict.fromkeys(range(1, 1 + len(student.blocks)) if blocks else [])
         check_blocks("a student's blocks", self.blocks, own)
         check_blocks("a teacher's", set(self.blocks.values()), range(1, 1 + len(teacher.blocks)))
         if any(own[b] and own[b].n_experts != n_experts for b in self.blocks):

@@ -66,7 +66,7 @@ def half(weights):
 
 def ended(run, data_dir):
     """(result, cfg, images, vit) of a run that has ended; vit keeps its experts' raw outputs."""
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     cfg = train.Config(**result["config"] | {"device": "cpu"})
     images = data.load(cfg.data, data_dir)
     vit = train.build(cfg, images)
@@ -81,7 +81,8 @@ def keep(args):
     """Keep two trained students, the teacher of one, 64 probe images and every epoch's routing."""
     runs = {name: Path(args.runs, arm, "seed0")
             for name, arm in (("vmoe", "moe-k1"), ("tgr", "tgr-k1"))}
-    results = {name: json.loads((run / "result.json").read_text()) for name, run in runs.items()}
+    results = {name: json.loads((run / "result.json").read_text(encoding="utf-8"))
+               for name, run in runs.items()}
     cfg = train.Config(**results["tgr"]["config"] | {"device": "cpu"})
     images = data.load(cfg.data, args.data_dir)
     names = images.coarse_names if cfg.labels == "coarse" else images.fine_names
@@ -353,6 +354,7 @@ def main(argv=None):
     parser.add_argument("what", choices=MEASURES)
     parser.add_argument("--runs", default="runs/study/cpu", help="the study's runs at one scale")
     parser.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")
+    checkpoint.printable()
     args = parser.parse_args(argv)
     try:
         MEASURES[args.what](args)

@@ -71,8 +71,8 @@ def unclean():
         return "" if checkpoint.commit() else "everything (no git here, and no GUIDED_MOE_COMMIT)"
     status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
               ":!notebooks/results", ":!notebooks/figures", ":!*.md"]
-    found = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return ", ".join(line[3:] for line in found.splitlines())
+    found = subprocess.run(status, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    return ", ".join(line[3:] for line in found.stdout.splitlines())
 
 
 def commit_of_row(dirty):
@@ -211,7 +211,7 @@ def run(args):
         print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {log}", flush=True)
         words = ["run", args.grid, "--only", arm, "--seed", str(seed), "--scale", args.scale,
                  "--out", args.out, "--data_dir", args.data_dir, "--here"]
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             return subprocess.Popen(
                 [sys.executable, __file__, *words, *(["--dirty"] if args.dirty else [])],
                 stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -225,7 +225,8 @@ def run(args):
         raise checkpoint.Stopped(asked[0])
     for arm, seed in failed:
         log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
-        print(f"{arm}, seed {seed}: {(log.read_text().splitlines() or ['?'])[-1]}", file=sys.stderr)
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["?"]
+        print(f"{arm}, seed {seed}: {said[-1]}", file=sys.stderr)
     print(f"{len(to_do(args.grid, args.scale, args.only, args.seed))} runs are left")
     return int(bool(failed))
 
@@ -543,6 +544,7 @@ def main(argv=None):
     two.add_argument("--page", help="write all grids between the study markers of this file")
     two.add_argument("--front", help="only write the short table between this file's front markers")
     two.add_argument("--check", help="only say whether this file is what the rows say")
+    checkpoint.printable()
     args = parser.parse_args(argv)
     try:
         if args.command == "list":

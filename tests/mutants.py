@@ -570,6 +570,10 @@ MUTANTS = [
                    "return norms.sum(dim=0) / norms.sum(dim=0).max()"),
 
     # data.py
+    ("data.py", "if not 0 <= alpha < math.inf:", "if not 0 <= alpha:"),
+    ("data.py", "if not 0 <= alpha < math.inf:", "if alpha < 0:"),
+    ("data.py", '"H", "W")[:1], below=n_classes)', '"H", "W")[:1])'),
+    ("data.py", "expect(\"images\", images, *images.shape[:-3], 3, *images.shape[-2:])", "pass"),
     ("data.py", "(SIZE - 1) - (SIZE - 1 - i.abs()).abs() for i in",
                 "i.clamp(0, SIZE - 1) for i in"),
     ("data.py", "torch.randint(-reach, reach + 1, (len(images), 1)",
@@ -609,6 +613,10 @@ MUTANTS = [
     # report.py
     ("report.py", "load_share(a, n_experts) @ load_share(b, n_experts)",
                   "load_share(a, n_experts) @ load_share(a, n_experts)"),
+    ("report.py", "    printable()\n", ""),
+    ("report.py", "if a.shape != b.shape or a.size == 0:", "if a.size == 0:"),
+    ("report.py", "not 0 <= a.min() <= a.max() < n:", "not a.max() < n:"),
+    ("report.py", "probs.min() >= 0 and probs.max() <= 1 + 1e-3", "True"),
     ("report.py", "None if chance == 1 else", "0.0 if chance == 1 else"),
     ("report.py", "np.mean(np.equal(*of_the_same_tokens(a, b)))",
                   "np.mean(np.sort(a) == np.sort(b))"),
@@ -862,7 +870,7 @@ TESTS = {f"notebooks/{name}.py": "test_study.py" for name in ("decided", "probes
 
 def stale(file, old):
     """Why a mutant means nothing any more: `old` is not in the file, or more than once."""
-    count = (ROOT / file).read_text().count(old)
+    count = (ROOT / file).read_text(encoding="utf-8").count(old)
     return None if count == 1 else f"mutant is stale: {file} has {count} times {old!r}"
 
 
@@ -872,17 +880,18 @@ def killer(mutant):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         tracked = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        for name in subprocess.check_output(tracked, cwd=ROOT, text=True).splitlines():
+        for name in subprocess.check_output(tracked, cwd=ROOT, encoding="utf-8").splitlines():
             if (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
-        (copy / file).write_text((copy / file).read_text().replace(old, new))
+        source = (copy / file).read_text(encoding="utf-8")
+        (copy / file).write_text(source.replace(old, new), encoding="utf-8")
         try:
             run = subprocess.run(
                 [sys.executable, "-m", "pytest", "-x", "-q",
                  f"tests/{TESTS.get(file, f'test_{Path(file).name}')}"],
                 cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                capture_output=True, text=True, timeout=TIMEOUT)
+                capture_output=True, encoding="utf-8", timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             return f"the clock, after {TIMEOUT} s"
     if run.returncode > 1:
@@ -891,6 +900,7 @@ def killer(mutant):
 
 
 def main(words):
+    sys.stdout.reconfigure(errors="replace")
     mutants = [m for m in MUTANTS if not set(words) - {"--list", "--stale"} or m[0] in words]
     if "--list" in words:
         return print(*(f"{file}: {old!r} -> {new!r}" for file, old, new in mutants), sep="\n")

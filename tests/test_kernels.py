@@ -154,7 +154,8 @@ def test_the_reference_worked_by_hand():
 
 def test_every_masked_load_says_what_the_masked_lanes_hold():
     # no CPU run can see it: the interpreter and most GPUs happen to fill in zeros
-    calls = [node for node in ast.walk(ast.parse(Path(kernels.__file__).read_text()))
+    source = Path(kernels.__file__).read_text(encoding="utf-8")
+    calls = [node for node in ast.walk(ast.parse(source))
              if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"]
     words = [{word.arg for word in call.keywords} for call in calls]
     assert sum("mask" in w for w in words) >= 8
@@ -539,7 +540,7 @@ def test_long_sums_are_made_in_float32():
 def test_the_kernels_compile_for_a_hopper_gpu_with_tensor_cores_and_no_spills():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, Path(__file__).parent / "sm90.py", "--json"], env=env,
-                         capture_output=True, text=True, timeout=300)
+                         capture_output=True, encoding="utf-8", timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels_seen = json.loads(run.stdout)
     assert len(kernels_seen) == 6
@@ -660,7 +661,7 @@ def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
                 print(refusal)
     """
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(kernels.__file__).parent,
-                         capture_output=True, text=True, timeout=120)
+                         capture_output=True, encoding="utf-8", timeout=120)
     *ran, refused = run.stdout.splitlines()
     assert [line.split()[0] for line in ran] == ["auto", *list(BACKENDS)[:-1]], run.stderr
     assert len({line.split()[1] for line in ran}) == 1

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,7 +273,7 @@ def test_a_null_result_is_printed_like_any_other():
 
 @pytest.fixture
 def readme(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(a_row()) + "\n\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(a_row()) + "\n\n", encoding="utf-8")
     path = tmp_path / "README.md"
     path.write_bytes(f"# é\r\nabove\n{report.BEGIN}\nold\n{report.END}\nbelow\n".encode())
     return path
@@ -293,9 +294,10 @@ def test_a_page_is_rewritten_between_the_markers_and_nowhere_else(readme):
     a_row(**DENSE), a_row(consistency={"first_quarter_agreement_adjacent": None})],
     ids=["no router", "a single epoch"])
 def test_a_page_without_any_agreement_needs_no_picture(readme, row):
-    (readme.parent / "rows.jsonl").write_text(json.dumps(row))
+    (readme.parent / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
     write_page(readme, readme.parent / "rows.jsonl")
-    assert f"| {row['method']} |" in readme.read_text() and "png" not in readme.read_text()
+    text = readme.read_text(encoding="utf-8")
+    assert f"| {row['method']} |" in text and "png" not in text
 
 
 @pytest.mark.parametrize("broken", [
@@ -303,10 +305,10 @@ def test_a_page_without_any_agreement_needs_no_picture(readme, row):
     f"{report.BEGIN}{report.END}{report.END}", f"{report.BEGIN}{report.BEGIN}{report.END}",
 ])
 def test_a_page_without_its_two_markers_is_refused_and_left_alone(readme, broken):
-    readme.write_text(broken)
+    readme.write_text(broken, encoding="utf-8")
     with pytest.raises(ValueError, match="needs one line <!-- results:begin --> and, below it"):
         write_page(readme, readme.parent / "rows.jsonl")
-    assert readme.read_text() == broken
+    assert readme.read_text(encoding="utf-8") == broken
 
 
 # --- figures and the command ---
@@ -322,7 +324,8 @@ def a_run(folder, epochs=6, E=8, K=1, L=2, images=2, router=True):
     metrics = [{"epoch": t, "task": 4.0 - t / 4, "lr": 1e-3, "probe_accuracy": t / 20,
                 "seconds": 1.0, "images_per_second": 100.0} | guidance
                for t in range(1, epochs + 1)]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(m) for m in metrics))
+    lines = "\n".join(json.dumps(m) for m in metrics)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     if router:
         logits = rng.normal(size=(epochs, L, 9, 17, E)).cumsum(axis=0)  # 17 = class + 4 * 4
         probs = np.exp(logits[-1]) / np.exp(logits[-1]).sum(axis=-1, keepdims=True)
@@ -330,7 +333,8 @@ def a_run(folder, epochs=6, E=8, K=1, L=2, images=2, router=True):
                  experts=(-logits).argsort(axis=-1)[..., :K].astype(np.uint8),
                  probs=probs.astype(np.float16),
                  images=rng.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8))
-    (folder / "result.json").write_text(json.dumps(a_row(**({} if router else DENSE))))
+    row = json.dumps(a_row(**({} if router else DENSE)))
+    (folder / "result.json").write_text(row, encoding="utf-8")
     return folder
 
 
@@ -431,7 +435,7 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
     # pyplot is what would look for a display: exit code 1 if anything has imported it
     program = ("import sys, report; sys.argv[1:] = ['run']; report.main(); "
                "sys.exit('matplotlib.pyplot' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True,
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, encoding="utf-8",
                           capture_output=True, env=os.environ | {"PYTHONPATH": HERE})
     assert done.returncode == 0 and "test accuracy" in done.stdout
     assert done.stdout.splitlines()[-1] == "run/patches.png"
@@ -447,7 +451,7 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
 ])
 def test_a_missing_file_or_marker_is_one_sentence_and_exit_code_2(
         tmp_path, monkeypatch, capsys, arguments, said):
-    (tmp_path / "README.md").write_text("no markers")
+    (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
@@ -522,3 +526,36 @@ def test_a_list_of_labels_and_whole_numbers_of_any_width_are_as_good_as_an_array
     assert report.exam_table(P, [0, 1], NAMES) == report.exam_table(P.tolist(), labels, NAMES)
     wide = np.full((2, 1, 1, 1, 1), 299)                    # more experts than a byte can name
     assert load_share(wide, 300)[299] == 1 == consistency(wide, 300)["mean_agreement_adjacent"]
+
+
+# --- every terminal ---
+
+ROOT = Path(report.__file__).parent
+TERMINALS = {name: {"PYTHONIOENCODING": name} for name in ("cp932", "gbk", "ascii")} | {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}}
+ASK_ALL = """
+import runpy, sys
+for command in sys.argv[1:]:
+    words = command.split()
+    sys.stdout.reconfigure(errors="strict")                 # as the command before found it
+    print("--", words[0], flush=True)
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+"""
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_no_printed_character_ends_a_command_and_every_file_is_utf_8(tmp_path, terminal):
+    run = a_run(tmp_path / "r", router=False)               # whose table has dashes
+    commands = [f"report.py {run}", "notebooks/study.py report main", "notebooks/bench.py --help",
+                "notebooks/bench.py notebooks/results/kernels_cpu.json",
+                "notebooks/regime.py table"]
+    if terminal == "C":                                     # where open() itself would read ASCII
+        commands.append(f"tests/assignments/course.py release {tmp_path / 'students'}")
+    done = subprocess.run([sys.executable, "-c", ASK_ALL, *commands], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | TERMINALS[terminal])
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert done.stdout.count(b"--") >= len(commands)

@@ -161,7 +161,7 @@ def test_evaluation_is_deterministic():
 
 @pytest.mark.parametrize("k", [0, E + 1])
 def test_a_token_cannot_visit_more_experts_than_there_are_nor_none(k):
-    with pytest.raises(ValueError, match=f"k cannot be {k}: choose 1 to {E}, the number of"):
+    with pytest.raises(ValueError, match=f"k cannot be {k} of {E} experts: choose 1 to {E}"):
         TopKRouter(D, E, k)
 
 
@@ -412,9 +412,9 @@ NAN, INF = math.nan, math.inf
 Z, IDS, LOADS = torch.zeros(T, E), torch.zeros(T, 2, dtype=torch.int64), (load_loss, z_loss,
                                                                            entropy_loss)
 REFUSED = [
-    *((lambda k=k: TopKRouter(D, E, k), f"k cannot be {k}: choose 1 to {E}")
+    *((lambda k=k: TopKRouter(D, E, k), f"k cannot be {k} of {E} experts: choose 1 to {E}")
       for k in (-1, 0, E + 1, 1.0, 2.5, None, "2")),
-    (lambda: TopKRouter(D, 0, 1), "k cannot be 1: choose 1 to 0"),
+    (lambda: TopKRouter(D, 0, 1), "k cannot be 1 of 0 experts"),
     *((lambda g=g: TopKRouter(D, E, gate=g), f"there is no gate {g!r}: choose one of softmax_topk")
       for g in ("softmax", "", None, 1)),
     *((lambda v=v: TopKRouter(D, E, noise=v), f"noise cannot be {v}: choose 0 or more")

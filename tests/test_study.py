@@ -503,7 +503,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypa
 def test_a_run_that_stopped_before_its_first_checkpoint_begins_again():
     folder = Path("runs/study/cpu/dense/seed0")
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("half a li")
+    (folder / "metrics.jsonl").write_text("half a li", encoding="utf-8")
     assert go("--only", "dense", "--seed", "0") == 0 and len(rows()) == 1
 
 
@@ -539,14 +539,14 @@ def test_code_that_is_not_committed_writes_no_row_but_rows_and_texts_may_change(
 
     Path("notebooks/results").mkdir(parents=True)
     for name in ("code.py", "notebooks/results/main.jsonl", "README.md"):
-        Path(name).write_text("")
+        Path(name).write_text("", encoding="utf-8")
     git("init")
     git("add", ".")
     git("commit", "-m", "all")
     for name in ("notebooks/results/main.jsonl", "README.md"):
-        Path(name).write_text("changed")
+        Path(name).write_text("changed", encoding="utf-8")
     assert study.unclean() == "" and study.commit_of_row(True)[-6:] != "-dirty"
-    Path("code.py").write_text("changed")
+    Path("code.py").write_text("changed", encoding="utf-8")
     assert go("--only", "dense", "--seed", "0") == 2
     said = capsys.readouterr().err
     assert "code.py" in said and "--dirty" in said and len(said.splitlines()) == 1
@@ -717,11 +717,11 @@ def test_an_arm_is_also_tested_as_it_was_dispatched_in_training():
 @pytest.mark.parametrize("option", ["page", "front"])
 def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
     begin, end = study.markers(option)
-    Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n")
+    Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n", encoding="utf-8")
     written()
     assert "not what the rows say" in study.disagreement("a.md")
     assert study.main(["report", f"--{option}", "a.md"]) == 0
-    text = Path("a.md").read_text()
+    text = Path("a.md").read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
     assert f"Written by `python notebooks/study.py report --{option} a.md`." in text
     assert study.main(["report", "--check", "a.md"]) == 0
@@ -731,7 +731,7 @@ def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
 
 
 def test_a_page_without_markers_agrees_with_nothing():
-    Path("a.md").write_text("no number")
+    Path("a.md").write_text("no number", encoding="utf-8")
     assert "no markers" in study.disagreement("a.md")
 
 
@@ -813,7 +813,8 @@ def test_the_figures_show_curves_and_every_alpha(monkeypatch):
 
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
     Path("results").mkdir()
-    Path("results/cpu.jsonl").write_text(json.dumps({"method": "moe", "seed": 0}) + "\n")
+    row = json.dumps({"method": "moe", "seed": 0}) + "\n"
+    Path("results/cpu.jsonl").write_text(row, encoding="utf-8")
     assert rows() == []
 
 
