@@ -13,7 +13,7 @@ from router import entropy_loss, expect, load_loss
 
 
 class TeacherRouter(nn.Module):
-    """The teacher's features (T, D) -> logits (T, E) that the student's router should come to.
+    """The teacher's features (..., D) -> logits (..., E) that the student's router should come to.
 
     It is one linear map without a bias (ours). It makes targets and never dispatches a token.
     """
@@ -25,10 +25,10 @@ class TeacherRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, h):
-        expect("h", h, *h.shape[:1], self.weight.shape[1])
+        expect("h", h, *h.shape[:-1], self.weight.shape[1])
         wide = torch.promote_types(h.dtype, torch.float32)
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.to(wide), self.weight.to(wide))           # (T, E)
+            return F.linear(h.to(wide), self.weight.to(wide))           # (..., E)
 
 
 class Guide(nn.Module):

@@ -23,11 +23,11 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import commit, printable
+
+import torch
 
 from notebooks.contenders import PEERS, Skip, check, draw, everybody, kept
 from report import put_between

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
+
 import numpy as np
 import torch
 from IPython.display import Image, display

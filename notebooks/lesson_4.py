@@ -8,6 +8,8 @@ import os
 import textwrap
 from pathlib import Path
 
+import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
+
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb

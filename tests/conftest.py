@@ -1,6 +1,8 @@
 """conftest.py -- what do all tests share? A seed, and one thread: their tensors are small."""
 import os
 
+import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
+
 import pytest
 import torch
 

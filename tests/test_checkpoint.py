@@ -19,6 +19,9 @@ import torch
 from train import Config
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 @dataclass
 class Two:
     epochs: int = 0
@@ -35,6 +38,32 @@ STATE = {"config": {"epochs": 3, "b": 2}, "epoch": 1, "student": {"w": torch.ten
 
 def read(path="c.pt", **needs):
     return checkpoint.read(path, Two, **needs)
+
+
+# --- torch's threads ---
+
+ENTRIES = ("train", "report", "data", "tests.conftest", "notebooks.lesson", "notebooks.lesson_4",
+           "notebooks.study", "notebooks.measure", "notebooks.bench", "notebooks.regime")
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_how_threads_wait_is_decided_before_torch_is_loaded(name):
+    code = f"""
+import importlib, os, sys
+class Torch:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Torch)
+importlib.import_module("{name}")
+"""
+    for given, right in (({}, checkpoint.SPIN), ({"GOMP_SPINCOUNT": "77"}, "77"),
+                         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
+        env = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | given
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
+                              stdout=subprocess.PIPE, check=True).stdout
+        assert said == f"{right}\n"
 
 
 # --- a file is written whole or not at all ---

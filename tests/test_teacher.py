@@ -375,7 +375,7 @@ REFUSED = [
       for n in (E - 1, E + 1, 0, None)),
     (guide(of=soft_student()), r"a student's blocks cannot be \[2\]: choose from \[\], each once"),
     *((lambda s=s: TeacherRouter(20, E)(torch.zeros(s)), r"h must be .*20\), not")
-      for s in ((6, 19), (6, 1), (20,), (2, 3, 20))),
+      for s in ((6, 19), (6, 1), (20, 6), (2, 20, 3), ())),
     *((lambda s=s: guidance_loss(torch.zeros(s), torch.zeros(s)), r"logits must be \(T, E\), not")
       for s in ((0, E), (6, 0), (6,), (2, 3, E))),
     *((lambda s=s: guidance_loss(torch.zeros(s), Z), "need the same tokens and experts")
