@@ -315,7 +315,7 @@ def write_page(page, results_path):
         rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
         if all(early_agreement(row) is None for row in rows):   # a picture needs a router
             return results_table(rows)
-        plot_methods(rows).savefig(picture)
+        write(picture, png(plot_methods(rows)))
         link = Path(os.path.relpath(picture, Path(page).resolve().parent))
         return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
                 f"({link.as_posix()})")
@@ -336,8 +336,7 @@ def cut(path, begin, end):
 def put_between(path, begin, end, content, command):
     """Write content() and the command that did it between two markers; touch nothing else."""
     before, _, after = cut(path, begin, end)
-    written = f"{before}{begin}\n{content()}\n\nWritten by `{command}`.\n{end}{after}"
-    Path(path).write_bytes(written.encode())
+    write(path, f"{before}{begin}\n{content()}\n\nWritten by `{command}`.\n{end}{after}")
 
 
 def read_lines(path):
@@ -589,7 +588,8 @@ def main():
                 write(Path(args.path, name), drawn)
                 print(Path(args.path, name))
     except OSError as error:
-        parser.exit(2, f"report.py cannot read {error.filename}: {error.strerror}\n")
+        unread = f"{error.filename} cannot be read: {error.strerror}"
+        parser.exit(2, f"report.py: {unread if error.filename else error}\n")
     except ValueError as error:
         if not args.page:
             raise

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import commit, printable
+from checkpoint import commit, printable, write
 
 import torch
 
@@ -327,8 +327,7 @@ def save(path, env, rows):
     """JSON with a line per row, so that a diff of two files can be read."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(f'{{"env": {json.dumps(env)},\n"rows": [\n{lines}\n]}}\n',
-                          encoding="utf-8")
+    write(path, f'{{"env": {json.dumps(env)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def sizes(names, device):

@@ -11,6 +11,7 @@ Every file that it writes under notebooks/results/ says which command, seed, com
 it.
 """
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -50,8 +51,9 @@ def about(command, seed, commit=None, device="cpu"):
 
 def write(name, origin, **arrays):
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.npz"
-    np.savez_compressed(path, about=json.dumps(origin), **arrays)
+    path, buffer = RESULTS / f"{name}.npz", io.BytesIO()
+    np.savez_compressed(buffer, about=json.dumps(origin), **arrays)
+    checkpoint.write(path, buffer.getvalue())
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -419,7 +419,7 @@ def draw(grid, scale):
              "alpha": lambda: plot_alpha(rows)}
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name, path in picture_paths(grid, scale, rows).items():
-        plots[name]().savefig(path)
+        checkpoint.write(path, report.png(plots[name]()))
 
 
 # --- what is written between two markers of a file ---

@@ -50,7 +50,7 @@ def steps(n):
 
 
 def run():
-    from checkpoint import provenance
+    from checkpoint import provenance, write
     found = {}
     for neighbours, (rounds, n) in NEIGHBOURS.items():
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -69,7 +69,7 @@ def run():
             for process in busy:
                 process.kill()
     about = {"command": "python notebooks/threads.py run", **provenance("cpu")}
-    ROWS.write_text(json.dumps({**about, "ms": found}) + "\n", encoding="utf-8")
+    write(ROWS, json.dumps({**about, "ms": found}) + "\n")
 
 
 def table():

@@ -3,6 +3,7 @@
     python tests/faults.py                     # every campaign, about an hour on one core
     python tests/faults.py kills damage        # some of them
     python tests/faults.py --short             # a few trials of each, as in tests/test_faults.py
+    python tests/faults.py --sabotage          # break the code first: does each campaign notice?
     python tests/faults.py --page README.md    # rewrite the table of promises
 
 A trial is a whole run of train.py, TGR with its teacher on 64 drawn images, in a folder and a
@@ -15,12 +16,15 @@ import argparse
 import builtins
 import contextlib
 import errno
+import importlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +36,7 @@ import time
 from dataclasses import fields
 from hashlib import md5
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,6 +51,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results" / "faults.json"
+MARKERS = "<!-- faults:begin -->", "<!-- faults:end -->"
 RUN = shlex.split(
     "--method tgr --preset tiny --device cpu --dim 16 --depth 2 --heads 2 --patch 16 "
     "--moe_blocks 2 --n_experts 4 --k 1 --noise 1 --drop_path 0.2 --augment heavy --mixup 0.8 "
@@ -453,32 +459,77 @@ def flags(n, rng):
                 yield None if not list(folder.iterdir()) else f"--{name}={value!r} made a file"
 
 
+def calls(n, rng):
+    """Those that the tests refuse: each module's table says what is said."""
+    refused = [case for path in sorted(ROOT.glob("tests/test_*.py")) for case in getattr(
+        importlib.import_module(f"tests.{path.stem}"), "REFUSED", ())]
+    for call, sentence in some(refused, n, rng):
+        try:
+            call()
+            yield f"nothing was said instead of {sentence!r}"
+        except Exception as error:
+            fits = isinstance(error, ValueError | TypeError) and re.search(sentence, str(error))
+            yield None if fits else f"{error!r} instead of {sentence!r}"
+
+
 def locales(n, rng):
-    commands = ["train.py --data synthetic --train_images 640 --epochs 1 --batch_size 64 --dim 24 "
-                "--depth 2 --moe_blocks 2 --method moe --out RUN", "report.py RUN",
-                "notebooks/study.py report main --dry", "tests/assignments/course.py release TREE"]
-    settings = [{"PYTHONIOENCODING": "cp932"}, {"PYTHONIOENCODING": "gbk"},
-                {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0",
-                                                "PYTHONCOERCECLOCALE": "0"}]
-    for setting in some(settings, n, rng):
+    settings = [{"PYTHONIOENCODING": name} for name in ("cp932", "gbk", "ascii")]
+    settings += [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+    flags = shlex.join(RUN).replace("--method tgr", "--method mode").replace("--k 1", "--k 2")
+    chains = [[f"train.py --data synthetic {flags} --out run", "train.py --eval run/checkpoint.pt",
+               "report.py run"],
+              ["notebooks/study.py list", "notebooks/study.py report main"],
+              ["tests/assignments/course.py release tree",
+               "tests/assignments/course.py grade . --only 1"]]
+    for setting, commands in some(itertools.product(settings, chains), n, rng):
         with a_folder() as folder:
+            shutil.copytree(ROOT, folder, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__"))
             for command in commands:
-                words = [w.replace("RUN", f"{folder}/run").replace("TREE", f"{folder}/tree")
-                         for w in command.split() if w != "--dry"]
-                if "study.py" in command:       # it rewrites its figures: not in this repository
-                    continue
-                done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True,
-                                      env=os.environ | setting)
+                done = subprocess.run([sys.executable, *shlex.split(command)], cwd=folder,
+                                      capture_output=True, env=os.environ | setting)
                 yield f"{setting}, {command}: {done.stderr[-300:]!r}" if done.returncode else None
 
 
+def versions(n, rng):
+    """A run of each commit that changed what makes checkpoints: of one dense model and of TGR."""
+    git = ["git", "-C", str(ROOT)]
+    log = subprocess.run([*git, "log", "--format=%H", "--", "train.py", "checkpoint.py"],
+                         capture_output=True, encoding="utf-8")
+    flags = [*RUN, "--train_images", "64", "--data", "synthetic", "--epochs", "1"]
+    for commit in some(log.stdout.split(), n, rng):
+        with a_folder() as folder:
+            archive = subprocess.run([*git, "archive", commit], capture_output=True, check=True)
+            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+                tar.extractall(folder, filter="data")
+
+            def run(*argv, folder=folder, root=folder):
+                done = subprocess.run([sys.executable, f"{root}/train.py", *argv], cwd=folder,
+                                      capture_output=True, encoding="utf-8")
+                return done.returncode, done.stdout, done.stderr
+
+            its = run(*flags, "--out", "run")
+            if its[0]:
+                yield f"{commit[:12]} makes no run: {its[2][-300:]}"
+                continue
+            reached = json.loads(Path(folder, "run", "result.json").read_text())["test_accuracy"]
+            teacher = next(Path(folder).glob("runs/teachers/*/checkpoint.pt"))
+            for argv, right in ((["--eval", "run/checkpoint.pt"], f"{reached:.2%}"),
+                                (["--resume", "--out", "run"], f"{reached:.1%}"),
+                                ([*flags, "--teacher", str(teacher), "--out", "new"], "taught by")):
+                code, out, said = run(*argv, root=ROOT)
+                named = re.search(r"it has no '\w+'|this one has no --\w+", said)
+                fits = not one_sentence(code, said) and named if code else right in out
+                yield None if fits else (
+                    f"{commit[:12]}, {argv[0]}: exit code {code}: {out[-200:]}{said[-300:]}")
+
+
 def same_bits(n, rng):
-    more = ["--epochs", str(min(50, n)), "--out", "run"]
-    for _ in range(1):
+    for seed in range(n):
         found = []
         for _ in range(2):
             with a_folder() as folder:
-                go(folder, *RUN, *more)
+                go(folder, *RUN, "--out", "run", "--epochs", "50", "--seed", str(seed))
                 found.append(outcome(folder))
         yield None if found[0] == found[1] else "the two differ"
 
@@ -523,29 +574,79 @@ CAMPAIGNS = {       # the promise, and how many trials: long, short; None is all
         "A flag is out of its range, of another type, empty or at odds with another: one "
         "sentence that names it, nothing made",
         None, 12),
+    calls: (
+        "A function of the modules is called with wrong shapes, numbers, types or blocks: one "
+        "sentence that names the argument",
+        None, 60),
     locales: (
         "A terminal that knows other letters, Japanese, Chinese or ASCII alone: every "
         "command ends",
         None, 1),
+    versions: (
+        "A checkpoint of each earlier version of this code: tested, resumed and taught by, or "
+        "what it lacks is named",
+        None, 0),
     same_bits: (
         "The same seed on the same machine, 200 steps in two processes: the same bits",
-        50, 3),
+        5, 1),
 }
+
+
+# --- a campaign that cannot fail says nothing ---
+
+def write_in_place(path, content, keep=None):
+    with getattr(checkpoint, "open", open)(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def claim_nothing(folder, *args, **how):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    yield
+
+
+SABOTAGE = {        # what is broken before a campaign; locales and versions run a tree of their own
+    kills: [(train, "progress_of", lambda state: train.Progress())],
+    kills_in_files: [(checkpoint, "write", write_in_place)],
+    full_disks: [(checkpoint, "write", write_in_place)],
+    damage: [(checkpoint, "is_whole", lambda content: None)],
+    pairs: [(checkpoint, "claim", claim_nothing), (data, "claim", claim_nothing)],
+    stops: [(checkpoint, "set_rng", lambda states, device: None)],
+    numbers: [(checkpoint, "not_finite", lambda state, name="": None)],
+    flags: [(train, "check_numbers", lambda cfg: None)],
+    calls: [(report, "ids", lambda a, n, name="": np.asarray(a))],
+    same_bits: [(torch, "manual_seed", lambda seed: torch.seed())],
+}
+
+
+def noticed_sabotage(which):
+    """What a campaign says first of broken code; None where it notices nothing."""
+    with contextlib.ExitStack() as until_mended, on_small_runs():
+        undisturbed()
+        for thing, name, broken in SABOTAGE[which]:
+            until_mended.enter_context(mock.patch.object(thing, name, broken))
+        return next(filter(None, which(CAMPAIGNS[which][1], random.Random(0))), None)
 
 
 # --- the command ---
 
-def campaign(which, short=False, seed=0):
+@contextlib.contextmanager
+def on_small_runs():
+    """Few images, and figures that take no time."""
+    def figures(out):
+        return {"loss.png": b"drawn from " + Path(out, "metrics.jsonl").read_bytes()}
+
+    with mock.patch.object(train, "load", lambda *args, **how: SMALL), \
+            mock.patch.object(report, "figures", figures):
+        yield
+
+
+def campaign(which, short=False):
     """{"promise", "tried", "failed", "sentences", "seconds"} of one campaign."""
     promise, *counts = CAMPAIGNS[which]
-    n, rng, began = counts[short], random.Random(seed), time.monotonic()
-    train.load, load = lambda *args, **how: SMALL, train.load
-    report.figures, figures = lambda out: {
-        "loss.png": b"drawn from " + Path(out, "metrics.jsonl").read_bytes()}, report.figures
-    try:
-        found = list(which(n, rng))
-    finally:
-        train.load, report.figures = load, figures
+    began = time.monotonic()
+    with on_small_runs():
+        found = list(which(counts[short], random.Random(0)))
     wrong = [sentence for sentence in found if sentence]
     return {"promise": promise, "tried": len(found), "failed": len(wrong),
             "sentences": wrong[:5], "seconds": time.monotonic() - began}
@@ -556,7 +657,8 @@ def page():
     lines = ["| what happens: what is promised | tried | broken |", "|-|-|-|"]
     for row in rows.values():
         lines.append(f"| {row['promise']} | {row['tried']:,} | {row['failed']:,} |")
-    return "\n".join(lines)
+    last = row["device"], f"torch {row['versions']['torch']}", f"commit {row['commit'][:12]}"
+    return "\n".join([*lines, "", f"On {', '.join(last)}."])
 
 
 def main(argv=None):
@@ -564,14 +666,19 @@ def main(argv=None):
     names = {which.__name__: which for which in CAMPAIGNS}
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=", ".join(names))
     parser.add_argument("--short", action="store_true", help="a few trials of each")
+    parser.add_argument("--sabotage", action="store_true", help="break the code first")
     parser.add_argument("--page", help="rewrite the table in this file from the last results")
     args = parser.parse_args(argv)
     if unknown := set(args.campaigns) - set(names):
         parser.error(f"there is no campaign {min(unknown)}: choose from {', '.join(names)}")
     if args.page:
         command = f"python tests/faults.py --page {args.page}"
-        return report.put_between(args.page, "<!-- faults:begin -->", "<!-- faults:end -->", page,
-                                  command)
+        return report.put_between(args.page, *MARKERS, page, command)
+    if args.sabotage:
+        found = {name: noticed_sabotage(names[name]) for name in args.campaigns or names
+                 if names[name] in SABOTAGE}
+        print(*(f"{name}: {sentence}" for name, sentence in found.items()), sep="\n")
+        return int(not all(found.values()))
     about = {"command": shlex.join(["python", "tests/faults.py", *(argv or sys.argv[1:])]),
              **checkpoint.provenance("cpu")}
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["campaigns"] if RESULTS.exists() else {}

@@ -18,7 +18,6 @@ import torch
 
 from train import Config
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,7 +57,7 @@ class Torch:
 sys.meta_path.insert(0, Torch)
 importlib.import_module("{name}")
 """
-    for given, right in (({}, checkpoint.SPIN), ({"GOMP_SPINCOUNT": "77"}, "77"),
+    for given, right in (({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"),
                          ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
         env = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | given
         said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,

@@ -732,7 +732,7 @@ def bent(**changes):
     """A call of expert_mlp with some of its operands changed."""
     chosen = distinct(T, E, K)
     operands = an_mlp_layer(E, chosen, f32) | {"chosen": chosen}
-    return lambda backend: expert_mlp(**{name: changes.get(name, lambda v: v)(v)
+    return lambda backend="auto": expert_mlp(**{name: changes.get(name, lambda v: v)(v)
                                          for name, v in operands.items()}, backend=backend)
 
 

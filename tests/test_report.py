@@ -443,14 +443,18 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["nowhere"], "report.py cannot read nowhere/result.json: No such file or directory\n"),
+    (["nowhere"], "report.py: nowhere/result.json cannot be read: No such file or directory\n"),
     (["--page", "nowhere.md", "rows.jsonl"],
-     "report.py cannot read nowhere.md: No such file or directory\n"),
+     "report.py: nowhere.md cannot be read: No such file or directory\n"),
+    (["run"], "report.py: run/loss.png cannot be written (Is a directory): what was there before "
+              "is kept\n"),
     (["--page", "README.md", "rows.jsonl"],
      f"report.py: README.md needs one line {report.BEGIN} and, below it, one line {report.END}\n"),
 ])
-def test_a_missing_file_or_marker_is_one_sentence_and_exit_code_2(
+def test_a_missing_file_or_marker_or_place_is_one_sentence_and_exit_code_2(
         tmp_path, monkeypatch, capsys, arguments, said):
+    a_run(tmp_path / "run", epochs=2, L=1)
+    (tmp_path / "run/loss.png").mkdir()
     (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
