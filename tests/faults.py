@@ -534,61 +534,47 @@ def same_bits(n, rng):
         yield None if found[0] == found[1] else "the two differ"
 
 
+def orders(n, rng):
+    """All tests but the pages, which run alone, and these campaigns."""
+    for seed in rng.sample(range(1000), n):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "not notebook", "--ignore=tests/test_faults.py",
+             f"--shuffle={seed}"], cwd=ROOT, capture_output=True, encoding="utf-8")
+        yield f"--shuffle={seed}: {done.stdout[-300:]}" if done.returncode else None
+
+
 def some(trials, n, rng):
     """All trials, or n of them chosen at random."""
     trials = list(trials)
     return trials if n is None or n >= len(trials) else rng.sample(trials, n)
 
 
-CAMPAIGNS = {       # the promise, and how many trials: long, short; None is all of them
-    kills: (
-        "It is killed at a random moment, and perhaps once more while it resumes: it goes "
-        "on to the same bits",
-        200, 4),
-    kills_in_files: (
-        "It is killed before each file operation and amid each write: likewise",
-        None, 5),
-    full_disks: (
-        "No space, no permission or a broken disk at each file operation: one sentence, "
-        "no half file, and it goes on to the same bits",
-        None, 2),
-    damage: (
-        "A bit of any of its files flips, or its end is cut off: noticed, said, and made "
-        "whole again",
-        2000, 20),
-    pairs: (
-        "Two at once, of the same command, with one untrained teacher, resuming one run, "
-        "downloading or unpacking the images: all whole, and who waits or gives up says "
-        "why",
-        20, 1),
-    stops: (
-        "SIGTERM or Ctrl-C at a random step: exit code 143 or 130, and the command that "
-        "it prints goes on to the same bits",
-        50, 3),
-    numbers: (
-        "A weight, a gradient, a moment of AdamW or a teacher's router turns NaN or "
-        "infinite: named with its epoch, never saved, and the checkpoint before it goes "
-        "on to the same bits",
-        60, 4),
-    flags: (
-        "A flag is out of its range, of another type, empty or at odds with another: one "
-        "sentence that names it, nothing made",
-        None, 12),
-    calls: (
-        "A function of the modules is called with wrong shapes, numbers, types or blocks: one "
-        "sentence that names the argument",
-        None, 60),
-    locales: (
-        "A terminal that knows other letters, Japanese, Chinese or ASCII alone: every "
-        "command ends",
-        None, 1),
-    versions: (
-        "A checkpoint of each earlier version of this code: tested, resumed and taught by, or "
-        "what it lacks is named",
-        None, 0),
-    same_bits: (
-        "The same seed on the same machine, 200 steps in two processes: the same bits",
-        5, 1),
+CAMPAIGNS = {   # what happens, what is promised, how many trials: long, short; None is all of them
+    kills: ("SIGKILL at a random moment, perhaps once more while it resumes",
+            "it goes on to the same bits", 200, 4),
+    kills_in_files: ("SIGKILL before each file operation and amid each write",
+                     "it goes on to the same bits", None, 5),
+    full_disks: ("no space, no permission or a broken disk at each file operation",
+                 "one sentence, no half file, and it goes on to the same bits", None, 2),
+    damage: ("a flipped bit or a missing end in any of its files",
+             "said, and made whole from what is left", 2000, 20),
+    pairs: ("two at once: same command, untrained teacher, resume, download or unpacking",
+            "all whole; who waits or gives up says why", 20, 1),
+    stops: ("Ctrl-C or SIGTERM at a random step",
+            "exit code 130 or 143; the command it prints goes on to the same bits", 50, 3),
+    numbers: ("NaN or infinity in a weight, a gradient, a moment of AdamW or a teacher's router",
+              "named with its epoch, never saved; it goes on to the same bits", 60, 4),
+    flags: ("a flag out of range, of another type, empty or at odds with another",
+            "one sentence that names it, nothing made", None, 12),
+    calls: ("a function called with wrong shapes, numbers, types or blocks",
+            "one sentence that names the argument", None, 60),
+    locales: ("a terminal with Japanese, Chinese or ASCII letters alone",
+              "every command ends", None, 1),
+    versions: ("a checkpoint of each earlier version of this code",
+               "tests, resumes and teaches, or what it lacks is named", None, 0),
+    same_bits: ("the same seed on the same machine, 200 steps in two processes",
+                "the same bits", 5, 1),
+    orders: ("the tests in a random order", "they pass", 20, 0),
 }
 
 
@@ -625,7 +611,7 @@ def noticed_sabotage(which):
         undisturbed()
         for thing, name, broken in SABOTAGE[which]:
             until_mended.enter_context(mock.patch.object(thing, name, broken))
-        return next(filter(None, which(CAMPAIGNS[which][1], random.Random(0))), None)
+        return next(filter(None, which(CAMPAIGNS[which][2], random.Random(0))), None)
 
 
 # --- the command ---
@@ -642,21 +628,22 @@ def on_small_runs():
 
 
 def campaign(which, short=False):
-    """{"promise", "tried", "failed", "sentences", "seconds"} of one campaign."""
-    promise, *counts = CAMPAIGNS[which]
+    """{"happens", "promise", "tried", "failed", "sentences", "seconds"} of one campaign."""
+    happens, promise, *counts = CAMPAIGNS[which]
     began = time.monotonic()
     with on_small_runs():
         found = list(which(counts[short], random.Random(0)))
     wrong = [sentence for sentence in found if sentence]
-    return {"promise": promise, "tried": len(found), "failed": len(wrong),
+    return {"happens": happens, "promise": promise, "tried": len(found), "failed": len(wrong),
             "sentences": wrong[:5], "seconds": time.monotonic() - began}
 
 
 def page():
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["campaigns"]
-    lines = ["| what happens: what is promised | tried | broken |", "|-|-|-|"]
+    lines = ["| what happens | what is promised | tried | broken |", "|-|-|-|-|"]
     for row in rows.values():
-        lines.append(f"| {row['promise']} | {row['tried']:,} | {row['failed']:,} |")
+        lines.append(f"| {row['happens']} | {row['promise']} | {row['tried']:,} | "
+                     f"{row['failed']:,} |")
     last = row["device"], f"torch {row['versions']['torch']}", f"commit {row['commit'][:12]}"
     return "\n".join([*lines, "", f"On {', '.join(last)}."])
 
