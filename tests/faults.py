@@ -4,6 +4,7 @@
     python tests/faults.py kills damage        # some of them
     python tests/faults.py --short             # a few trials of each, as in tests/test_faults.py
     python tests/faults.py --sabotage          # break the code first: does each campaign notice?
+    python tests/faults.py --elsewhere data    # make runs of the study again: who moves how far?
     python tests/faults.py --page README.md    # rewrite the table of promises
 
 A trial is a whole run of train.py, TGR with its teacher on 64 drawn images, in a folder and a
@@ -51,6 +52,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results" / "faults.json"
+ELSEWHERE = RESULTS.with_name("elsewhere.json")
 MARKERS = "<!-- faults:begin -->", "<!-- faults:end -->"
 RUN = shlex.split(
     "--method tgr --preset tiny --device cpu --dim 16 --depth 2 --heads 2 --patch 16 "
@@ -638,14 +640,43 @@ def campaign(which, short=False):
             "sentences": wrong[:5], "seconds": time.monotonic() - began}
 
 
+def elsewhere(data_dir):
+    """[{"arm", "seed", "then", "now"}]: test accuracies of runs of the study, made again here."""
+    found = []
+    for row in report.read_lines(RESULTS.with_name("main.jsonl")):
+        if row["scale"] == "cpu" and row["arm"] in ("dense", "moe-k1"):
+            flags = [f"--{name}={value}" for name, value in row["config"].items()
+                     if value is not None and name not in checkpoint.HOW]
+            with a_folder() as folder:
+                subprocess.run(
+                    [sys.executable, "train.py", *flags, "--device", "cpu", "--data_dir", data_dir,
+                     "--out", folder / "run"], cwd=ROOT, check=True, capture_output=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+                result = json.loads(Path(folder, "run", "result.json").read_text(encoding="utf-8"))
+            found.append({"arm": row["arm"], "seed": row["seed"], "then": row["test_accuracy"],
+                          "now": result["test_accuracy"]})
+            print(*found[-1].values(), flush=True)
+    return found
+
+
+def results():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))["campaigns"] if RESULTS.exists() else {}
+
+
 def page():
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["campaigns"]
+    rows = results()
     lines = ["| what happens | what is promised | tried | broken |", "|-|-|-|-|"]
     for row in rows.values():
         lines.append(f"| {row['happens']} | {row['promise']} | {row['tried']:,} | "
                      f"{row['failed']:,} |")
-    last = row["device"], f"torch {row['versions']['torch']}", f"commit {row['commit'][:12]}"
-    return "\n".join([*lines, "", f"On {', '.join(last)}."])
+    device, torch_version = row["device"], row["versions"]["torch"]
+    runs = json.loads(ELSEWHERE.read_text(encoding="utf-8"))["rows"]
+    moved = [100 * abs(run["now"] - run["then"]) for run in runs]
+    return "\n".join([
+        *lines, "", f"Tried on {device}; torch {torch_version}; commit {row['commit'][:12]}. Equal "
+        f"bits are promised for one machine, number of threads, set of versions and commit. When "
+        f"{len(runs)} runs of the study were made again on another machine, their test accuracies "
+        f"moved by {report.mean(moved):.1f} points in the mean and {max(moved):.1f} at most."])
 
 
 def main(argv=None):
@@ -654,6 +685,7 @@ def main(argv=None):
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=", ".join(names))
     parser.add_argument("--short", action="store_true", help="a few trials of each")
     parser.add_argument("--sabotage", action="store_true", help="break the code first")
+    parser.add_argument("--elsewhere", metavar="DATA_DIR", help="make runs of the study again")
     parser.add_argument("--page", help="rewrite the table in this file from the last results")
     args = parser.parse_args(argv)
     if unknown := set(args.campaigns) - set(names):
@@ -668,16 +700,20 @@ def main(argv=None):
         return int(not all(found.values()))
     about = {"command": shlex.join(["python", "tests/faults.py", *(argv or sys.argv[1:])]),
              **checkpoint.provenance("cpu")}
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))["campaigns"] if RESULTS.exists() else {}
+    if args.elsewhere:
+        rows = elsewhere(args.elsewhere)
+        return checkpoint.write(ELSEWHERE, json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    failed = 0
     for name in args.campaigns or names:
-        row = campaign(names[name], args.short)
+        row = campaign(names[name], args.short) | about
+        failed += row["failed"]
         print(f"{name}: {row['failed']} of {row['tried']} failed, {row['seconds']:.0f} s",
               *row["sentences"], sep="\n    ", flush=True)
-        found[name] = row | about
         if not args.short:
-            found = {key: found[key] for key in names if key in found}
+            found = results() | {name: row}
+            found = {name: found[name] for name in names if name in found}
             checkpoint.write(RESULTS, json.dumps({"campaigns": found}, indent=1) + "\n")
-    return int(any(found[name]["failed"] for name in args.campaigns or names))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

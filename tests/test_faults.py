@@ -1,5 +1,4 @@
 """Does faults.py find what it looks for, and nothing in this code? Its short form and its table."""
-import json
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ def test_the_table_of_promises_is_what_the_campaigns_found():
 
 
 def test_every_promise_was_tried_as_often_as_it_says_and_kept():
-    record = json.loads(faults.RESULTS.read_text(encoding="utf-8"))["campaigns"]
+    record = faults.results()
     assert list(record) == [which.__name__ for which in faults.CAMPAIGNS]
     for which, (happens, promise, trials, _) in faults.CAMPAIGNS.items():
         row = record[which.__name__]
