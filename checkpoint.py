@@ -22,7 +22,8 @@ from pathlib import Path
 
 # While a thread of an OpenMP team waits for the others it spins, as if it had the core for itself.
 # On a busy machine it takes the core from those it waits for. So it sleeps soon, unless the user
-# has decided otherwise. torch reads this once, when it is imported: import this file first.
+# has decided otherwise: after so many turns an idle machine is as fast, and a busy one several
+# times faster (notebooks/threads.py). torch reads this as it is imported: import this file first.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
