@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 # While a thread of an OpenMP team waits for the others it spins, as if it had the core for itself.
@@ -29,7 +30,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 
 import numpy as np
 import torch
-import torchvision
 
 # The fields of a configuration that say where and how a run runs, not what it is: a resumed run may
 # change them, and two runs that differ in nothing else are the same experiment.
@@ -340,7 +340,7 @@ def provenance(device):
     """What every result says of its origin: {"commit", "device", "versions"}."""
     return {"commit": commit(), "device": describe(device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                         "torchvision": torchvision.__version__, "numpy": np.__version__}}
+                         "torchvision": version("torchvision"), "numpy": np.__version__}}
 
 
 def commit():

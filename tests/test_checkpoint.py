@@ -65,6 +65,11 @@ importlib.import_module("{name}")
         assert said == f"{right}\n"
 
 
+def test_what_comes_first_leaves_triton_alone_which_reads_its_settings_as_it_is_imported():
+    code = "import checkpoint, sys; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 # --- a file is written whole or not at all ---
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
