@@ -161,7 +161,8 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{shown}]", **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        if value == "" and name != "moe_blocks":        # an unset shell variable, most likely
+        # an unset shell variable, most likely; argparse makes a list of --
+        if value == [] or (value == "" and name != "moe_blocks"):
             parser.error(f"--{name} is empty: give it a value, or leave it out")
     return given
 

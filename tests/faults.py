@@ -432,7 +432,8 @@ def numbers(n, rng):
 
 
 def flags(n, rng):
-    bad = [("out", ""), ("eval", ""), ("teacher", ""), ("data_dir", ""), ("device", "abacus"),
+    bad = [*((name, "--") for name in ("out", "moe_blocks", "method", "teacher", "eval")),
+           ("out", ""), ("eval", ""), ("teacher", ""), ("data_dir", ""), ("device", "abacus"),
            ("device", "cuda:99"), ("moe_blocks", "2,2"), ("moe_blocks", "0"), ("moe_blocks", "3"),
            ("moe_blocks", "a"), ("moe_blocks", "1.5"), ("moe_blocks", "-1"), ("heads", "3"),
            ("patch", "5"), ("k", "5"), ("train_images", "65"), ("batch_size", "65"),

@@ -713,6 +713,8 @@ def test_every_flag_is_named_in_these_tests():
     (["--method", "tgr", "--warmup_epochs", "3", "--epochs", "4", "--teacher_epochs", "2"],
      "must be below --teacher_epochs 2"),
     (["--expert_ratio", "0.01"], "leaves no hidden unit"),
+    (["--seed=--"], "--seed"),
+    (["--moe_blocks=--"], "--moe_blocks"),
     (["--eval", ""], "--eval is empty"),
     (["--teacher", ""], "--teacher is empty"),
     (["--out", ""], "--out is empty"),
