@@ -86,13 +86,22 @@ def test_a_write_that_fails_is_one_sentence_and_leaves_the_old_file_and_nothing_
     assert os.listdir() == ["f"] and Path("f").read_text() == "old"
 
 
-def test_the_content_is_on_the_disk_before_the_name_points_to_it(monkeypatch):
+def test_the_content_is_on_the_disk_before_the_name_points_to_it_and_then_the_name(monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda *a: calls.append("fsync") or fsync(*a))
     monkeypatch.setattr(os, "replace", lambda *a: calls.append("replace") or replace(*a))
     checkpoint.write("f", "as\u00df\u7530")
-    assert calls[:2] == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]
     assert Path("f").read_bytes() == "as\u00df\u7530".encode()           # in any locale
+
+
+def test_two_processes_write_to_files_of_their_own_before_either_replaces(monkeypatch):
+    written, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: written.update(Path().glob(".f.*")) or fsync(n))
+    for number in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        checkpoint.write("f", "text")
+    assert len(written) == 2
 
 
 def test_mending_writes_what_is_missing_or_differs_and_nothing_else():
@@ -322,11 +331,13 @@ def test_windows_locks_a_byte_and_another_error_is_told(monkeypatch):
         checkpoint.claim("run").__enter__()
 
 
-def test_a_folder_that_exists_is_never_given_out(tmp_path):
+def test_a_folder_that_exists_is_never_given_out(tmp_path, monkeypatch):
     assert checkpoint.free_folder("runs/a") == "runs/a"
     assert checkpoint.free_folder("runs/a") == "runs/a-2"
     (tmp_path / "runs" / "b").touch()
     assert checkpoint.free_folder("runs/b") == "runs/b-2"
+    monkeypatch.setattr(Path, "exists", lambda path: False)             # another process is faster
+    assert checkpoint.free_folder("runs/a") == "runs/a-3"
 
 
 # --- a request to stop ---
