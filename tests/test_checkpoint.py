@@ -331,6 +331,15 @@ def test_windows_locks_a_byte_and_another_error_is_told(monkeypatch):
         checkpoint.claim("run").__enter__()
 
 
+def test_a_run_exists_as_long_as_one_of_its_two_checkpoints_does():
+    for _ in range(2):
+        checkpoint.save("c.pt", STATE)
+    Path("c.pt").unlink()
+    assert checkpoint.exists("c.pt") and read()["epoch"] == 1
+    checkpoint.before("c.pt").unlink()
+    assert not checkpoint.exists("c.pt")
+
+
 def test_a_folder_that_exists_is_never_given_out(tmp_path, monkeypatch):
     assert checkpoint.free_folder("runs/a") == "runs/a"
     assert checkpoint.free_folder("runs/a") == "runs/a-2"
