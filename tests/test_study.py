@@ -330,6 +330,44 @@ def test_the_table_of_t_holds_the_quantiles_that_the_density_has():
         assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=4e-5)
 
 
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 10, 29])
+def test_ts_central_probability_is_the_integral_of_its_density(df):
+    for t in (0.3, 1.0, 2.5, 6.0):
+        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
+        log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        density = math.exp(log) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+        assert decided.central(t, df) == pytest.approx(2 * torch.trapezoid(density, x).item(),
+                                                       abs=1e-7)
+
+
+def test_a_p_value_is_that_of_the_hand():
+    # mean 2, standard error 1 / sqrt(3), 2 degrees of freedom: t = 3.464, p = 1 - t / sqrt(t^2 + 2)
+    e = interval([1.0, 2.0, 3.0])
+    assert e.p() == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5, abs=1e-4)
+    assert e.p(2) == pytest.approx(1) and interval([1.0]).p() is None
+    assert interval([2.0, 2.0]).p() == 0 and interval([0.0, 0.0]).p() == 1
+    low, high = 2 - 0.5, 2 + 0.5                        # 4.303 standard errors are 2.4843
+    assert interval([v - 2 for v in (1.0, 2.0, 3.0)]).p(0.5) == pytest.approx(
+        e.p(high)) == pytest.approx(e.p(low))
+
+
+def test_holm_multiplies_the_smallest_most_and_never_turns_the_order():
+    p = decided.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    # sorted .01 .03 .04 .5, times 4 3 2 1: .04, .09, .08 (not below .09), .5
+    assert p == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
+    assert decided.holm({}) == {} and decided.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_equal_within_a_margin_is_two_one_sided_tests():
+    e = interval([0.1, -0.1, 0.05, -0.05, 0.0])         # mean 0, standard error 0.0354, df 4
+    t = 0.5 / (0.0790569 / 5 ** 0.5)      # its standard deviation is 0.0790569
+    assert decided.equivalence(e, 0.5) == pytest.approx((1 - decided.central(t, 4)) / 2, rel=1e-3)
+    off = interval([0.6, 0.4, 0.55, 0.45, 0.5])         # its mean is the margin itself
+    assert decided.equivalence(off, 0.5) == pytest.approx(0.5)
+    assert decided.equivalence(interval([9.0, 9.1, 9.2]), 0.5) > 0.99
+    assert decided.equivalence(interval([0.0]), 0.5) is None
+
+
 def test_an_interval_is_what_the_hand_computes():
     # mean 2, standard deviation 1, three values: 4.303 / sqrt(3) to either side
     e = interval([1.0, 2.0, 3.0])
@@ -375,8 +413,36 @@ def test_a_verdict_needs_the_threshold_and_an_interval_above_zero(mean, low, hig
 
 
 def test_nothing_is_decided_by_one_seed_or_none():
-    assert decided.verdict(interval([3.0]), 1) == "undecided"
+    assert decided.verdict(interval([3.0, 3.1]), 1) == "too few seeds"
     assert decided.verdict(interval([]), 1) == "not run"
+
+
+def test_what_is_met_by_itself_is_undecided_among_many_questions():
+    e = Estimate(1.0, 0.2, 1.8, 5)
+    assert decided.verdict(e, 0.8, 0.049) == "met" and decided.verdict(e, 0.8, 0.051) == "undecided"
+    rows = [row(arm, s, 0.5 + 0.004 * s + 0.002 * (arm == "tgr-k1") * (1 + s % 2))
+            for arm in ("moe-k1", "tgr-k1") for s in range(5)]
+    judged = decided.judge("main", "cpu", rows)
+    helps, = (h for h in judged if h.claim == "guidance helps")
+    estimate, p, _ = judged[helps]
+    assert p == estimate.p() < 0.05                     # no other contrast has its two arms
+
+
+def test_two_factors_crossed_say_what_each_does_and_what_they_do_together(monkeypatch):
+    reached = {"moe-k1": 0.30, "tgr-k1-router-alone": 0.31, "moe-k1-features-alone": 0.40,
+               "tgr-k1": 0.44}
+    settled = {"consistency": {"half_agreement_final": 0.5}}
+    rows = [row(arm, s, a + 0.01 * s, **settled, config={"k": 1}, data_md5="", commit="c" * 40)
+            for arm, a in reached.items() for s in range(4) if (arm, s) != ("moe-k1", 3)]
+    monkeypatch.setattr(study, "read_rows", lambda: rows)
+    said = study.factors("cpu")
+    assert "| router free | 31.00 ± 1.00; 0.50 ± 0.00 | 41.00 ± 1.00; 0.50 ± 0.00 |" in said
+    assert "| guided features, router free | +10.00 [" in said
+    assert "| guided router, features guided | +4.00 [" in said
+    assert "| interaction | +3.00 [" in said            # 44 + 30 - 31 - 40
+    assert "3 seeds that all four have" in said and "0.5 points is not established" in said
+    monkeypatch.setattr(study, "read_rows", lambda: [r for r in rows if r["seed"] < 2])
+    assert study.factors("cpu") == study.factors("gpu") == ""
 
 
 # --- what was decided in advance hangs together ---
@@ -691,11 +757,11 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
     assert study.main(["report", "main"]) == 0
     said = capsys.readouterr().out
     assert "| guidance helps | T | accuracy | tgr-k1 − moe-k1 | 0.8 | +0.00 [+0.00, +0.00] | 5 " \
-           "| not met |" in said
+           "| 1 | not met |" in said
     assert "| experts help | T | accuracy | moe-k1 − dense | 0.8 | +2.00 [+2.00, +2.00] | 5 " \
-           "| met |" in said
+           "| < .001 | met |" in said
     assert "| mutual distillation helps | M | accuracy | mode-k2 − moe-k2 | 0.5 | – | 0 " \
-           "| not run |" in said
+           "| – | not run |" in said
     assert "| dense | 5 | 2.00 / 1.00 M | 3.0 | 30.40 ± 0.55 | – | – |" in said
     assert "### alpha" not in said and "| load entropy | images/s" in said
     assert "a fair baseline" not in said                    # 70 points are a goal at scale gpu
