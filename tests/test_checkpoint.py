@@ -189,6 +189,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_that_names_it(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_neither_saved_nor_read_and_is_named(bad):
+    assert checkpoint.not_finite({"a": [1, (torch.tensor(0.0), torch.tensor(bad))]}) == "a.1.1"
     checkpoint.save("c.pt", STATE)
     spoilt = STATE | {"optimizer": {"state": {7: [torch.tensor([1.0, bad])]}}}
     with pytest.raises(FloatingPointError, match=r"optimizer\.state\.7\.0 is not finite, so noth"):
@@ -224,6 +225,17 @@ def test_two_models_have_one_fingerprint_only_if_they_are_the_same_bit_for_bit()
                   {"a": torch.tensor([[1.0], [2.0]])}, {"b": torch.tensor(0, dtype=torch.int32)}):
         assert checkpoint.fingerprint(weights | other) != mark
     assert checkpoint.fingerprint({"a": weights["a"], "c": weights["b"]}) != mark
+    wide = torch.tensor([1.0], dtype=torch.float64)
+    assert checkpoint.fingerprint({"a": wide}) != checkpoint.fingerprint({"a": wide + 1e-12})
+
+
+def test_of_two_damaged_checkpoints_the_newest_is_named():
+    for _ in range(2):
+        checkpoint.save("c.pt", STATE)
+    for name in ("c.pt", "c.before.pt"):
+        Path(name).write_bytes(Path(name).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"^c\.pt is damaged: .* Train it again, or name another"):
+        read()
 
 
 def test_a_generator_goes_on_where_it_was():
