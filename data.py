@@ -13,17 +13,22 @@ import http.client
 import math
 import os
 import pickle
+import shutil
 import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoint import claim
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR100
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
+
+from router import expect
 
 SIZE = 32            # pixels on a side
 PATIENCE_S = 10      # seconds a server may take to answer, or to send its next bytes
@@ -48,7 +53,8 @@ class Data(NamedTuple):
     std: tuple[float, float, float]
 
     def normalise(self, images):
-        """uint8, or float in [0, 1], (B, 3, 32, 32) -> float32, mean 0 and std 1 per channel."""
+        """uint8, or float in [0, 1], (B, 3, 32, 32) -> float, mean 0 and std 1 per channel."""
+        expect("images", images, *images.shape[:-3], 3, *images.shape[-2:])
         return v2.functional.normalize(unit(images), self.mean, self.std)
 
 
@@ -58,7 +64,7 @@ def unit(images):
     return images if images.is_floating_point() else images.float() / 255
 
 
-def load(name="auto", data_dir="data", device="cpu"):
+def load(name="auto", data_dir="data", device="cpu", may_download=True):
     """The data set by name, on the device; `auto` never chooses in silence: see Data.note."""
     if name not in ("auto", "cifar100", "synthetic"):
         raise ValueError(f"there is no data set {name!r}: choose auto, cifar100 or synthetic")
@@ -66,7 +72,10 @@ def load(name="auto", data_dir="data", device="cpu"):
 
     data = None
     if name != "synthetic":
-        data = cifar100(data_dir, fetch=name == "cifar100" or not on_cpu)
+        data = cifar100(data_dir, may_download and (name == "cifar100" or not on_cpu))
+    if data is None and name == "cifar100":
+        raise ValueError(f"CIFAR-100 is not in {data_dir}/: say where with --data_dir, or add "
+                         f"--data cifar100 to download it there")
     if data is None:
         where = "" if str(data_dir) == "data" else f" --data_dir {data_dir}"
         note = "the built-in synthetic set, as asked" if name == "synthetic" else (
@@ -80,6 +89,9 @@ def load(name="auto", data_dir="data", device="cpu"):
 
 def channel_stats(images):
     """Mean and std per channel in [0, 1]; exact, and small in memory, from three histograms."""
+    expect("images", images, "n", 3, *images.shape[2:])
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, not {images.dtype}")
     value = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in images.unbind(1):
@@ -94,46 +106,71 @@ def channel_stats(images):
 def cifar100(data_dir="data", fetch=True):
     """CIFAR-100 from `data_dir`, its md5s checked by torchvision; if it is not there, download it
     or, without `fetch`, return None."""
-    folder = Path(data_dir) / CIFAR100.base_folder
-    archive = Path(data_dir) / CIFAR100.filename
+    data_dir = Path(data_dir)
+    if data_dir.name == CIFAR100.base_folder and (data_dir / "meta").exists():
+        data_dir = data_dir.parent             # the set's own folder was named
+    folder, archive = data_dir / CIFAR100.base_folder, data_dir / CIFAR100.filename
     note = f"CIFAR-100 from {data_dir}/, md5 checked"
     try:
-        if not folder.exists() and not archive.exists():
-            if not fetch:
-                return None
-            download(CIFAR100.url, archive)
-            note = f"CIFAR-100, downloaded to {data_dir}/, md5 checked"
-        if not folder.exists() and not check_integrity(archive, CIFAR100.tgz_md5):
-            # Looked at here: torchvision would fetch it once more, however slow the line.
-            raise ValueError(f"{archive} is damaged (its md5 is wrong): delete it and {AGAIN}")
-
-        # Given a sound archive and no folder, torchvision's "download" does nothing but unpack.
-        parts = {"train": CIFAR100(data_dir, train=True, download=not folder.exists()),
-                 "test": CIFAR100(data_dir, train=False)}
-        # torchvision keeps only the fine labels; the pickles may be trusted now.
-        coarse, names = {}, pickle.loads((folder / "meta").read_bytes(), encoding="latin1")
-        for file in parts:
-            pickled = pickle.loads((folder / file).read_bytes(), encoding="latin1")
-            coarse[file] = torch.tensor(pickled["coarse_labels"])
-    except RuntimeError as error:              # how torchvision says missing, or md5 wrong
-        raise ValueError(f"CIFAR-100 in {folder}/ is damaged: delete it and {AGAIN}") from error
+        found, damaged = read_folder(data_dir), folder.exists()
+        if found is None and (archive.exists() or (fetch and not damaged)):
+            with claim(data_dir, "to bring CIFAR-100", "--data_dir"):
+                found = read_folder(data_dir)  # another run may have brought it meanwhile
+                if found is None and not archive.exists():
+                    download(CIFAR100.url, archive)
+                    note = f"CIFAR-100, downloaded to {data_dir}/, md5 checked"
+                if found is None:
+                    unpack(archive, folder)
+                    found = read_folder(data_dir)
+                    note += ", unpacked again, for its folder was damaged" if damaged else ""
     except OSError as error:
-        if error.strerror is None:             # from `download`, and already a sentence
+        if error.strerror is None:             # already a sentence
             raise
         raise OSError(f"{data_dir}/ cannot be used ({error.strerror}): choose another --data_dir, "
                       "or train with --data synthetic") from error
+    if found is None and damaged:
+        raise ValueError(f"CIFAR-100 in {folder}/ is damaged: delete it and {AGAIN}")
+    if found is None:
+        return None
+    splits, fine_names, coarse_names = found
+    return Data("cifar100", note, CIFAR100.tgz_md5, *splits, fine_names, coarse_names,
+                *channel_stats(splits[0].images))
 
-    splits = [Split(images=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                    fine=torch.tensor(part.targets), coarse=coarse[file])
-              for file, part in parts.items()]
-    return Data("cifar100", note, CIFAR100.tgz_md5, *splits, names["fine_label_names"],
-                names["coarse_label_names"], *channel_stats(splits[0].images))
+
+def read_folder(data_dir):
+    """The unpacked set, (train, test), fine and coarse names; None where it is missing or damaged.
+    """
+    folder, splits = data_dir / CIFAR100.base_folder, []
+    try:
+        parts = {"train": CIFAR100(data_dir, train=True), "test": CIFAR100(data_dir, train=False)}
+    except RuntimeError:                       # how torchvision says missing, or md5 wrong
+        return None
+    # torchvision keeps only the fine labels; the pickles may be trusted now.
+    names = pickle.loads((folder / "meta").read_bytes(), encoding="latin1")
+    for file, part in parts.items():
+        pickled = pickle.loads((folder / file).read_bytes(), encoding="latin1")
+        splits.append(Split(images=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                            fine=torch.tensor(part.targets),
+                            coarse=torch.tensor(pickled["coarse_labels"])))
+    return splits, names["fine_label_names"], names["coarse_label_names"]
+
+
+def unpack(archive, folder):
+    """Put a sound archive's folder in place whole, instead of a damaged one if there is one."""
+    if not check_integrity(archive, CIFAR100.tgz_md5):
+        raise ValueError(f"{archive} is damaged (its md5 is wrong): delete it and {AGAIN}")
+    aside = folder.with_name(".unpacked")      # the caller has claimed the place
+    shutil.rmtree(aside, ignore_errors=True)
+    extract_archive(archive, aside)
+    if folder.exists():
+        folder.rename(aside / "damaged")
+    (aside / folder.name).rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def download(url, archive):
     """Fetch the archive whole and with the right md5, or give up in a sentence."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{archive}.{os.getpid()}")    # half an archive never has the real name
+    part = archive.with_name(f".{archive.name}.part")      # half an archive never has the real name
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE_S)       # torch would wait for a silent server for ever
     try:
@@ -189,7 +226,7 @@ def uniform(B, generator, low=0.0, high=1.0, channels=1, dtype=torch.float32):
 
 def draw(fine, generator):
     """One picture per label (B,) -> (B, 3, 32, 32) uint8: a textured shape on a dim background."""
-    B = len(fine)
+    B, = expect("fine", fine, "B", below=100)
     palette, texture, shape = fine // 20, fine // 5 % 4, fine % 5
 
     def rand(low, high, channels=1):
@@ -312,7 +349,9 @@ def augment(images, strength, generator):
     none: as it is. light: crop and flip. heavy: light, one affine warp, two colour operations and
     an erased box, in the manner of RandAugment (arXiv:1909.13719) and arXiv:1708.04896.
     """
-    assert strength in ("none", "light", "heavy"), f"there is no augmentation {strength!r}"
+    if strength not in ("none", "light", "heavy"):
+        raise ValueError(f"there is no augmentation {strength!r}: choose none, light or heavy")
+    expect("images", images, "B", 3, SIZE, SIZE)
     if strength == "none":
         return unit(images)
     images = unit(crop_and_flip(images, generator))
@@ -395,6 +434,12 @@ def mix(images, labels, n_classes, mixup, cutmix, seed):
     numbers are the alphas of Beta(alpha, alpha), and 0 switches one off; with both on, a coin
     decides, batch by batch.
     """
+    expect("labels", labels, *expect("images", images, "B", 3, "H", "W")[:1], below=n_classes)
+    if not images.is_floating_point():
+        raise TypeError(f"images must be float, not {images.dtype}: mix them after `augment`")
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"{name} cannot be {alpha}: choose 0 or more")
     kinds = [kind(alpha=alpha, num_classes=n_classes)
              for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     if not kinds:

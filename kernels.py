@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from router import expect
+
 try:
     import triton
     import triton.language as tl
@@ -535,7 +537,6 @@ def grouped_dw(A, B, DW,                     # A (., HEIGHT), B (., WIDTH), DW (
 
 # --- the one name that the model calls ---
 
-# "auto" is `grouped`, on every device and in every dtype.
 BACKENDS = {"reference": reference, "sliced": sliced, "grouped": grouped, "lean": lean,
             "fused": fused}
 
@@ -552,8 +553,33 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
         raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
     if backend == "fused" and (why := why_not_fused(x, w_in)):
         raise RuntimeError(f"backend='fused' cannot run here: {why}; choose auto")
-    rung = BACKENDS["grouped" if backend == "auto" else backend]
-    return rung(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices)
+    check_operands(x, chosen, gates, w_in, b_in, w_out, b_out)
+    if backend == "auto":
+        backend = "grouped" if torch.compiler.is_compiling() else choose_rung()
+    return BACKENDS[backend](x, chosen, gates, w_in, b_in, w_out, b_out, return_choices)
+
+
+def choose_rung():
+    """Which rung is "auto"? `grouped`, on every device and in every dtype, but not in torch.func.
+
+    Its grad and jvp differentiate plain operations alone, those of `sliced`; a Function that they
+    too could enter takes four times as long to call. Its vmap cannot slice many routings at once.
+    """
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any("Vmap" in str(transform.key()) for transform in transforms):
+        return "reference"
+    return "sliced" if transforms or torch.autograd.forward_ad._current_level >= 0 else "grouped"
+
+
+def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):
+    """Refuse what no rung could compute, or would compute wrongly."""
+    E, D, H = expect("w_in", w_in, "E", "D", "H")
+    T, K = expect("chosen", chosen, *x.shape[:1], "K", below=E)
+    for name, v, *sizes in (("x", x, T, D), ("gates", gates, T, K), ("b_in", b_in, E, H),
+                            ("w_out", w_out, E, H, D), ("b_out", b_out, E, D)):
+        expect(name, v, *sizes)
+    if chosen.dtype != torch.int64 or not x.dtype == w_in.dtype == w_out.dtype:
+        raise TypeError(f"chosen must be int64, not {chosen.dtype}, and the weights {x.dtype} as x")
 
 
 def why_not_fused(x, w_in):

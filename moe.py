@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 from kernels import expert_mlp
-from router import Routing, TopKRouter
+from router import Routing, TopKRouter, expect
 
 
 class Layer(NamedTuple):
@@ -51,6 +51,7 @@ class Experts(nn.Module):
 
     def __init__(self, dim, hidden, n_experts):
         super().__init__()
+        whole(dim=dim, hidden=hidden, n_experts=n_experts)
         self.w_in = nn.Parameter(torch.empty(n_experts, dim, hidden))
         self.b_in = nn.Parameter(torch.zeros(n_experts, hidden))
         self.w_out = nn.Parameter(torch.empty(n_experts, hidden, dim))
@@ -66,13 +67,14 @@ class Experts(nn.Module):
 
     def batched(self, x):
         """x (E, M, D), M rows for each expert -> (E, M, D)."""
+        expect("x", x, *self.w_in.shape[:1], *x.shape[1:2], self.w_in.shape[1])
         x, w_in, b_in, w_out, b_out = self.cast(x)
         return torch.baddbmm(b_out[:, None], F.gelu(torch.baddbmm(b_in[:, None], x, w_in)), w_out)
 
     def cast(self, x):
         """x and the weights in the dtype of autocast, which itself knows no grouped product."""
         device = x.device.type
-        on = torch.is_autocast_enabled(device)
+        on = torch.is_autocast_enabled(device) and x.dtype != torch.float64     # as autocast itself
         dtype = torch.get_autocast_dtype(device) if on else x.dtype
         return [v.to(dtype) for v in (x, self.w_in, self.b_in, self.w_out, self.b_out)]
 
@@ -101,6 +103,7 @@ class MoE(nn.Module):
 
     def __init__(self, dim, hidden, n_experts, k=2, keep_raw=False, backend="auto", **router):
         super().__init__()
+        whole(dim=dim, n_experts=n_experts)
         self.router = TopKRouter(dim, n_experts, k, **router)
         self.experts = Experts(dim, hidden, n_experts)
         self.keep_raw, self.backend = keep_raw, backend
@@ -128,18 +131,20 @@ class SoftMoE(nn.Module):
 
     def __init__(self, dim, hidden, n_experts, n_tokens):
         super().__init__()
+        whole(dim=dim, n_experts=n_experts, n_tokens=n_tokens)
         self.slots = -(-n_tokens // n_experts)                          # per expert
         self.experts = Experts(dim, hidden, n_experts)
         self.phi = nn.Parameter(torch.randn(dim, n_experts * self.slots) * dim ** -0.5)
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x):
-        E = len(self.experts.w_in)
+        E, D, _ = self.experts.w_in.shape
+        expect("x", x, *x.shape[:2], D)
         keys = self.scale * F.normalize(self.phi, dim=0)                # (D, E*slots)
         logits = F.normalize(x, dim=-1) @ keys                          # (B, N, E*slots)
         mixed = logits.softmax(dim=1).transpose(1, 2) @ x               # (B, E*slots, D)
         out = self.experts.batched(rearrange(mixed, "b (e s) d -> e (b s) d", e=E))
-        out = rearrange(out, "e (b s) d -> b (e s) d", b=len(x))
+        out = rearrange(out, "e (b s) d -> b (e s) d", b=x.shape[0])
         return logits.softmax(dim=2).to(out.dtype) @ out                # (B, N, D)
 
     def flops(self, N):
@@ -185,11 +190,8 @@ class Block(nn.Module):
     def forward(self, x, routing=None):
         x = x + self.drop(self.attn(self.norm1(x)))
         h = self.norm2(x)                                               # (B, N, D)
-        raw = None
-        if isinstance(self.mlp, MoE):
-            y, routing, raw = self.mlp(h, routing)
-        else:
-            y, routing = self.mlp(h), None
+        routed = isinstance(self.mlp, MoE)
+        y, routing, raw = self.mlp(h, routing) if routed else (self.mlp(h), None, None)
         return x + self.drop(y), Layer(h.flatten(0, 1), routing, raw)
 
     def drop(self, y):
@@ -215,15 +217,15 @@ class ViT(nn.Module):
     def __init__(self, dim, depth, heads, hidden, patch, n_classes, moe_blocks=(),
                  make_sparse=None, drop_path=0.0, image_size=32):
         super().__init__()
+        whole(dim=dim, depth=depth, heads=heads, hidden=hidden, patch=patch, n_classes=n_classes)
         if image_size % patch:
             raise ValueError(f"{image_size}x{image_size} pixels do not divide into patches of "
                              f"{patch}: choose --patch as a divisor of {image_size}")
         if moe_blocks and make_sparse is None:
             raise ValueError("moe_blocks needs make_sparse, a function that builds what goes there")
-        if not set(moe_blocks) <= set(range(1, depth + 1)):
-            raise ValueError(f"blocks are numbered from 1 to {depth}: "
-                             f"{tuple(moe_blocks)} names one that is not there")
-        self.patch, self.n_tokens = patch, (image_size // patch) ** 2 + 1
+        check_blocks("moe_blocks", moe_blocks, range(1, depth + 1))
+        self.image_size, self.patch = image_size, patch
+        self.n_tokens = (image_size // patch) ** 2 + 1
         self.moe_blocks = tuple(sorted(moe_blocks))
         self.embed = nn.Linear(3 * patch * patch, dim)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
@@ -246,10 +248,14 @@ class ViT(nn.Module):
 
     def forward(self, images, routings=None):
         """`routings` maps block numbers to a `Routing` that replaces the block's own."""
+        check_blocks("routings", routings or (), routers(self))
+        expect("images", images, *images.shape[:1], 3, self.image_size, self.image_size)
+        if images.dtype != self.pos.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"images must be normalised and {self.pos.dtype}, not {images.dtype}")
         p = self.patch
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         x = self.embed(patches)                                         # (B, N-1, D)
-        x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos
         layers = {}
         for number, block in enumerate(self.blocks, start=1):
             x, layers[number] = block(x, (routings or {}).get(number))
@@ -265,11 +271,9 @@ class ViT(nn.Module):
         """Numbers of parameters: (all, all but those of the E - K experts that a token misses)."""
         total = sum(p.numel() for p in self.parameters())
         idle = 0
-        for number in self.moe_blocks:
-            moe = self.blocks[number - 1].mlp
-            if isinstance(moe, MoE):
-                size = sum(p.numel() for p in moe.experts.parameters())
-                idle += size - size * moe.router.k // moe.router.n_experts
+        for moe in (block.mlp for block in self.blocks if isinstance(block.mlp, MoE)):
+            size = sum(p.numel() for p in moe.experts.parameters())
+            idle += size - size * moe.router.k // moe.router.n_experts
         return total, total - idle
 
 
@@ -286,3 +290,20 @@ def upcycle(sparse, dense):
     sparse.load_state_dict(trunk | own)
     for number in sparse.moe_blocks:
         sparse.blocks[number - 1].mlp.experts.copy_mlp(dense.blocks[number - 1].mlp)
+
+
+def routers(vit):
+    """{block number: its router}, of the blocks that have one."""
+    return {n: b.mlp.router for n, b in enumerate(vit.blocks, 1) if hasattr(b.mlp, "router")}
+
+
+def check_blocks(name, named, known):
+    """Refuse block numbers that are not known, or come twice."""
+    if not set(named) <= set(known) or len(set(named)) < len(named):
+        raise ValueError(f"{name} cannot be {list(named)}: choose from {list(known)}, each once")
+
+
+def whole(**sizes):
+    for name, n in sizes.items():
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, not {n!r}")

@@ -12,12 +12,15 @@ routed after every epoch, in eval mode, so two assignments differ by training al
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import re
 import textwrap
 from pathlib import Path
+
+from checkpoint import HOW, printable, write
 
 import numpy as np
 from matplotlib import colormaps
@@ -26,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from checkpoint import HOW
+from router import expect
 
 # --- numbers: is a token still with the same expert? ---
 
@@ -37,20 +40,35 @@ def agreement(a, b):
     >>> agreement([0, 1, 2, 2], [0, 1, 2, 0])
     0.75
     """
-    return float(np.mean(np.asarray(a) == np.asarray(b)))
+    return float(np.mean(np.equal(*of_the_same_tokens(a, b))))
+
+
+def of_the_same_tokens(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"two assignments must be of the same tokens, not {a.shape} and {b.shape}")
+    return a, b
+
+
+def ids(a, n, name="an assignment"):
+    a = np.asarray(a)
+    if a.size == 0 or a.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold whole numbers, not {a.size} of {a.dtype}")
+    if not 0 <= a.min() <= a.max() < n:
+        raise ValueError(f"{name} must be 0 to {n - 1}, not {a.min()} to {a.max()}")
+    return a
 
 
 def overlap(a, b):
     """Share of its K experts (last axis) that a token keeps, in any order; ours, for K > 1."""
-    a, b = np.asarray(a), np.asarray(b)
+    a, b = of_the_same_tokens(a, b)
     kept = a[..., :, None] == b[..., None, :]               # (..., K, K) choice i of a is j of b
     return float(kept.any(axis=-1).mean())
 
 
 def load_share(a, n_experts):
     """Share of all choices that falls on each expert, (E,)."""
-    a = np.asarray(a)
-    return np.bincount(a.ravel(), minlength=n_experts) / a.size
+    return np.bincount(ids(a, n_experts).ravel(), minlength=n_experts) / np.size(a)
 
 
 def kappa(a, b, n_experts):
@@ -61,6 +79,7 @@ def kappa(a, b, n_experts):
 
 def load_entropy(share):
     """Evenness of a load: 1 is even, 0 is one expert for everything. A lone expert is even: 1."""
+    expect("share", share, "E")
     used = share[share > 0]
     return float(-(used * np.log(used)).sum() / np.log(len(share))) if len(share) > 1 else 1.0
 
@@ -70,6 +89,7 @@ def last_fluctuation(first):
 
     From the history (epochs, ...) of first experts. StableMoE, arXiv:2204.08396; steps are epochs.
     """
+    expect("first", first, "epochs", *first.shape[1:])
     away = first != first[-1]                               # (epochs, ...)
     epoch = np.arange(1, len(first) + 1).reshape(-1, *[1] * (first.ndim - 1))
     return (away * epoch).max(axis=0)
@@ -87,7 +107,7 @@ def consistency(chosen, n_experts):
     before it, `final` with the last one. "At half of training" is the last epoch that has ended by
     then, or the first epoch where none has.
     """
-    epochs, L = chosen.shape[:2]
+    epochs, L, *_ = expect("chosen", ids(chosen, n_experts), "epochs", "L", "B", "N", "K")
     first = chosen[..., 0]                                  # (epochs, L, B, N) the argmax expert
     every, later = range(epochs), range(1, epochs)
 
@@ -140,9 +160,21 @@ def top_k_accuracy(probs, labels, k=5):
     >>> top_k_accuracy([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], [1, 0], k=2)
     0.5
     """
-    probs = np.asarray(probs)
+    probs, labels = judged(probs, labels)
+    if not k >= 1:
+        raise ValueError(f"k cannot be {k}: choose 1 or more")
     best = np.argsort(-probs, axis=1, kind="stable")[:, :k]             # (B, k)
-    return float((best == np.asarray(labels)[:, None]).any(axis=1).mean())
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def judged(probs, labels):
+    """Probabilities (B, classes) and labels (B,) as arrays, if they are that."""
+    probs = np.asarray(probs, dtype=np.float64)
+    B, classes = expect("probs", probs, "B", "classes")
+    expect("labels", ids(labels, classes, "labels"), B)
+    if not (probs.min() >= 0 and probs.max() <= 1 + 1e-3):              # of float16 roundings
+        raise ValueError(f"probs must be 0 to 1, not {probs.min():g} to {probs.max():g}")
+    return probs, np.asarray(labels)
 
 
 def calibration_error(probs, labels, bins=15):
@@ -155,8 +187,10 @@ def calibration_error(probs, labels, bins=15):
     >>> round(calibration_error(probs, [0, 1, 0, 1]), 6)
     0.1
     """
-    probs = np.asarray(probs, dtype=np.float64)
-    confidence, hit = probs.max(axis=1), probs.argmax(axis=1) == np.asarray(labels)
+    probs, labels = judged(probs, labels)
+    if not bins >= 1:
+        raise ValueError(f"bins cannot be {bins}: choose 1 or more")
+    confidence, hit = probs.max(axis=1), probs.argmax(axis=1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)       # (B,) confidence 1 is in
     gaps = np.bincount(place, weights=confidence - hit, minlength=bins)     # the last bin
     return float(np.abs(gaps).sum() / len(hit))
@@ -171,6 +205,8 @@ def show(value, form="{:.2f}"):
 
 def exam_table(probs, labels, names):
     """What a test says of a model, in three lines, from probs (B, classes), labels and names."""
+    probs, labels = judged(probs, labels)
+    expect("probs", probs, len(labels), len(names))
     hit = np.argmax(probs, axis=1) == labels
     by_class = sorted(((hit[labels == c].mean(), name) for c, name in enumerate(names)
                        if (labels == c).any()), reverse=True)
@@ -279,7 +315,7 @@ def write_page(page, results_path):
         rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
         if all(early_agreement(row) is None for row in rows):   # a picture needs a router
             return results_table(rows)
-        plot_methods(rows).savefig(picture)
+        write(picture, png(plot_methods(rows)))
         link = Path(os.path.relpath(picture, Path(page).resolve().parent))
         return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
                 f"({link.as_posix()})")
@@ -300,12 +336,12 @@ def cut(path, begin, end):
 def put_between(path, begin, end, content, command):
     """Write content() and the command that did it between two markers; touch nothing else."""
     before, _, after = cut(path, begin, end)
-    written = f"{before}{begin}\n{content()}\n\nWritten by `{command}`.\n{end}{after}"
-    Path(path).write_bytes(written.encode())
+    write(path, f"{before}{begin}\n{content()}\n\nWritten by `{command}`.\n{end}{after}")
 
 
 def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 # --- figures: every title says what the numbers say ---
@@ -338,6 +374,8 @@ def terms(line):
 
 def plot_loss(metrics, result):
     """Task loss, the other terms of the objective, and accuracy, over epochs."""
+    if not metrics:
+        raise ValueError("there are no metrics to draw: no epoch has ended")
     epoch, last = [m["epoch"] for m in metrics], metrics[-1]
     losses = [terms(line) for line in metrics]
     extra = list(dict.fromkeys(name for line in losses for name in line if name != "task"))
@@ -375,7 +413,7 @@ def plot_loss(metrics, result):
 
 def plot_load(chosen, n_experts, layers):
     """How much work has each expert? One map per MoE layer, experts by epochs."""
-    epochs, L = chosen.shape[:2]
+    epochs, L, *_ = expect("chosen", ids(chosen, n_experts), "epochs", len(layers), "B", "N", "K")
     load = n_experts * np.array([[load_share(chosen[t, l], n_experts) for t in range(epochs)]
                                  for l in range(L)])        # (L, epochs, E) 1 is a fair share
     idle = int((load[:, -1] == 0).sum())
@@ -436,6 +474,8 @@ def plot_methods(rows, name=lambda row: f"{row['method']}, K={row['config']['k']
     for row in rows:
         if early_agreement(row) is not None:
             groups.setdefault(name(row), []).append(row)
+    if not groups:
+        raise ValueError("no run has a router and two epochs, so there is no agreement to draw")
     early = {group: mean(map(early_agreement, runs)) for group, runs in groups.items()}
     best, worst = max(early, key=early.get), min(early, key=early.get)
     fig, axes = sheet(
@@ -465,10 +505,15 @@ def plot_patches(images, chosen, probs, layer):
     layers, E, n = np.atleast_1d(layer), probs.shape[-1], len(images)
     chosen = chosen.reshape(-1, *chosen.shape[-3:])                 # (L, B, N, K)
     probs = probs.reshape(-1, *probs.shape[-3:]).astype(float)      # (L, B, N, E)
-    assert len(chosen) == len(probs) == len(layers), "one epoch, please: pass chosen[-1]"
-    L, B, N, _ = chosen.shape
+    if not len(chosen) == len(probs) == len(layers):
+        raise ValueError(f"chosen has {len(chosen)} layers, probs {len(probs)}, and {len(layers)} "
+                         f"are named: one epoch, please, as in chosen[-1]")
+    L, B, N, _ = expect("chosen", ids(chosen, E), len(layers), "B", *probs.shape[2:3], "K")
+    expect("images", images, *images.shape[:1], 3, "height", "width")
     side = math.isqrt(N - 1)
-    assert side * side == N - 1, f"{N} tokens are not a class token and a square of patches"
+    if side * side != N - 1 or not 1 <= n <= B:
+        raise ValueError(f"{N} tokens must be a class token and a square of patches, and the {n} "
+                         f"images some of the {B} that were routed")
     first = chosen[:, :, 1:, 0].reshape(L, B, side, side)           # without the class token
     alpha = probs[:, :, 1:].max(axis=-1).reshape(L, B, side, side)
 
@@ -503,10 +548,10 @@ def plot_patches(images, chosen, probs, layer):
 
 
 def figures(run_dir):
-    """Draw what the files of a run allow, into its folder; returns the paths of the pictures."""
+    """Draw what the files of a run allow: {name: the bytes of a PNG}."""
     run = Path(run_dir)
     ended = (run / "result.json").exists()                  # a stopped run still has its curves
-    result = json.loads((run / "result.json").read_text()) if ended else {}
+    result = json.loads((run / "result.json").read_text(encoding="utf-8")) if ended else {}
     drawn = {"loss.png": plot_loss(read_lines(run / "metrics.jsonl"), result)}
     if (run / "routing.npz").exists():                      # dense and soft models have no router
         routing = np.load(run / "routing.npz")
@@ -515,15 +560,20 @@ def figures(run_dir):
         drawn["load.png"] = plot_load(chosen, E, layers)
         drawn["agreement.png"] = plot_agreement(consistency(chosen, E), layers)
         drawn["patches.png"] = plot_patches(images, chosen[-1], probs, layers)
-    for name, figure in drawn.items():
-        figure.savefig(run / name)
-    return [run / name for name in drawn]
+    return {name: png(figure) for name, figure in drawn.items()}
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 # --- the command ---
 
 
 def main():
+    printable()
     parser = argparse.ArgumentParser(description="What happened in this run?")
     parser.add_argument("path", help="a run folder; with --page, a file of results")
     parser.add_argument("--page", help="rewrite the results table of this file")
@@ -532,10 +582,14 @@ def main():
         if args.page:
             write_page(args.page, args.path)
         else:
-            print(closing_table(json.loads((Path(args.path) / "result.json").read_text())))
-            print(*figures(args.path), sep="\n")
+            result = (Path(args.path) / "result.json").read_text(encoding="utf-8")
+            print(closing_table(json.loads(result)))
+            for name, drawn in figures(args.path).items():
+                write(Path(args.path, name), drawn)
+                print(Path(args.path, name))
     except OSError as error:
-        parser.exit(2, f"report.py cannot read {error.filename}: {error.strerror}\n")
+        unread = f"{error.filename} cannot be read: {error.strerror}"
+        parser.exit(2, f"report.py: {unread if error.filename else error}\n")
     except ValueError as error:
         if not args.page:
             raise

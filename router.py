@@ -1,7 +1,6 @@
 """router.py -- which experts does each token visit, and how much does each one count?
 
 Letters, here and in every other file:
-
     B images, N tokens per image, T = B*N tokens, D width, H hidden,
     E experts, K experts per token, C capacity (tokens one expert accepts)
 """
@@ -19,10 +18,27 @@ GATES = ("softmax_topk", "topk_softmax", "sigmoid")
 class Routing(NamedTuple):
     """Where every token goes: what the experts, the losses and the plots all read."""
     chosen: Tensor             # (T, K) int64, the experts a token visits, its favourite first
-    gates: Tensor              # (T, K) float32, the weight of each chosen expert's output
-    probs: Tensor              # (T, E) float32, softmax(logits) whatever the gate, without noise
-    logits: Tensor             # (T, E) float32, without noise
+    gates: Tensor              # (T, K) float32 or wider, the weight of each chosen expert's output
+    probs: Tensor              # (T, E) as wide, softmax(logits) whatever the gate, without noise
+    logits: Tensor             # (T, E) as wide, without noise
     dropped: Tensor | int = 0  # () how many of the T*K choices found their expert full
+
+
+def expect(name, x, *sizes, below=None):
+    """The sizes of x, if they are these: a letter is any size but 0. `below` bounds its numbers."""
+    fits = (n > 0 if isinstance(s, str) else n == s for n, s in zip(x.shape, sizes, strict=False))
+    if len(x.shape) != len(sizes) or not all(fits):
+        raise ValueError(f"{name} must be ({', '.join(map(str, sizes))}), not {tuple(x.shape)}")
+    if below and x.device.type == "cpu" and may_look() and x.numel():   # a GPU's host would wait
+        low, high = map(int, x.aminmax())
+        if not 0 <= low <= high < below:
+            raise ValueError(f"{name} must be 0 to {below - 1}, not {low} to {high}")
+    return x.shape
+
+
+def may_look():
+    """May Python look at values? Inside torch.compile and torch.func there are none to see."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 class TopKRouter(nn.Module):
@@ -33,9 +49,8 @@ class TopKRouter(nn.Module):
     gate="sigmoid"       one sigmoid per expert, not rescaled
 
     In training, noise=1.0 adds noise of standard deviation 1/E to the logits, as V-MoE does.
-    capacity_factor=None drops nothing. Otherwise an expert accepts C = ceil(factor * K * T / E)
-    choices, first choices before second ones, then in token order; a choice that comes too late
-    keeps its expert and gets gate 0.
+    capacity_factor=None drops nothing. Otherwise `within_capacity` says which choices come too
+    late: they keep their expert and get gate 0.
 
     >>> routing = TopKRouter(dim=8, n_experts=4, k=2)(torch.randn(5, 8))
     >>> routing.chosen.shape, routing.gates.shape, routing.probs.shape
@@ -44,17 +59,16 @@ class TopKRouter(nn.Module):
 
     def __init__(self, dim, n_experts, k=2, gate="softmax_topk", noise=0.0, capacity_factor=None):
         super().__init__()
-        if not 1 <= k <= n_experts:
-            raise ValueError(f"a token cannot visit {k} of {n_experts} experts: "
-                             f"choose k from 1 to {n_experts}")
+        if not isinstance(k, int) or not 1 <= k <= n_experts:
+            raise ValueError(f"k cannot be {k} of {n_experts} experts: choose 1 to {n_experts}")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
-        if capacity_factor is not None and not capacity_factor >= 0:
-            raise ValueError(f"an expert cannot have room for {capacity_factor} times an even "
-                             f"share: choose a capacity_factor of 0 or more, or None")
+        for name, value in (("noise", noise), ("capacity_factor", capacity_factor or 0)):
+            if not value >= 0:
+                raise ValueError(f"{name} cannot be {value}: choose 0 or more")
         if gate == "topk_softmax" and k == 1:
-            warnings.warn("topk_softmax with k=1: the only gate is the constant 1, so the task "
-                          "loss never reaches the router; use softmax_topk", stacklevel=2)
+            warnings.warn("topk_softmax with k=1: the only gate is 1, and the task loss never "
+                          "reaches the router; use softmax_topk", stacklevel=2)
         self.n_experts, self.k, self.gate = n_experts, k, gate
         self.noise, self.capacity_factor = noise, capacity_factor
         self.name = "router"     # a ViT writes the block's number here, for the error below
@@ -62,28 +76,25 @@ class TopKRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x):
-        # In float32 whatever the autocast says: rounded to bfloat16, the logits of a few tokens
-        # would choose other experts.
+        expect("x", x, *x.shape[:1], self.weight.shape[1])
+        wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 a few would choose others
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())           # (T, E)
-            return self.route(logits)
+            return self.route(F.linear(x.to(wide), self.weight.to(wide)))
 
     def route(self, logits):
         """Turn logits (T, E) into a `Routing`; FloatingPointError where they are not finite."""
-        # NaN logits sort without an error and send every token to the same expert, so the model
-        # would go on as a dense one. Inside torch.compile, which allows no such look, the training
-        # loop's check of the loss has to do.
-        if not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
+        expect("logits", logits, *logits.shape[:1], self.n_experts)
+        # NaN logits sort without an error and send every token to the same expert: the model would
+        # go on as a dense one. A GPU's host waits here, for no later error could name the router.
+        if may_look() and not torch.isfinite(logits).all():
             bad = int((~torch.isfinite(logits)).any(dim=1).sum())
             raise FloatingPointError(
                 f"{self.name}: the logits of {bad} of {len(logits)} tokens are not finite; lower "
                 f"the learning rate or look for inf in the inputs")
-
         probs = logits.softmax(dim=-1)                                  # (T, E)
         noisy = logits
         if self.training and self.noise > 0:
             noisy = logits + torch.randn_like(logits) * (self.noise / self.n_experts)
-
         # A stable sort, for topk may break ties differently on another device.
         order = noisy.sort(dim=-1, descending=True, stable=True).indices
         chosen = order[:, :self.k]                                      # (T, K)
@@ -112,7 +123,9 @@ def within_capacity(chosen, n_experts, capacity_factor):
     ones, then in token order; a factor of 0 drops every choice, infinity none. V-MoE serves in the
     same order (arXiv:2106.05974) but rounds C to the nearest integer where we round up.
     """
-    T, K = chosen.shape
+    T, K = expect("chosen", chosen, *chosen.shape[:1], "K", below=n_experts)
+    if not capacity_factor >= 0:
+        raise ValueError(f"capacity_factor cannot be {capacity_factor}: choose 0 or more")
     # rounded first, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more
     C = math.ceil(min(T, round(capacity_factor * K * T / n_experts, 9)))
     queue = F.one_hot(chosen.T.reshape(-1), n_experts)                  # (K*T, E) in service order
@@ -134,6 +147,7 @@ def load_loss(probs):
     (V-MoE, arXiv:2106.05974, appendix A; TGR-MoE, arXiv:2604.21330, L_load). Written as
     (std / mean)^2, the same number would have a NaN gradient at perfect balance.
     """
+    expect("probs", probs, "T", "E")
     importance = probs.mean(dim=0)                                      # (E,)
     return importance.var(correction=0) / importance.mean().square()
 
@@ -143,6 +157,7 @@ def entropy_loss(logits):
 
     It takes logits because p log p, from probabilities, has an infinite slope where p underflows.
     """
+    expect("logits", logits, "T", "E")
     log_p = logits.log_softmax(dim=-1)                                  # (T, E)
     return -(log_p.exp() * log_p).sum(dim=-1).mean()
 
@@ -153,11 +168,13 @@ def balance_loss(probs, chosen):
     f_e is the share of the choices (T, K) that went to e, a constant for autograd; P_e is the mean
     over all tokens of probs (T, E).
     """
-    E = probs.shape[1]
+    T, E = expect("probs", probs, "T", "E")
+    expect("chosen", chosen, T, "K", below=E)
     f = F.one_hot(chosen, E).sum(dim=(0, 1)) / chosen.numel()           # (E,)
     return E * (f * probs.mean(dim=0)).sum()
 
 
 def z_loss(logits):
     """Mean squared log-sum-exp of logits (T, E) (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    expect("logits", logits, "T", "E")
     return logits.logsumexp(dim=-1).square().mean()

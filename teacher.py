@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from router import entropy_loss, load_loss
+from moe import check_blocks, routers
+from router import entropy_loss, expect, load_loss
 
 
 class TeacherRouter(nn.Module):
-    """The teacher's features (T, D) -> logits (T, E) that the student's router should come to.
+    """The teacher's features (..., D) -> logits (..., E) that the student's router should come to.
 
     It is one linear map without a bias (ours). It makes targets and never dispatches a token.
     """
@@ -24,8 +25,10 @@ class TeacherRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, h):
+        expect("h", h, *h.shape[:-1], self.weight.shape[1])
+        wide = torch.promote_types(h.dtype, torch.float32)
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), self.weight.float())             # (T, E)
+            return F.linear(h.to(wide), self.weight.to(wide))           # (..., E)
 
 
 class Guide(nn.Module):
@@ -35,7 +38,7 @@ class Guide(nn.Module):
     {student's block number: logits (T, E)}. `blocks` maps a student's block to the teacher's block
     that feeds it, by default the one at the same relative depth. The feature is what that block's
     MLP is given (ours). The teacher is frozen in place. It and its routers are dropped at
-    inference.
+    inference. A dense student has no routers but may have heads, as in notebooks/measure.py.
 
     The paper's controls are compositions: an untrained ViT as `teacher`,
     `guide.routers.requires_grad_(False)`, `blocks={5: 9, 7: 9, 9: 9}`, centroids copied into a
@@ -51,6 +54,11 @@ class Guide(nn.Module):
         depth = len(teacher.blocks) / len(student.blocks)
         aligned = {b: max(1, round(b * depth)) for b in student.moe_blocks}
         self.blocks = aligned if blocks is None else blocks
+        own = routers(student) or dict.fromkeys(range(1, 1 + len(student.blocks)) if blocks else [])
+        check_blocks("a student's blocks", self.blocks, own)
+        check_blocks("a teacher's", set(self.blocks.values()), range(1, 1 + len(teacher.blocks)))
+        if any(own[b] and own[b].n_experts != n_experts for b in self.blocks):
+            raise ValueError(f"n_experts cannot be {n_experts}: the student's routers have others")
         dim = teacher.embed.out_features
         self.routers = nn.ModuleDict({str(b): TeacherRouter(dim, n_experts) for b in self.blocks})
 
@@ -81,6 +89,9 @@ def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):
     if target_logits.shape != logits.shape:
         raise ValueError(f"the teacher's logits are {tuple(target_logits.shape)} and the student's "
                          f"{tuple(logits.shape)}: both need the same tokens and experts")
+    T, _ = expect("logits", logits, "T", "E")
+    if tokens != "all" and (not n_tokens or n_tokens < 2 or T % n_tokens):
+        raise ValueError(f"{T} tokens are no images of n_tokens={n_tokens}: a class token, patches")
     target = target_logits.detach().softmax(dim=-1)                     # (T, E)
     # F.kl_div knows that 0 log 0 = 0, so a teacher may give an expert no probability at all
     kl = F.kl_div(logits.log_softmax(dim=-1), target, reduction="none").sum(dim=-1)    # (T,)
@@ -98,5 +109,7 @@ def teacher_router_losses(targets):
     both, a teacher router must cluster the frozen features: it maximises the mutual information of
     token and expert. No task loss enters.
     """
+    if not targets:
+        raise ValueError("there are no targets: guide at least one block")
     load = sum(load_loss(z.softmax(dim=-1)) for z in targets.values())
     return load, sum(entropy_loss(z) for z in targets.values())

@@ -10,9 +10,13 @@ From top to bottom: what can be set, what is minimised, how a model is looked at
 whole run, the command.
 """
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import math
+import os
+import shlex
 import statistics
 import sys
 import time
@@ -21,14 +25,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoint
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
-import checkpoint
 import report
-from checkpoint import HOW
 from data import Data, Sets, batches, class_names, load, split, steps_per_epoch
 from distill import mutual_distillation_loss
 from moe import MLP, MoE, SoftMoE, ViT
@@ -47,13 +52,15 @@ METHODS = {     # what each one adds to the task loss
 }
 
 
-def flag(default, help, choices=None, own=False):
-    return field(default=default, metadata={"help": help, "choices": choices, "own": own})
+def flag(default, help, choices=None, own=False, **bounds):
+    """A field that is a flag; `bounds` on a number: at_least, at_most, above, below."""
+    return field(default=default, metadata={"help": help, "choices": choices, "own": own,
+                                            "bounds": bounds})
 
 
-def own(*given):
+def own(*given, **bounds):
     """A flag of the student alone; every other one is also its teacher's."""
-    return flag(*given, own=True)
+    return flag(*given, own=True, **bounds)
 
 
 @dataclass
@@ -62,59 +69,65 @@ class Config:
     method: str = own("tgr+mode", "what is trained", tuple(METHODS))
     preset: str = flag(None, "sizes and recipe; by default small on a GPU, tiny without",
                        ("tiny", "small"))
-    seed: int = own(0, "of the weights, the order of the images and their augmentation")
+    seed: int = own(0, "of the weights, the order of the images and their augmentation",
+                    at_least=0, at_most=99_999_999)
     # data
     data: str = flag("auto", "which images", ("auto", "cifar100", "synthetic"))
     data_dir: str = flag("data", "where CIFAR-100 lies or is put")
     labels: str = flag("fine", "100 fine or 20 coarse classes", ("fine", "coarse"))
     split: str = flag("full", "full: train on all, test once at the end; val: hold a tenth of the "
                       "training images out, look at them every epoch, never test", ("full", "val"))
-    train_images: int = flag(None, "train on this many; 0 is all")
+    train_images: int = flag(None, "train on this many; 0 is all", at_least=0)
     augment: str = flag(None, "none, light: crop and flip, heavy: and affine, colour, erasing",
                         ("none", "light", "heavy"))
-    mixup: float = flag(None, "alpha of mixup; 0 is off")
-    cutmix: float = flag(None, "alpha of cutmix; 0 is off")
+    mixup: float = flag(None, "alpha of mixup; 0 is off", at_least=0)
+    cutmix: float = flag(None, "alpha of cutmix; 0 is off", at_least=0)
     # model
-    dim: int = flag(None, "D, the width")
-    depth: int = flag(None, "blocks")
-    heads: int = flag(None, "attention heads")
-    patch: int = flag(None, "pixels on a patch's side")
-    mlp_ratio: float = flag(None, "H / D of a plain MLP")
-    drop_path: float = flag(None, "stochastic depth of the last block")
+    dim: int = flag(None, "D, the width", at_least=1, at_most=16_384)
+    depth: int = flag(None, "blocks", at_least=1, at_most=1_000)
+    heads: int = flag(None, "attention heads", at_least=1)
+    patch: int = flag(None, "pixels on a patch's side", at_least=1)
+    mlp_ratio: float = flag(None, "H / D of a plain MLP", above=0, at_most=1_000)
+    drop_path: float = flag(None, "stochastic depth of the last block", at_least=0, below=1)
     moe_blocks: str = own(None, "blocks that are sparse, counted from 1: 5,7,9")
     expert_ratio: float = own(None, "H / D of one expert, or of the MLPs in moe_blocks with "
-                              "--method dense; by default mlp_ratio")
-    n_experts: int = own(8, "E")
-    k: int = own(2, "K, experts per token")
+                              "--method dense; by default mlp_ratio", above=0, at_most=1_000)
+    n_experts: int = own(8, "E", at_least=1, at_most=4_096)
+    k: int = own(2, "K, experts per token", at_least=1)
     gate: str = own("softmax_topk", "how a chosen expert is weighted", GATES)
-    noise: float = own(0.0, "router noise in training, in units of V-MoE's 1/E")
-    capacity_factor: float = own(None, "room per expert over an even share; not given: dropless")
+    noise: float = own(0.0, "router noise in training, in units of V-MoE's 1/E", at_least=0)
+    capacity_factor: float = own(None, "room per expert over an even share; not given: dropless",
+                                 at_least=0)
     # objective
-    label_smoothing: float = flag(None, "of the task loss")
-    load_weight: float = own(0.005, "of L_load, on the routers or with tgr on the teacher's")
-    entropy_weight: float = own(0.005, "of L_ent, likewise")
-    guide_weight: float = own(5.0, "of the KL to the teacher's routers, over the MoE blocks' mean")
-    guide_until: float = own(1.0, "the share of training that is guided; 0.5 is the first half")
+    label_smoothing: float = flag(None, "of the task loss", at_least=0, below=1)
+    load_weight: float = own(0.005, "of L_load, on the routers or with tgr on the teacher's",
+                             at_least=0)
+    entropy_weight: float = own(0.005, "of L_ent, likewise", at_least=0)
+    guide_weight: float = own(5.0, "of the KL to the teacher's routers, over the MoE blocks' mean",
+                              at_least=0)
+    guide_until: float = own(1.0, "the share of training that is guided; 0.5 is the first half",
+                             at_least=0, at_most=1)
     guide_tokens: str = own("all", "which tokens are guided", ("all", "class", "patches"))
-    alpha: float = own(0.01, "of the mutual distillation, over the MoE blocks' mean")
+    alpha: float = own(0.01, "of the mutual distillation, over the MoE blocks' mean", at_least=0)
     # optimiser
-    epochs: int = own(None, "passes over the training images")
-    batch_size: int = flag(None, "images per step")
-    lr: float = flag(None, "AdamW's peak learning rate; warm-up, then cosine to 0")
-    warmup_epochs: float = flag(None, "epochs of linear warm-up")
-    weight_decay: float = flag(0.05, "AdamW's, on matrices only")
-    clip: float = flag(1.0, "largest norm of the gradient")
+    epochs: int = own(None, "passes over the training images", at_least=1)
+    batch_size: int = flag(None, "images per step", at_least=1)
+    lr: float = flag(None, "AdamW's peak learning rate; warm-up, then cosine to 0", above=0)
+    warmup_epochs: float = flag(None, "epochs of linear warm-up", at_least=0)
+    weight_decay: float = flag(0.05, "AdamW's, on matrices only", at_least=0)
+    clip: float = flag(1.0, "largest norm of the gradient", above=0)
     # teacher
     teacher: str = own(None, "checkpoint of a dense run; without one a teacher is trained first")
-    teacher_epochs: int = own(None, "by default as --epochs")
+    teacher_epochs: int = own(None, "by default as --epochs", at_least=1)
     # machine and files
     device: str = flag("auto", "cuda, cpu, ...; auto: cuda where there is one")
     precision: str = flag("auto", "auto: bf16 on a GPU that has it, else fp16 there; fp32 on a CPU",
                           ("auto", "fp32", "bf16", "fp16"))
     compile: bool = flag(None, "torch.compile; by default on a GPU with Triton")
     out: str = own(None, "folder of the run; by default a new one under runs/")
-    save_every: int = flag(None, "epochs between checkpoints")
-    probe_images: int = flag(256, "fixed training images whose routing is recorded every epoch")
+    save_every: int = flag(None, "epochs between checkpoints", at_least=1)
+    probe_images: int = flag(256, "fixed training images whose routing is recorded every epoch",
+                             at_least=1)
     resume: bool = own(False, "continue the run in --out")
     eval: str = own(None, "only test this checkpoint")
 
@@ -146,34 +159,81 @@ def parse(argv):
             how = {"action": argparse.BooleanOptionalAction}
         shown = "from the preset" if f.name in PRESETS["tiny"] else f.default
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{shown}]", **how)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        # an unset shell variable, most likely; argparse makes a list of --
+        if value == [] or (value == "" and name != "moe_blocks"):
+            parser.error(f"--{name} is empty: give it a value, or leave it out")
+    return given
 
 
 def resolve(given):
-    """A Config with nothing left open: the flags, then the preset, then what follows."""
+    """A Config with nothing left open: the flags, then the preset, then what follows.
+
+    ValueError with one sentence that names the flag where a value cannot be.
+    """
     cfg = Config(**given)
     cuda = torch.cuda.is_available()
     if cfg.device == "auto":
         cfg.device = "cuda" if cuda else "cpu"
-    if cfg.device.startswith("cuda") and not cuda:
-        raise ValueError("there is no CUDA device here: leave --device out or give --device cpu")
+    check_device(cfg.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("train.py runs in one process on one device: start it without torchrun")
     on_gpu = cfg.device.startswith("cuda")
     cfg.preset = cfg.preset or ("small" if on_gpu else "tiny")
     for name, value in PRESETS[cfg.preset].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
-    cfg.expert_ratio = cfg.expert_ratio or cfg.mlp_ratio
-    cfg.teacher_epochs = cfg.teacher_epochs or cfg.epochs
+    if cfg.expert_ratio is None:
+        cfg.expert_ratio = cfg.mlp_ratio
+    if cfg.teacher_epochs is None:
+        cfg.teacher_epochs = cfg.epochs
     if cfg.precision == "auto":
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
     if cfg.compile is None:
         cfg.compile = on_gpu and find_spec("triton") is not None
-    for name in ("epochs", "batch_size", "teacher_epochs", "probe_images", "save_every", "depth",
-                 "dim", "heads", "patch"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is too small: choose 1 or more")
+    check_numbers(cfg)
     return cfg
+
+
+def check_device(name):
+    """ValueError where the device cannot be had; a build of torch without CUDA is told apart."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}: choose auto, cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        raise ValueError(("there is no CUDA device here" if built else
+                          "this build of torch has no CUDA (pytorch.org says how to get one)")
+                         + ": leave --device out or give --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("there is no MPS device here: leave --device out or give --device cpu")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name} is not one that train.py knows: choose cpu, cuda or mps")
+
+
+def check_numbers(cfg):
+    """ValueError where a number is out of its bounds, or does not go with another one."""
+    words = {"at_least": ("at least", lambda a, b: a >= b), "above": ("above", lambda a, b: a > b),
+             "at_most": ("at most", lambda a, b: a <= b), "below": ("below", lambda a, b: a < b)}
+    for f in fields(cfg):
+        value, bounds = getattr(cfg, f.name), f.metadata["bounds"]
+        inside = value is None or not bounds or (
+            math.isfinite(value) and all(words[b][1](value, n) for b, n in bounds.items()))
+        if not inside:
+            wanted = " and ".join(f"{words[b][0]} {n:,}" for b, n in bounds.items())
+            raise ValueError(f"--{f.name} {value} is out of range: choose a number {wanted}")
+    for name, epochs in (("epochs", cfg.epochs), ("teacher_epochs", cfg.teacher_epochs)):
+        teaches = name == "epochs" or ("guide" in METHODS[cfg.method] and not cfg.teacher)
+        if cfg.warmup_epochs >= epochs and teaches:
+            raise ValueError(f"--warmup_epochs {cfg.warmup_epochs:g} must be below --{name} "
+                             f"{epochs}: the learning rate would end before its peak")
+    for name in ("mlp_ratio", "expert_ratio"):
+        if int(cfg.dim * getattr(cfg, name)) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} times --dim {cfg.dim} leaves no "
+                             f"hidden unit: choose a larger one")
 
 
 def build(cfg, data):
@@ -186,6 +246,8 @@ def build(cfg, data):
         raise ValueError(f"--moe_blocks {cfg.moe_blocks} are no block numbers: "
                          f"write them as 5,7,9") from None
 
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(f"--moe_blocks {cfg.moe_blocks} names a block twice")
     if not blocks and cfg.method != "dense":
         raise ValueError(f"--method {cfg.method} needs at least one block in --moe_blocks")
 
@@ -263,8 +325,8 @@ def accuracy(model, images, labels, cfg, data):
 class Look(NamedTuple):
     """What the probe images show after an epoch; None where nothing is routed, over L blocks."""
     accuracy: float
-    chosen: np.ndarray | None = None        # (L, B, N, K) uint8
-    probs: np.ndarray | None = None         # (L, B, N, E) float16
+    chosen: Tensor | None = None            # (L, B, N, K), as small as E allows
+    probs: Tensor | None = None             # (L, B, N, E) float16
     dropped: float | None = None            # share of the choices that found their expert full
 
 
@@ -282,11 +344,11 @@ def look(model, sets, cfg, data):
         per_block = [torch.cat([getattr(out.layers[b].routing, name) for out in outs])
                      for b in blocks]                                   # L of (B*N, K or E)
         stacked = torch.stack(per_block).view(len(blocks), len(images), model.n_tokens, -1)
-        return stacked.to("cpu", dtype).numpy()
+        return stacked.to("cpu", dtype)
 
-    chosen = gather("chosen", torch.uint8)
+    chosen = gather("chosen", torch.uint8 if cfg.n_experts <= 256 else torch.int16)
     dropped = sum(int(out.layers[b].routing.dropped) for out in outs for b in blocks)
-    return Look(hit, chosen, gather("probs", torch.float16), dropped / chosen.size)
+    return Look(hit, chosen, gather("probs", torch.float16), dropped / chosen.numel())
 
 
 # --- one epoch ---
@@ -301,30 +363,55 @@ class Job(NamedTuple):
 
     @property
     def ended(self):
-        return self.state is not None and self.state["epoch"] >= self.cfg.epochs
+        return self.state is not None and self.state["result"] is not None
 
 
-def one_epoch(job, guide, losses, optimizer, scaler, epoch):
+@dataclass
+class Progress:
+    """How far a run has come: what its checkpoint holds beside the weights and the optimiser."""
+    epoch: int = 0           # so many have ended
+    step: int = 0            # and so many steps of the next one, where it was asked to stop
+    spent: float = 0.0       # seconds in the next epoch
+    seconds: float = 0.0     # in those that have ended
+    sums: dict = field(default_factory=dict)        # of each term over the next epoch's steps
+    rng: list = field(default_factory=list)         # states of the generators: CPU, then GPU
+    command: str = ""        # that began it
+    lines: list = field(default_factory=list)       # of metrics.jsonl
+    history: list = field(default_factory=list)     # Look.chosen after each epoch
+    probs: Tensor | None = None                     # Look.probs of the last one
+
+
+# what a checkpoint must hold for its run to go on
+RESUMABLE = ("data_md5", "optimizer", "scaler", "routers", "teacher", "result",
+             *(f.name for f in fields(Progress)))
+
+
+def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
     """Train on every batch once; returns the epoch's mean of each term, {name: float}.
 
-    Raises FloatingPointError when loss or gradient stop being finite, before that step is taken.
+    Begins after `progress.step` steps. Once `asked` is not empty it stops after the step that it
+    is at, notes in `progress` where that was, and returns None. Raises FloatingPointError when loss
+    or gradient stop being finite, before that step is taken.
     """
     cfg, data, sets, model, _ = job
-    steps = steps_per_epoch(cfg, sets)
+    epoch, steps, on_gpu = progress.epoch + 1, steps_per_epoch(cfg, sets), cfg.device != "cpu"
     # a check makes the host wait for a GPU, which should find its next work waiting instead
-    check_every = 50 if cfg.device.startswith("cuda") else 1
+    check_every = 50 if on_gpu else 1
     torch.manual_seed(cfg.seed * 100_003 + epoch)      # of stochastic depth and router noise
+    if progress.rng:
+        checkpoint.set_rng(progress.rng, cfg.device)
     model.train()
-    sums = {}
     bar = tqdm(batches(cfg, data, sets, epoch), total=steps, leave=False, ascii=True,
                desc=f"epoch {epoch}/{cfg.epochs}", disable=not sys.stderr.isatty())
     for step, (images, targets) in enumerate(bar):
-        progress = epoch - 1 + step / steps            # in epochs
+        if step < progress.step:                       # trained on before the run was interrupted
+            continue
+        now = epoch - 1 + step / steps                 # in epochs
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, progress)
+            group["lr"] = learning_rate(cfg, now)
 
         # forward; once guidance has ended, the teacher is not even asked
-        guided = guide if progress < cfg.guide_until * cfg.epochs else None
+        guided = guide if now < cfg.guide_until * cfg.epochs else None
         terms = losses(cfg, model, guided, images, targets)
         loss = sum(terms.values())
 
@@ -336,15 +423,21 @@ def one_epoch(job, guide, losses, optimizer, scaler, epoch):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if step % check_every == 0 or step == steps - 1:
-            stop_unless_finite(loss, norm, scaler, model, f"epoch {epoch}, step {step + 1}")
+            stop_unless_finite(loss, norm, scaler, model, cfg, f"epoch {epoch}, step {step + 1}")
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip, norm)
         scaler.step(optimizer)
         scaler.update()
 
         # note; .item() would wait for the GPU in every step
         for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + term.detach()
-    return {name: (total / steps).item() for name, total in sums.items()}
+            progress.sums[name] = progress.sums.get(name, 0) + term.detach()
+        progress.step = step + 1
+        if asked and progress.step < steps:
+            progress.rng = checkpoint.get_rng(cfg.device)
+            return None
+    means = {name: (total / steps).item() for name, total in progress.sums.items()}
+    progress.epoch, progress.step, progress.sums, progress.rng = epoch, 0, {}, []
+    return means
 
 
 def learning_rate(cfg, progress):
@@ -355,7 +448,7 @@ def learning_rate(cfg, progress):
     return cfg.lr * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def stop_unless_finite(loss, norm, scaler, model, where):
+def stop_unless_finite(loss, norm, scaler, model, cfg, where):
     # under a loss scaler an infinite gradient is routine: that step is skipped and the scale halved
     if torch.isfinite(loss) and (scaler.is_enabled() or torch.isfinite(norm)):
         return
@@ -363,63 +456,120 @@ def stop_unless_finite(loss, norm, scaler, model, where):
            if p.grad is not None and not torch.isfinite(p.grad).all()]
     raise FloatingPointError(
         f"{where}: the loss is {loss.item():.4g} and the gradient of {bad[0] if bad else 'nothing'}"
-        f" is {'not ' if bad else ''}finite; the last checkpoint is kept. Try a lower --lr, or "
-        f"--precision fp32")
+        f" is {'not ' if bad else ''}finite; {way_on(cfg)}")
+
+
+def way_on(cfg):
+    other = "" if cfg.precision == "fp32" else " or with --precision fp32"
+    return (f"the last checkpoint is kept. Start another run, with another --out, at a lower --lr "
+            f"than {cfg.lr:g}{other}")
 
 
 # --- the run ---
+
+def begin(job, command):
+    """The job with its first checkpoint, of epoch 0: from then on its folder knows what it is."""
+    if job.state:
+        return job
+    Path(job.cfg.out).mkdir(parents=True, exist_ok=True)
+    return job._replace(state=keep(job, Progress(command=command)))
+
+
+def keep(job, progress, guide=None, optimizer=None, scaler=None, result=None):
+    """Save all that a run is; returns what was saved."""
+    state = {"config": asdict(job.cfg), "data_md5": job.data.md5, **vars(progress),
+             "student": job.model.state_dict(),
+             "optimizer": optimizer and optimizer.state_dict(),
+             "scaler": scaler and scaler.state_dict(),
+             "routers": guide.routers.state_dict() if guide else {},
+             "teacher": checkpoint.fingerprint(guide.teacher.state_dict()) if guide else None,
+             "result": result}
+    try:
+        checkpoint.save(Path(job.cfg.out, checkpoint.NAME), state)
+    except FloatingPointError as error:
+        where = f"epoch {progress.epoch + 1}, after step {progress.step}" if progress.step else \
+            f"after the last step of epoch {progress.epoch}"
+        raise FloatingPointError(f"{where}: {error}; {way_on(job.cfg)}") from None
+    return state
+
 
 def fit(job, guide=None, command="", own_losses=None):
     """Train job.model, write its run folder and return the content of its result.json.
 
     `own_losses` has the signature of `losses` and replaces it: this is how a study adds a control.
-    A run that has ended already is only read. FloatingPointError comes from `one_epoch`.
+    A run that has ended already is only read, and its files are made again where they are not what
+    the checkpoint says. FloatingPointError where a number stops being finite, `checkpoint.Stopped`
+    where the process was asked to stop; both leave a checkpoint to go on from.
     """
-    cfg, data, sets, model, _ = job
-    out = Path(cfg.out)
-    if job.ended and (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
-    out.mkdir(parents=True, exist_ok=True)
+    job = begin(job, command)
+    cfg, model = job.cfg, job.model
+    if job.ended:
+        if mended := write_files(job, progress_of(job.state), job.state["result"]):
+            print(f"made again from the checkpoint in {cfg.out}: {', '.join(mended)}")
+        return job.state["result"]
     optimizer = torch.optim.AdamW(parameter_groups(model, guide, cfg.weight_decay),
                                   fused=cfg.device.startswith("cuda"))
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
     compute = own_losses or losses
     compute = torch.compile(compute) if cfg.compile else compute
 
-    begun, seconds, history = resume(job, guide, optimizer, scaler)
-    for epoch in range(begun + 1, cfg.epochs + 1):
-        started = time.perf_counter()
-        terms = one_epoch(job, guide, compute, optimizer, scaler, epoch)
-        spent = time.perf_counter() - started
-        seconds += spent
-        seen = look(model, sets, cfg, data)
-        line = {"epoch": epoch, "terms": terms, "lr": optimizer.param_groups[0]["lr"],
-                "probe_accuracy": seen.accuracy}
-        if sets.val:
-            line["val_accuracy"] = accuracy(model, *sets.val, cfg, data)
-        if cfg.capacity_factor is not None:
-            line["dropped"] = seen.dropped
-        line |= {"seconds": spent,
-                 "images_per_second": steps_per_epoch(cfg, sets) * cfg.batch_size / spent}
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        say(cfg, line, left=(cfg.epochs - epoch) * (time.perf_counter() - started)
-            if epoch == begun + 1 else 0)
+    progress = resume(job, guide, optimizer, scaler)
+    begun = progress.epoch
+    with checkpoint.until_asked_to_stop() as asked:
+        while progress.epoch < cfg.epochs:
+            started = time.perf_counter()
+            terms = one_epoch(job, guide, compute, optimizer, scaler, progress, asked)
+            progress.spent += time.perf_counter() - started
+            if terms is not None:
+                look_and_note(job, progress, terms, optimizer.param_groups[0]["lr"])
+                say(cfg, progress.lines[-1], left=(cfg.epochs - progress.epoch) * (
+                    time.perf_counter() - started) if progress.epoch == begun + 1 else 0)
+            if asked or progress.epoch % cfg.save_every == 0 or progress.epoch == cfg.epochs:
+                keep(job, progress, guide, optimizer, scaler)
+            write_files(job, progress)
+            if asked:
+                raise checkpoint.Stopped(asked[0])
+        result = conclude(job, guide, progress)
+        keep(job, progress, guide, optimizer, scaler, result)
+        write_files(job, progress, result)
+    return result
 
-        if seen.chosen is not None:
-            history.append(seen.chosen)
-        if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
-            if history:
-                np.savez_compressed(
-                    out / "routing.npz", experts=np.stack(history), probs=seen.probs,
-                    images=sets.probe[0][:8].cpu().numpy(), n_experts=cfg.n_experts,
-                    layers=np.array(model.moe_blocks))
-            checkpoint.save(out / "checkpoint.pt", {
-                "config": asdict(cfg), "data_md5": data.md5, "epoch": epoch, "seconds": seconds,
-                "student": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "routers": guide.routers.state_dict() if guide else {}})
-    return conclude(job, guide, command, history, seconds)
+
+def look_and_note(job, progress, terms, lr):
+    """Look at the model after an epoch and write down what was seen: a line of metrics.jsonl."""
+    cfg, data, sets, model, _ = job
+    seen = look(model, sets, cfg, data)
+    line = {"epoch": progress.epoch, "terms": terms, "lr": lr, "probe_accuracy": seen.accuracy}
+    if sets.val:
+        line["val_accuracy"] = accuracy(model, *sets.val, cfg, data)
+    if cfg.capacity_factor is not None:
+        line["dropped"] = seen.dropped
+    line |= {"seconds": progress.spent,
+             "images_per_second": steps_per_epoch(cfg, sets) * cfg.batch_size / progress.spent}
+    progress.lines.append(line)
+    if seen.chosen is not None:
+        progress.history.append(seen.chosen)
+        progress.probs = seen.probs
+    progress.seconds, progress.spent = progress.seconds + progress.spent, 0.0
+
+
+def write_files(job, progress, result=None):
+    """Write what people and plots read, all of it from `progress`; returns the names of the files
+    that were missing or held something else."""
+    contents = {"metrics.jsonl": "".join(json.dumps(line) + "\n" for line in progress.lines)}
+    if progress.history:
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer, experts=torch.stack(progress.history).numpy(), probs=progress.probs.numpy(),
+            images=job.sets.probe[0][:8].cpu().numpy(), n_experts=job.cfg.n_experts,
+            layers=np.array(job.model.moe_blocks))
+        contents["routing.npz"] = buffer.getvalue()
+    if result:
+        contents["result.json"] = json.dumps(result) + "\n"    # one line: cat makes a jsonl
+    out = Path(job.cfg.out)
+    mended = [name for name, content in contents.items() if checkpoint.mend(out / name, content)]
+    figures = report.figures(out) if result else {}             # drawn from these files
+    return mended + [name for name, png in figures.items() if checkpoint.mend(out / name, png)]
 
 
 def parameter_groups(model, guide, weight_decay):
@@ -434,26 +584,30 @@ def parameter_groups(model, guide, weight_decay):
 
 
 def resume(job, guide, optimizer, scaler):
-    """Put all back as it was when job.state was saved: (epochs done, seconds, routing history).
+    """Put the optimiser, the teacher's routers and the `Progress` back as job.state holds them.
 
-    The weights are there already, since the job was made. Lines of metrics.jsonl and epochs of
-    routing.npz that are younger than the checkpoint are forgotten: they are about to come again.
+    The weights are there already, since the job was made. ValueError where they do not fit, or
+    where the teacher is not the one that the run began with.
     """
-    out, state = Path(job.cfg.out), job.state
-    metrics = out / "metrics.jsonl"
-    if not state:
-        metrics.write_text("")
-        return 0, 0.0, []
-    done, history = state["epoch"], []
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if guide:
-        guide.routers.load_state_dict(state["routers"])
-    if (out / "routing.npz").exists():
-        history = list(np.load(out / "routing.npz")["experts"][:done])
-    lines = metrics.read_text().splitlines()[:done]
-    metrics.write_text("".join(line + "\n" for line in lines))
-    return done, state["seconds"], history
+    state, cfg = job.state, job.cfg
+    if state["optimizer"] is None:                     # only its first weights were saved
+        return progress_of(state)
+    if guide and checkpoint.fingerprint(guide.teacher.state_dict()) != state["teacher"]:
+        raise ValueError(f"the run in {cfg.out} began with another teacher, and this one would "
+                         f"change its targets: bring that one back, or start another run")
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if guide:
+            guide.routers.load_state_dict(state["routers"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"the checkpoint in {cfg.out} does not fit its own run "
+                         f"({str(error).splitlines()[0]}): start another one") from error
+    return progress_of(state)
+
+
+def progress_of(state):
+    return Progress(**{f.name: state[f.name] for f in fields(Progress)})
 
 
 def say(cfg, line, left):
@@ -469,19 +623,18 @@ def say(cfg, line, left):
     print(f"  epoch {line['epoch']:3d}/{cfg.epochs}  {terms}  {seen}  {took}", flush=True)
 
 
-def conclude(job, guide, command, history, seconds):
-    """The one look at the test set, result.json, the figures."""
+def conclude(job, guide, progress):
+    """The one look at the test set: the content of result.json."""
     cfg, data, sets, model, _ = job
-    out = Path(cfg.out)
     exam = sets.val or sets.test
     knows = guide is not None and guide.teacher.head.out_features == model.head.out_features
     reached = accuracy(model, *exam, cfg, data)
     total, active = model.params()
-    speeds = [line["images_per_second"] for line in report.read_lines(out / "metrics.jsonl")]
-    over_time = report.consistency(np.stack(history), cfg.n_experts) if history else {}
-    result = {
+    over_time = report.consistency(torch.stack(progress.history).numpy(), cfg.n_experts) \
+        if progress.history else {}
+    return {
         "method": cfg.method, "preset": cfg.preset, "data": data.name, "data_md5": data.md5,
-        "labels": cfg.labels, "seed": cfg.seed, "command": command,
+        "labels": cfg.labels, "seed": cfg.seed, "command": progress.command,
         **checkpoint.provenance(cfg.device),
         "epochs": cfg.epochs, "train_images": len(sets.train[0]), "test_images": len(exam[0]),
         "test_accuracy": None if sets.val else reached,
@@ -490,42 +643,39 @@ def conclude(job, guide, command, history, seconds):
         "agreement_adjacent": over_time.get("mean_agreement_adjacent"),
         "agreement_final": over_time.get("half_agreement_final"),
         "load_entropy": over_time.get("final_load_entropy"),
-        "images_per_second": statistics.median(speeds), "seconds": seconds,
-        "flops_per_image": model.flops(), "params_total": total, "params_active": active,
-        "out": str(out), "config": asdict(cfg), "consistency": over_time}
-    (out / "result.json").write_text(json.dumps(result) + "\n")    # one line: cat makes a jsonl
-    report.figures(out)
-    return result
+        "images_per_second": statistics.median(
+            line["images_per_second"] for line in progress.lines),
+        "seconds": progress.seconds, "flops_per_image": model.flops(),
+        "params_total": total, "params_active": active,
+        "out": cfg.out, "config": asdict(cfg), "consistency": over_time}
 
 
 # --- the command ---
 
-def plan(given):
+def plan(given, own=lambda folder: None):
     """What the flags ask for, checked before anything long begins: (teacher, student) jobs.
 
-    teacher is None where the method needs none. Raises ValueError or OSError with one sentence.
+    teacher is None where the method needs none. `own` is called with the run's folder before its
+    content is looked at; by default the caller owns it. Raises ValueError or OSError with one
+    sentence.
     """
     state = None
     if given.get("resume"):
-        if "out" not in given:
+        if not given.get("out"):
             raise ValueError("--resume continues the run in --out: name its folder")
-        state = checkpoint.read(Path(given["out"], "checkpoint.pt"), Config)
-        for name, value in given.items():
-            if name not in HOW and state["config"][name] != value:
-                raise ValueError(f"the run in {given['out']} was started with --{name} "
-                                 f"{state['config'][name]}, not {value}: leave the flag out, or "
-                                 f"start another run with another --out")
-        given = state["config"] | {"device": "auto", "compile": None} | given
+        own(given["out"])
+        state = run_in(given["out"])
+        if state:
+            refuse_other(given, state, f"the run in {given['out']} was started")
+            given = state["config"] | {"device": "auto", "compile": None} | given
     cfg = resolve(given)
+    if cfg.out and not state:
+        if not cfg.resume:
+            own(cfg.out)
+        refuse_to_overwrite(cfg)
     data = load(cfg.data, cfg.data_dir, cfg.device)
     cfg.data = data.name
     sets = split(cfg, data)
-    if cfg.out is None:
-        name = f"{cfg.method}-{cfg.preset}-{cfg.data}-seed{cfg.seed}"
-        cfg.out = checkpoint.free_folder(f"runs/{name}")
-    elif not state and Path(cfg.out, "metrics.jsonl").exists():
-        raise ValueError(f"{cfg.out} already holds a run: add --resume to continue it, or choose "
-                         f"another --out")
     model = build(cfg, data)
     if state:
         if state["data_md5"] != data.md5:
@@ -533,7 +683,45 @@ def plan(given):
                              f"md5 {state['data_md5']}, {data.name} has {data.md5}")
         checkpoint.restore(model, state["student"], cfg.out)
     job = Job(cfg, data, sets, model, state)
-    return teacher_of(job) if "guide" in METHODS[cfg.method] else None, job
+    teacher = teacher_of(job) if "guide" in METHODS[cfg.method] else None
+    if cfg.out is None:
+        name = f"{cfg.method}-{cfg.preset}-{cfg.data}-seed{cfg.seed}"
+        cfg.out = checkpoint.free_folder(f"runs/{name}")
+        own(cfg.out)
+    return teacher, job
+
+
+def run_in(out):
+    """The state to resume in a run's folder, or None where the run has not begun."""
+    path = Path(out, checkpoint.NAME)
+    if checkpoint.exists(path):
+        return checkpoint.read(path, Config, RESUMABLE)
+    print(f"there is no checkpoint in {out} to resume: the run begins afresh")
+    return None
+
+
+def refuse_to_overwrite(cfg):
+    if checkpoint.exists(Path(cfg.out, checkpoint.NAME)):
+        raise ValueError(f"{cfg.out} already holds a run: add --resume to continue it, or choose "
+                         f"another --out")
+    if Path(cfg.out, "result.json").exists():
+        raise ValueError(f"{cfg.out} already holds a result, whose checkpoint is gone: choose "
+                         f"another --out")
+    if Path(cfg.out, "metrics.jsonl").exists() and not cfg.resume:
+        print(f"the run in {cfg.out} was stopped before its first checkpoint: it begins afresh")
+
+
+def refuse_other(given, state, sentence):
+    """ValueError where a given flag is not what a checkpoint says, and is more than a HOW."""
+    for name, value in list(given.items()):
+        its = state["config"].get(name, getattr(Config, name))
+        if name in checkpoint.HOW or value == its:
+            continue
+        if value == "auto":                                 # it chose `its` then
+            del given[name]
+            continue
+        raise ValueError(f"{sentence} with --{name} {its}, not {value}: leave the flag out, or "
+                         f"train another run")
 
 
 def teacher_of(job):
@@ -558,14 +746,27 @@ def teacher_of(job):
     its = replace(Config(**shared), method="dense", seed=0, moe_blocks="",
                   expert_ratio=cfg.mlp_ratio, epochs=cfg.teacher_epochs,
                   teacher_epochs=cfg.teacher_epochs)
-    recipe = {name: value for name, value in asdict(its).items() if name not in HOW}
+    recipe = {name: value for name, value in asdict(its).items() if name not in checkpoint.HOW}
     key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
     its.out = str(Path("runs", "teachers", f"{cfg.preset}-{data.name}-{key}"))
-    model, path = build(its, data), Path(its.out, "checkpoint.pt")
-    state = checkpoint.read(path, Config) if path.exists() else None
-    if state:
+    model, path = build(its, data), Path(its.out, checkpoint.NAME)
+    state = None
+    if checkpoint.exists(path):
+        state = checkpoint.read(path, Config, RESUMABLE)
         checkpoint.restore(model, state["student"], path)
     return Job(its, data, sets, model, state)
+
+
+def trained(teacher, job, command):
+    """The teacher of a job, trained unless it is; of several runs that need it one trains it."""
+    if job.cfg.teacher or teacher.ended:
+        return teacher
+    with checkpoint.claim(teacher.cfg.out, wait_for="to train the teacher"):
+        teacher = teacher_of(job)                           # another run may have trained it now
+        if not teacher.ended:
+            print(f"teacher: dense, {teacher.cfg.out}")
+            fit(teacher, command=command)
+    return teacher
 
 
 def guide_of(teacher, job):
@@ -582,7 +783,11 @@ def announce(teacher, job):
           f"{checkpoint.describe(cfg.device)}, {cfg.precision}, "
           f"{'compiled' if cfg.compile else 'not compiled'}. Data: {job.data.note}")
     steps = []
-    if teacher and not cfg.teacher:
+    if teacher and cfg.teacher:
+        other = "" if teacher.state["data_md5"] == job.data.md5 else " on other images"
+        steps.append(f"taught by {cfg.teacher}, a dense model trained for {teacher.state['epoch']} "
+                     f"epochs{other}")
+    elif teacher:
         begun = teacher.state["epoch"] if teacher.state else 0
         steps.append(f"a dense teacher for {teacher.cfg.epochs} epochs on the same images, kept in "
                      f"{teacher.cfg.out}" + (f" ({begun} epochs are there)" if begun else ""))
@@ -594,10 +799,16 @@ def announce(teacher, job):
 
 
 def evaluate(given):
-    """Test one checkpoint: overall, best and worst classes, calibration, load of the experts."""
+    """Test one checkpoint as it was trained: overall, by class, calibration, load of the experts.
+
+    A checkpoint's word makes no folder and downloads nothing: the images lie in --data_dir, or a
+    --data cifar100 of the user's own asks for them.
+    """
     state = checkpoint.read(given["eval"], Config)
-    cfg = resolve(state["config"] | {"device": "auto"} | given)
-    data = load(cfg.data, cfg.data_dir, cfg.device)
+    refuse_other(given, state, f"{given['eval']} was trained")
+    here = {"device": "auto", "data_dir": "data", "compile": False}
+    cfg = resolve(state["config"] | here | given)
+    data = load(cfg.data, cfg.data_dir, cfg.device, may_download="data" in given)
     model = build(cfg, data)
     checkpoint.restore(model, state["student"], given["eval"])
     images, labels = split(cfg, data).test
@@ -614,31 +825,29 @@ def evaluate(given):
 
 
 def main(argv=None):
+    checkpoint.printable()
     argv = sys.argv[1:] if argv is None else argv
-    command, given = " ".join(["python train.py", *argv]), parse(argv)
+    given, command, job = parse(argv), shlex.join(["python", "train.py", *argv]), None
     try:
-        if given.get("eval"):
-            return evaluate(given)
-        teacher, job = plan(given)
-    except (ValueError, OSError) as error:
+        with contextlib.ExitStack() as owned:
+            if "eval" in given:
+                return evaluate(given)
+            teacher, job = plan(given, lambda out: owned.enter_context(checkpoint.claim(out)))
+            announce(teacher, job)
+            job, guide = begin(job, command), None
+            if teacher:
+                guide = guide_of(trained(teacher, job, command), job)
+                print(f"student: {job.cfg.method}, {job.cfg.out}")
+            print(report.closing_table(fit(job, guide, command)))
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        announce(teacher, job)
-        if teacher and not teacher.ended:
-            print(f"teacher: dense, {teacher.cfg.out}")
-            fit(teacher, command=command)
-            print(f"student: {job.cfg.method}, {job.cfg.out}")
-        result = fit(job, guide_of(teacher, job) if teacher else None, command)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        begun = Path(job.cfg.out, "checkpoint.pt").exists()
-        again = f"python train.py --resume --out {job.cfg.out}" if begun else command
-        print(f"\nstopped; to go on from the last checkpoint: {again}", file=sys.stderr)
-        sys.exit(130)
-    print(report.closing_table(result))
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except (checkpoint.Stopped, KeyboardInterrupt) as stop:
+        begun = job and Path(job.cfg.out, checkpoint.NAME).exists()
+        again = shlex.join(["python", "train.py", "--resume", "--out", job.cfg.out]) if begun \
+            else command
+        print(f"stopped; to go on: {again}", file=sys.stderr)
+        sys.exit(getattr(stop, "exit_code", 130))
 
 
 if __name__ == "__main__":

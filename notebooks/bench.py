@@ -23,11 +23,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import commit
+from checkpoint import commit, printable, write
+
+import torch
+
 from notebooks.contenders import PEERS, Skip, check, draw, everybody, kept
 from report import put_between
 
@@ -84,7 +85,8 @@ def others_cpu():
     """CPU seconds that other programs have used so far; None where /proc/stat does not tell."""
     if not Path("/proc/stat").exists():
         return None
-    user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split()[1:9]
+    spent = Path("/proc/stat").read_text(encoding="utf-8").split()[1:9]
+    user, nice, system, _, _, *interrupts = spent
     ticks = sum(map(int, (user, nice, system, *interrupts)))
     return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
@@ -226,7 +228,7 @@ def goals(rows):
 
 def table(json_path):
     """Markdown for a page: one table per layer, and in words who is slower than dense."""
-    record = json.loads(Path(json_path).read_text())
+    record = json.loads(Path(json_path).read_text(encoding="utf-8"))
     env, layers = record["env"], {}
     for r in record["rows"]:
         layers.setdefault(tuple(r[name] for name in LAYER), []).append(r)
@@ -307,7 +309,7 @@ def environment(args, argv, absent):
 
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((l.split(": ")[1] for l in lines if l.startswith("model name")), name)
     found = {p: version(p) for p in ("torch", "triton", *(pip for pip, _ in PEERS.values()))}
     return {
@@ -325,7 +327,7 @@ def save(path, env, rows):
     """JSON with a line per row, so that a diff of two files can be read."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(f'{{"env": {json.dumps(env)},\n"rows": [\n{lines}\n]}}\n')
+    write(path, f'{{"env": {json.dumps(env)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def sizes(names, device):
@@ -361,12 +363,13 @@ def parse(argv):
 
 
 def main(argv=None):
+    printable()
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.page:
         return write_page(args.page, args.path)
     if args.path:
-        return print(goals(json.loads(Path(args.path).read_text())["rows"]))
+        return print(goals(json.loads(Path(args.path).read_text(encoding="utf-8"))["rows"]))
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     builds = everybody(args.device == "cuda" if args.compiled is None else args.compiled)
     random.seed(0)

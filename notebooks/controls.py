@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 import train
+from moe import check_blocks, routers
 from teacher import guidance_loss, teacher_router_losses
 
 
 def router(student, block):
+    check_blocks("block", [block], routers(student))
     return student.blocks[block - 1].mlp.router
 
 
@@ -62,7 +64,8 @@ def learn_the_teachers_logits(cfg, student, guide, images, targets, temperature=
         with torch.no_grad():
             taught = guide.teacher(images).logits
         terms = train.objective(cfg, output, targets)
-    s, t = ((z.float() / temperature).log_softmax(dim=1) for z in (output.logits, taught))
+    wide = torch.promote_types(taught.dtype, torch.float32)
+    s, t = ((z.to(wide) / temperature).log_softmax(dim=1) for z in (output.logits, taught))
     return terms | {"logits": F.kl_div(s, t, reduction="batchmean", log_target=True)}
 
 
@@ -128,6 +131,8 @@ def centroids(h, E, steps=25):
     The nearest by distance would need a bias of |c|^2 / 2, and a teacher router has no bias. Among
     unit centroids the one with the largest dot product is the nearest on the sphere, whatever |h|.
     """
+    if not 1 <= E <= len(h):
+        raise ValueError(f"{len(h)} features have no {E} centroids: choose 1 to {len(h)}")
     h = F.normalize(h, dim=1)
     c = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:E]]
     for _ in range(steps):

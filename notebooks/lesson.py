@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
+
 import numpy as np
 import torch
 from IPython.display import Image, display
@@ -20,7 +22,7 @@ from tqdm.auto import tqdm as bar
 import train
 from data import unit
 from notebooks import decided, study
-from report import COLOURS
+from report import COLOURS, ids
 from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,6 +116,7 @@ def patch_map(axis, image, experts=None, strength=None, title=""):
     axis.set(xticks=[], yticks=[], title=title)
     if experts is None:
         return axis.imshow(image.permute(1, 2, 0))
+    ids(experts, len(COLOURS), "experts")
     palette = np.array([to_rgb(colour) for colour in COLOURS])               # (8, 3)
     tiles = np.concatenate([palette[experts], np.asarray(strength)[:, None]], axis=1)
     axis.imshow(image.float().mean(dim=0), cmap="gray", vmin=-100, vmax=255)

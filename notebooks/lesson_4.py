@@ -8,6 +8,8 @@ import os
 import textwrap
 from pathlib import Path
 
+import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
+
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
@@ -135,7 +137,8 @@ class Moved(TorchDispatchMode):
 
 def timings():
     """Who made results/kernels_cpu.json, and those of its rows that no other program disturbed."""
-    record = json.loads((Path(__file__).parent / "results/kernels_cpu.json").read_text())
+    path = Path(__file__).parent / "results/kernels_cpu.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
     timed = [r for r in record["rows"] if r["ms"] and not bench.disturbed(r)]
     return (record["env"] | {"seed": 0},                    # contenders.draw knows no other seed
             sorted(timed, key=lambda r: (-r["D"], -r["E"], -r["K"], r["threads"])))

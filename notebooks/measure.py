@@ -11,6 +11,7 @@ Every file that it writes under notebooks/results/ says which command, seed, com
 it.
 """
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -18,14 +19,15 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoint
 import data
 import distill
 import report
@@ -34,7 +36,7 @@ from notebooks import probes, study
 from notebooks.controls import guide_the_features_alone
 from notebooks.decided import ARMS, GRIDS, SCALES, SWEEP
 from notebooks.lesson import guide_of, rebuild, trained
-from router import TopKRouter
+from router import TopKRouter, expect
 from teacher import Guide
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +51,15 @@ def about(command, seed, commit=None, device="cpu"):
 
 def write(name, origin, **arrays):
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.npz"
-    np.savez_compressed(path, about=json.dumps(origin), **arrays)
+    path, buffer = RESULTS / f"{name}.npz", io.BytesIO()
+    np.savez_compressed(buffer, about=json.dumps(origin), **arrays)
+    checkpoint.write(path, buffer.getvalue())
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def narrow(ids):
+    """Ids in the narrowest whole numbers that hold them all: the files are in the repository."""
+    return ids.astype(np.min_scalar_type(ids.max()))
 
 
 def half(weights):
@@ -60,7 +68,7 @@ def half(weights):
 
 def ended(run, data_dir):
     """(result, cfg, images, vit) of a run that has ended; vit keeps its experts' raw outputs."""
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     cfg = train.Config(**result["config"] | {"device": "cpu"})
     images = data.load(cfg.data, data_dir)
     vit = train.build(cfg, images)
@@ -75,7 +83,8 @@ def keep(args):
     """Keep two trained students, the teacher of one, 64 probe images and every epoch's routing."""
     runs = {name: Path(args.runs, arm, "seed0")
             for name, arm in (("vmoe", "moe-k1"), ("tgr", "tgr-k1"))}
-    results = {name: json.loads((run / "result.json").read_text()) for name, run in runs.items()}
+    results = {name: json.loads((run / "result.json").read_text(encoding="utf-8"))
+               for name, run in runs.items()}
     cfg = train.Config(**results["tgr"]["config"] | {"device": "cpu"})
     images = data.load(cfg.data, args.data_dir)
     names = images.coarse_names if cfg.labels == "coarse" else images.fine_names
@@ -85,7 +94,7 @@ def keep(args):
     probe, labels = (part[:64].numpy() for part in data.split(cfg, images).probe)
     write("probe", origins["tgr"], images=probe, labels=labels, names=np.array(names),
           mean=images.mean, std=images.std)
-    histories = {name: np.load(run / "routing.npz")["experts"].astype(np.int8)
+    histories = {name: narrow(np.load(run / "routing.npz")["experts"])
                  for name, run in runs.items()}             # (epochs, L, B, N, K)
     both = " and ".join(origin["command"] for origin in origins.values())
     write("routing", origins["tgr"] | {"command": both},
@@ -98,7 +107,7 @@ def keep(args):
             teacher = checkpoint.read(Path(args.runs, "teacher", "checkpoint.pt"), train.Config)
             kept |= {"routers": half(state["routers"]), "teacher": half(teacher["student"]),
                      "teacher_config": teacher["config"]}
-        checkpoint.save(RESULTS / f"{name}.pt", kept)
+        checkpoint.write(RESULTS / f"{name}.pt", checkpoint.seal(kept))
         print(f"{name}.pt: {(RESULTS / f'{name}.pt').stat().st_size / 1e6:.2f} MB")
 
 
@@ -146,7 +155,7 @@ def experts(args):
         probe = (images.normalise(sets.probe[0]), sets.probe[1])
         found = {
             "arms": arm,
-            "domain": torch.stack([distill.domains(r.probs, N) for r in routings]).byte(),
+            "domain": narrow(np.stack([distill.domains(r.probs, N) for r in routings])),
             "correct": torch.stack([distill.probe(vit, x, y, b) for b in blocks]),
             "norms": torch.stack([distill.expert_gradient_norms(vit, x[:HEARD], y[:HEARD], b)
                                   for b in blocks]),
@@ -168,6 +177,7 @@ def colleagues(raw):
 
     Distillation sees nothing of the experts but these raw outputs (T, K=2, D).
     """
+    expect("raw", raw, "T", 2, "D")
     return F.cosine_similarity(raw[:, 0], raw[:, 1], dim=-1).mean(), raw.norm(dim=-1).mean()
 
 
@@ -346,6 +356,7 @@ def main(argv=None):
     parser.add_argument("what", choices=MEASURES)
     parser.add_argument("--runs", default="runs/study/cpu", help="the study's runs at one scale")
     parser.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")
+    checkpoint.printable()
     args = parser.parse_args(argv)
     try:
         MEASURES[args.what](args)

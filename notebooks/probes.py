@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import distill
 import report
 import train
+from moe import check_blocks, routers
 from notebooks.controls import dispatch
 
 PROBED = 2_000      # test images on which every expert is forced in turn
@@ -22,9 +23,11 @@ PROBED = 2_000      # test images on which every expert is forced in turn
 def expert_similarity(moe, h):
     """Mean cosine of two experts' outputs for one token, over all pairs and tokens (ours).
 
-    h (T, D) is the input of the layer `moe`.
+    h (T, D) is the input of the layer `moe`. None where a lone expert has no pair.
     """
     E = len(moe.experts.w_in)
+    if E == 1:
+        return None
     f = F.normalize(moe.experts.batched(h.expand(E, *h.shape)), dim=-1)     # (E, T, D)
     pairs = f.sum(dim=0).square().sum(dim=-1) - E                       # (T,) each pair twice
     return (pairs / (E * (E - 1))).mean().item()
@@ -37,6 +40,7 @@ def oracle_cosine(student, images, labels, block):
     gate. Gradients are of the task loss, with respect to the router's weight (E, D). None where
     the sparse gradient is 0.
     """
+    check_blocks("block", [block], routers(student))
     moe, seen = student.blocks[block - 1].mlp, {}
     hook = moe.register_forward_hook(lambda m, x, out: seen.update(x=x[0], y=out[0]))
     loss = F.cross_entropy(student(images).logits, labels)
@@ -72,6 +76,9 @@ def probe_experts(student, images, labels, block):
 
 def mutual_information(counts):
     """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
+    if counts.ndim != 2 or not counts.min(initial=0) >= 0 or not counts.sum() > 0:
+        raise ValueError(f"counts must be a table (R, C) that counts something, not {counts.shape} "
+                         f"with the sum {counts.sum()}")
     joint = counts / counts.sum()
     alone = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     seen = joint > 0                                        # 0 log 0 = 0

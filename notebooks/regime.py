@@ -17,6 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import printable
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "notebooks" / "results" / "regime.jsonl"
 RECIPE = "--preset tiny --data cifar100 --labels fine --train_images 0 --split val --device cpu"
@@ -52,7 +56,7 @@ def setting(row):
 
 
 def rows():
-    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
     return [json.loads(line) for line in lines]
 
 
@@ -69,8 +73,8 @@ def run(args):
             if process.returncode:
                 print(f"{name(s)} failed: see its log", file=sys.stderr)
                 continue
-            with open(ROWS, "a") as file:
-                file.write(result.read_text())
+            with open(ROWS, "a", encoding="utf-8") as file:
+                file.write(result.read_text(encoding="utf-8"))
         while waiting and len(going) < args.workers:
             s = waiting.pop(0)
             folder = Path(args.out, name(s))
@@ -78,7 +82,7 @@ def run(args):
             words = [*flags(*s).split(), "--out", str(folder), "--data_dir", args.data_dir]
             words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
             print(f"{time.strftime('%H:%M:%S')} {name(s)}", flush=True)
-            with open(folder / "log.txt", "a") as log:
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
                 going[s] = subprocess.Popen([sys.executable, ROOT / "train.py", *words], cwd=ROOT,
                                             stdout=log, stderr=log,
                                             env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -113,6 +117,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", default="runs/regime")
     parser.add_argument("--data_dir", default="data")
+    printable()
     args = parser.parse_args()
     {"run": run, "table": table}[args.what](args)
 

@@ -13,7 +13,6 @@ train.py says, probes.py what a trained model is asked. A run becomes one row of
 notebooks/results/GRID.jsonl: the result.json of train.py and the answers to probes.closing_look.
 """
 import argparse
-import errno
 import itertools
 import json
 import math
@@ -24,12 +23,12 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
+
 import report
 import train
 from notebooks import decided
@@ -66,35 +65,14 @@ def append(path, row):
         os.close(file)
 
 
-@contextmanager
-def locked(folder):
-    """Only one process at a time is inside; the lock ends with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:                                 # Windows has another lock
-            import msvcrt
-            waiting = True
-            while waiting:
-                try:
-                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                    waiting = False
-                except OSError as error:                    # it waits ten seconds and gives up
-                    if error.errno != errno.EDEADLK:
-                        raise
-        yield
-
-
 def unclean():
     """The files of code that differ from their commit; rows, figures and texts may differ."""
     if not (ROOT / ".git").exists():
         return "" if checkpoint.commit() else "everything (no git here, and no GUIDED_MOE_COMMIT)"
     status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
               ":!notebooks/results", ":!notebooks/figures", ":!*.md"]
-    found = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return ", ".join(line[3:] for line in found.splitlines())
+    found = subprocess.run(status, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    return ", ".join(line[3:] for line in found.stdout.splitlines())
 
 
 def commit_of_row(dirty):
@@ -117,30 +95,26 @@ def best_alpha(scale):
 
 def prepare(flags, folder, data_dir, seed=None, teacher=None):
     """train.py's plan for these flags; a run that has a checkpoint goes on from it."""
-    argv = [*shlex.split(flags), "--out", str(folder), "--data_dir", data_dir]
+    argv = [*shlex.split(flags), "--out", str(folder), "--data_dir", data_dir, "--resume"]
     argv += ["--seed", str(seed)] if seed is not None else []
     argv += ["--teacher", str(teacher)] if teacher else []
-    if (folder / "checkpoint.pt").exists():
-        argv.append("--resume")
-    else:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)   # it stopped before its first one
     return train.plan(train.parse(argv))
 
 
 def train_teacher(scale, out, data_dir):
     """The dense teacher's checkpoint; whoever comes first trains it, the others wait."""
     folder = Path(out, scale, "teacher")
-    with locked(folder):
+    with checkpoint.claim(folder, wait_for="to train the teacher"):
         _, job = prepare(f"{SCALES[scale]} {decided.TEACHER[scale]}", folder, data_dir)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale}")
-    return folder / "checkpoint.pt"
+    return folder / checkpoint.NAME
 
 
 def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
     """Train one arm with one seed and append its row, unless it is there."""
     flags, control = ARMS[arm]
     folder = Path(out, scale, arm, f"seed{seed}")
-    with locked(folder):
+    with checkpoint.claim(folder, wait_for="to train the same arm and seed"):
         if (scale, arm, seed) in {(r["scale"], r["arm"], r["seed"]) for r in read_rows()}:
             return
         taught = "tgr" in flags or control == "logits"
@@ -153,7 +127,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
             guide = train.guide_of(planned or train.teacher_of(job), job)
         if control in SETUPS:
             SETUPS[control](job, guide)
-        if guide and job.state:                            # a run that has ended is only read
+        if guide and job.ended:                            # then it is only read
             guide.routers.load_state_dict(job.state["routers"])
         command = f"python notebooks/study.py run {grid} --only {arm} --seed {seed} --scale {scale}"
         result = train.fit(job, guide, command, LOSSES.get(control))
@@ -178,12 +152,14 @@ def to_do(grid, scale, only=None, seed=None):
     return [(arm, s) for s, arm in runs if (scale, arm, s) not in have]
 
 
-def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep):
+def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep,
+             asked=()):
     """Keep `workers` runs going and return those that failed.
 
     start(run) gives a Popen. With `minutes`, no run starts that would end too late if it took as
-    long as the median run, and what still runs at the end is interrupted. It goes on from its
-    checkpoint in the next call, and so do runs that are longer than a call.
+    long as the median run, and what still runs at the end, or when `asked` is no longer empty, is
+    interrupted. It goes on from its checkpoint in the next call, and so do runs that are longer
+    than a call.
     """
     began, waiting, going, took, failed = now(), list(runs), {}, list(took), []
     limit = math.inf if minutes is None else 60 * minutes
@@ -200,7 +176,7 @@ def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sl
             median = statistics.median(took) if took else 0
             if left <= 0 or left < median <= limit:
                 waiting = []
-            if left <= 0:
+            if left <= 0 or asked:
                 break
             while waiting and len(going) < workers:
                 run = waiting.pop(0)
@@ -235,17 +211,22 @@ def run(args):
         print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {log}", flush=True)
         words = ["run", args.grid, "--only", arm, "--seed", str(seed), "--scale", args.scale,
                  "--out", args.out, "--data_dir", args.data_dir, "--here"]
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             return subprocess.Popen(
                 [sys.executable, __file__, *words, *(["--dirty"] if args.dirty else [])],
                 stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     took = [r["wall_seconds"] for r in read_rows()
             if r["scale"] == args.scale and r["arm"] in GRIDS[args.grid]]
-    failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes, took)
+    with checkpoint.until_asked_to_stop("interrupting the runs") as asked:
+        failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes,
+                          took, asked=asked)
+    if asked:
+        raise checkpoint.Stopped(asked[0])
     for arm, seed in failed:
         log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
-        print(f"{arm}, seed {seed}: {(log.read_text().splitlines() or ['?'])[-1]}", file=sys.stderr)
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["?"]
+        print(f"{arm}, seed {seed}: {said[-1]}", file=sys.stderr)
     print(f"{len(to_do(args.grid, args.scale, args.only, args.seed))} runs are left")
     return int(bool(failed))
 
@@ -313,17 +294,65 @@ def arms_table(grid, rows):
 
 
 def hypotheses_table(grid, scale, rows):
-    lines = ["| expected | by | metric | contrast | at least | estimate [95 %] | n | verdict |",
-             "|-|-|-|-|-|-|-|-|"]
-    for h in decided.HYPOTHESES:
-        if h.grid == grid and scale in h.scales:
-            found = decided.contrast(rows, h.metric, h.plus, h.minus)
-            digits = 2 if h.metric.startswith(ACC) else 3
-            words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
-            lines.append(f"| {h.claim} | {h.source} | {h.metric} | {words} | {h.least:g} "
-                         f"| {decided.signed(found, digits)} | {found.n} "
-                         f"| {decided.verdict(found, h.least)} |")
+    lines = ["| expected | by | metric | contrast | at least | estimate [95 %] | n | p, Holm "
+             "| verdict |", "|-|-|-|-|-|-|-|-|-|"]
+    for h, (e, p, verdict) in decided.judge(grid, scale, rows).items():
+        digits = 2 if h.metric.startswith(ACC) else 3
+        words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
+        lines.append(f"| {h.claim} | {h.source} | {h.metric} | {words} | {h.least:g} "
+                     f"| {decided.signed(e, digits)} | {e.n} | {shown(p)} | {verdict} |")
     return "\n".join(lines)
+
+
+def shown(p):
+    """A p-value to two digits; – where there is none."""
+    return "–" if p is None else "< .001" if p < 0.001 else f"{p:.2g}"
+
+
+def factors(scale):
+    """The four models of which router and features are guided or free, and what each factor does.
+
+    Empty unless each has run with three seeds that all of them have.
+    """
+    arms = decided.FACTORS
+    rows = [row for row in read_rows() if row["scale"] == scale and row["arm"] in arms.values()]
+    seeds = set.intersection(*({r["seed"] for r in rows if r["arm"] == arm}
+                               for arm in arms.values()))
+    rows = alike([row for row in rows if row["seed"] in seeds], list(arms.values()))
+    if len(seeds) < 3:
+        return ""
+    steady = "agreement with the end at 1/2"
+    lines = ["| accuracy, %; agreement with the end at 1/2 | features free | features guided |",
+             "|-|-|-|"]
+    for router in ("free", "guided"):
+        cells = [[row for row in rows if row["arm"] == arms[router, features]]
+                 for features in ("free", "guided")]
+        lines.append(f"| router {router} | " + " | ".join(
+            f"{report.pooled([METRICS[ACC](row) for row in some])}; "
+            f"{report.pooled([METRICS[steady](row) for row in some])}" for some in cells) + " |")
+    lines += ["", "| effect | on accuracy, points [95 %] | on the agreement [95 %] |", "|-|-|-|"]
+    none, router, features, both = arms.values()
+    effects = {"guided features, router free": ((features,), (none,)),
+               "guided features, router guided": ((both,), (router,)),
+               "guided router, features free": ((router,), (none,)),
+               "guided router, features guided": ((both,), (features,)),
+               "interaction": ((both, none), (router, features))}
+    for name, (plus, minus) in effects.items():
+        cells = (decided.signed(decided.contrast(rows, metric, plus, minus), digits)
+                 for metric, digits in ((ACC, 2), (steady, 3)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    last = decided.contrast(rows, ACC, (both,), (features,))
+    p = decided.equivalence(last, decided.MARGIN)
+    same = "is" if p < 0.05 else "is not"
+    return "\n\n".join([
+        f"### what does guidance guide? scale {scale}", "\n".join(lines),
+        f"{len(seeds)} seeds that all four have; intervals are over seeds alone, for one teacher, "
+        f"one set of training images and one test set, and not corrected for their number. That "
+        f"TGR and guided features alone are equally accurate within {decided.MARGIN} points {same} "
+        f"established (two one-sided tests, p = {shown(p)}). A guided router differs from V-MoE's "
+        f"in more than the guidance: it has no load and entropy losses of its own. The runs are of "
+        f"commits {all_of(rows, lambda row: row['commit'][:12])}, and perhaps of several "
+        f"machines."])
 
 
 def unpaired(grid, rows):
@@ -367,8 +396,10 @@ def section(grid, scale, page=PAGE):
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. Mean ± "
         f"sample standard deviation over n seeds; differences are paired by seed, with 95 % "
         f"t-intervals. T: the TGR-MoE paper, M: the MoDE paper, ours: a control. Met: the estimate "
-        f"is at least the threshold and its interval above 0; not met: the interval is below the "
-        f"threshold.")
+        f"is at least the threshold, its interval above 0 and p, corrected by Holm for the "
+        f"contrasts of this table, below .05; not met: the interval is below the threshold; below "
+        f"three seeds there is no verdict. Intervals are over seeds alone, for one teacher, one "
+        f"set of training images and one test set.")
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     return "\n\n".join([
@@ -438,7 +469,7 @@ def draw(grid, scale):
              "alpha": lambda: plot_alpha(rows)}
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name, path in picture_paths(grid, scale, rows).items():
-        plots[name]().savefig(path)
+        checkpoint.write(path, report.png(plots[name]()))
 
 
 # --- what is written between two markers of a file ---
@@ -451,7 +482,8 @@ def results(page):
     if not sections:
         return "The study has no rows yet."
     links = [f"[{grid}, scale {scale}](#{grid}-scale-{scale})" for grid, scale in sections]
-    return "\n\n".join([" · ".join(links), *sections.values()])
+    crossed = [text for scale in SCALES if (text := factors(scale))]
+    return "\n\n".join([" · ".join(links), *crossed, *sections.values()])
 
 
 # The arms on the front page, at scale cpu: what they are called there, and whether router and
@@ -563,6 +595,7 @@ def main(argv=None):
     two.add_argument("--page", help="write all grids between the study markers of this file")
     two.add_argument("--front", help="only write the short table between this file's front markers")
     two.add_argument("--check", help="only say whether this file is what the rows say")
+    checkpoint.printable()
     args = parser.parse_args(argv)
     try:
         if args.command == "list":
@@ -571,9 +604,9 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (checkpoint.Stopped, KeyboardInterrupt) as stop:
         print("study.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return getattr(stop, "exit_code", 130)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def compiled(kernel, pointers, constants, warps, stages):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage, sass = (subprocess.check_output([CUOBJDUMP, word, file.name], text=True,
+        usage, sass = (subprocess.check_output([CUOBJDUMP, word, file.name], encoding="utf-8",
                                                stderr=subprocess.STDOUT)
                        for word in ("-res-usage", "-sass"))
     return {"registers": int(re.search(r"REG:(\d+)", usage)[1]),

@@ -17,7 +17,7 @@ every_assignment = pytest.mark.parametrize("a", EVERY, ids=[a.folder for a in EV
 
 def checks(a, name):
     """{name: points} of the checks in public.py or hidden.py, without running them."""
-    nodes = course.functions((a.path / name).read_text())
+    nodes = course.functions((a.path / name).read_text(encoding="utf-8"))
     points = {}
     for check, node in nodes.items():
         if course.is_check(node):
@@ -41,7 +41,7 @@ def test_every_blank_names_a_function_and_is_blank_for_students(a):
     tree = selftest.unsolved()
     for file, names in a.blanks.items():
         for name in names:
-            ours = course.functions((course.ROOT / file).read_text())[name]
+            ours = course.functions((course.ROOT / file).read_text(encoding="utf-8"))[name]
             theirs = course.functions(tree[file])[name]
             assert course.is_blank(theirs) and not course.is_blank(ours)
             assert ast.dump(ours.args) == ast.dump(theirs.args)
@@ -52,7 +52,7 @@ def test_every_blank_names_a_function_and_is_blank_for_students(a):
 def test_blanks_that_are_filled_again_give_the_module(a):
     tree = selftest.unsolved()
     for file in a.blanks:
-        source = (course.ROOT / file).read_text()
+        source = (course.ROOT / file).read_text(encoding="utf-8")
         every = [name for other in EVERY for name in other.blanks.get(file, ())]
         assert course.fill(tree[file], source, every) == source
         mine = course.fill(tree[file], source, list(a.blanks[file]))
@@ -63,7 +63,7 @@ def test_blanks_that_are_filled_again_give_the_module(a):
 def test_the_numbers_in_manifest_and_handout_are_those_of_the_checks(a):
     public, hidden = checks(a, "public.py"), checks(a, "hidden.py")
     assert (len(public), len(hidden)) == a.checks and not set(public) & set(hidden)
-    handout = (a.path / "handout.md").read_text()
+    handout = (a.path / "handout.md").read_text(encoding="utf-8")
     of = sum(public.values()) + sum(hidden.values())
     assert f"worth {sum(public.values())} of the {of} points" in " ".join(handout.split())
     assert sum(map(int, re.findall(r"(\d+) points\)", handout))) == of          # part by part
@@ -83,7 +83,7 @@ def test_a_blank_of_another_assignment_is_filled_and_ones_own_is_left(tmp_path):
         graded = course.graded_tree(tree, tmp_path / a.folder, a.number)
         for other in EVERY:
             for file, names in other.blanks.items():
-                nodes = course.functions((graded / file).read_text())
+                nodes = course.functions((graded / file).read_text(encoding="utf-8"))
                 assert {course.is_blank(nodes[name]) for name in names} == {other is a}
 
 
@@ -92,7 +92,7 @@ def test_what_a_student_has_written_is_not_replaced(tmp_path):
     other = {"within_capacity": ["    return 'mine'"]}
     files["router.py"] = course.with_bodies(files["router.py"], other)
     graded = course.graded_tree(selftest.write(tmp_path / "student", files), tmp_path / "tree", 1)
-    assert "return 'mine'" in (graded / "router.py").read_text()
+    assert "return 'mine'" in (graded / "router.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("words, sentence", [

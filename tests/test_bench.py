@@ -57,7 +57,7 @@ def test_a_product_by_groups_costs_what_its_products_one_by_one_cost_forward_and
 
 def test_the_file_holds_what_was_run_on_what_and_every_number(tmp_path, monkeypatch):
     rows = run(monkeypatch, more=["--json", str(tmp_path / "new" / "k.json"), "--threads", "1,1"])
-    record = json.loads((tmp_path / "new" / "k.json").read_text())
+    record = json.loads((tmp_path / "new" / "k.json").read_text(encoding="utf-8"))
     assert {"threads", "device", "torch", "triton", "python", "commit", "command", "absent",
             "versions", "repeats"} <= set(record["env"])
     assert record["rows"][-1] == rows["every_expert"]
@@ -85,7 +85,7 @@ def test_a_busy_neighbour_is_noticed_and_our_own_work_is_not(monkeypatch):
 
 def test_absent_peers_are_named(monkeypatch, tmp_path, capsys):
     run(monkeypatch, more=["--json", str(tmp_path / "k.json")])
-    absent = json.loads((tmp_path / "k.json").read_text())["env"]["absent"]
+    absent = json.loads((tmp_path / "k.json").read_text(encoding="utf-8"))["env"]["absent"]
     assert set(absent) == set(contenders.PEERS)
     assert "absent: scattermoe" in capsys.readouterr().out
 
@@ -182,7 +182,7 @@ def test_what_is_saved_twice_or_as_a_view_is_kept_once():
 def test_windows_and_macos_can_import_what_notebook_4_imports():
     # test_notebooks.py asks the same of every page for fcntl; this page has clocks and kernels too
     here = Path(bench.__file__).parent
-    cells = json.loads((here / "04_fast_dispatch.ipynb").read_text())["cells"]
+    cells = json.loads((here / "04_fast_dispatch.ipynb").read_text(encoding="utf-8"))["cells"]
     begin, imports, *_ = ("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     code = f"""import os, sys, torch
 sys.modules |= dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios", "triton"))
@@ -190,8 +190,8 @@ del os.fork, os.sysconf, os.uname
 {begin}
 {imports}
 print(fused.__name__, lesson_4.__name__, bench.__name__, contenders.__name__)"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True,
-                         timeout=300)
+    run = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True,
+                         encoding="utf-8", timeout=300)
     modules = "notebooks.lesson_4 notebooks.bench notebooks.contenders"
     assert run.stdout == f"lean {modules}\n", run.stderr
 
@@ -241,7 +241,7 @@ def test_a_disturbed_column_is_marked_and_no_goal_is_judged_by_it():
 
 def test_a_page_without_its_markers_is_refused(tmp_path):
     bench.save(tmp_path / "k.json", {}, [])
-    (tmp_path / "README.md").write_text(bench.END + bench.BEGIN)
+    (tmp_path / "README.md").write_text(bench.END + bench.BEGIN, encoding="utf-8")
     with pytest.raises(ValueError, match="kernels:begin"):
         bench.write_page(tmp_path / "README.md", tmp_path / "k.json")
 

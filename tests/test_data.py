@@ -138,7 +138,7 @@ def test_a_byte_is_divided_by_255_to_its_last_bit():
 def test_no_augmentation_changes_nothing():
     x = pictures(5)
     torch.testing.assert_close(D.augment(x, "none", rng()), x.float() / 255)
-    with pytest.raises(AssertionError, match="no augmentation 'ligth'"):
+    with pytest.raises(ValueError, match="no augmentation 'ligth'"):
         D.augment(x, "ligth", rng())
 
 
@@ -600,3 +600,47 @@ def test_the_real_cifar100_has_the_known_mean_and_classes():
     trees = data.train.fine[data.train.coarse == data.coarse_names.index("trees")].unique()
     assert [data.fine_names[i] for i in trees] == [
         "maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"]
+
+
+# --- what is refused ---
+
+SET = D.synthetic(n_train=250, n_test=250)
+X, Y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 99])
+
+
+def a_mix(images=X, labels=Y, n_classes=100, mixup=0.5, cutmix=0.5):
+    return lambda: D.mix(images, labels, n_classes, mixup, cutmix, seed=0)
+
+
+REFUSED = [
+    *((a_mix(**{kind: a}), f"{kind} cannot be {a}: choose 0 or more")
+      for kind in ("mixup", "cutmix") for a in (-1, -1e-9, float("nan"), float("inf"))),
+    *((a_mix(labels=y, mixup=on), r"labels must be \(4\), not") for on in (0, 1)
+      for y in (Y[:3], Y[:1], Y[None])),
+    *((a_mix(labels=Y + i, mixup=on), "labels must be 0 to 99, not ") for on in (0, 1)
+      for i in (-1, 1, 2**40)),
+    *((a_mix(images=x), r"images must be \(B, 3, H, W\), not")
+      for x in (X[:0], X[0], X[:, :1], X.mT[..., None])),
+    *((a_mix(images=(255 * X).to(dtype)), f"images must be float, not {dtype}: mix them after")
+      for dtype in (torch.uint8, torch.int64)),
+    *((lambda x=x: SET.normalise(x), "images must be .*3.*, not")
+      for x in (X[:, :1], X[:, :2], X.permute(0, 2, 3, 1), X[0, 0], torch.rand(4, 4, 32, 32))),
+    *((lambda s=s: D.augment(X, s, rng()), f"there is no augmentation {s!r}: choose none, light or")
+      for s in ("ligth", "", None)),
+    *((lambda x=x, s=s: D.augment(x, s, rng()), r"images must be \(B, 3, 32, 32\), not")
+      for s in ("none", "light", "heavy")
+      for x in (X[:0], X[0], X[:, :1], torch.rand(4, 3, 64, 64), torch.rand(4, 3, 16, 64))),
+    *((lambda i=i: D.draw(Y + i, rng()), "fine must be 0 to 99, not ") for i in (-1, 1)),
+    (lambda: D.draw(Y[None], rng()), r"fine must be \(B\), not"),
+    *((lambda x=x: D.channel_stats(x), "images must be ") for x in (X, X[:0], X[0], X[:, :1])),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_is_no_batch_of_pictures_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        call()
+
+
+def test_pictures_in_float64_stay_there():
+    assert SET.normalise(X.double()).dtype == torch.float64

@@ -62,7 +62,7 @@ def test_three_experts_meet_in_their_mean():
 def test_approaching_the_mean_is_approaching_each_other(K):
     raw = outputs(K).double()
     pairs = sum(F.mse_loss(raw[:, i], raw[:, j]) for i in range(K) for j in range(K))
-    torch.testing.assert_close(mutual_distillation_loss(raw), (pairs / (2 * K * K)).float())
+    torch.testing.assert_close(mutual_distillation_loss(raw), pairs / (2 * K * K))
 
 
 @pytest.mark.parametrize("K", [3, 5])
@@ -324,3 +324,64 @@ def test_narrow_vision_is_each_experts_share_of_all_the_gradient():
                           [3.0, 0.0, 4.0]])        # (B=2, E=3)
     # (1+3, 0, 2+4) / 10; a mean of the images' own shares would be (.381, 0, .619)
     torch.testing.assert_close(narrow_vision(norms), torch.tensor([0.4, 0.0, 0.6]))
+
+
+# --- what is refused ---
+
+D3, L3, RIGHT = torch.tensor([0, 1, 2]), torch.tensor([0, 3, 1]), torch.ones(3, 3).bool()
+
+
+def looked_at(look, block=2, n=8):
+    """probe or expert_gradient_norms, at a ViT whose blocks 1 and 2 of 3 have routers."""
+    def call():
+        vit, x, labels = sparse_vit()
+        return look(vit, x, labels[:n], block)
+    return call
+
+
+def replaced(ids, at, by):
+    return ids.index_fill(0, torch.tensor(at), by)
+
+
+REFUSED = [
+    *((lambda s=s: mutual_distillation_loss(torch.zeros(s)), r"raw must be \(T, K, D\), not")
+      for s in ((0, 2, D), (T, 0, D), (T, 2, 0), (T, D), (T,), (2, T, 2, D), (0, 1, D))),
+    *((lambda s=s: domains(torch.zeros(s), 3), "probs of 3 tokens an image must be ")
+      for s in ((7, 5), (2, 5), (6, 0), (6,), (2, 3, 5))),
+    *((lambda i=i: class_domains(replaced(D3, 1, i), L3, 3, 4), f"domain must be 0 to 2, not .*{i}")
+      for i in (-1, 3, 300)),
+    *((lambda i=i: class_domains(D3, replaced(L3, 1, i), 3, 4), f"labels must be 0 to 3, not .*{i}")
+      for i in (-1, 4, 300)),
+    (lambda: class_domains(D3, L3[:2], 3, 4), r"labels must be \(3\), not \(2,\)"),
+    (lambda: class_domains(D3, L3[:1], 3, 4), r"labels must be \(3\), not \(1,\)"),
+    (lambda: class_domains(D3[:0], L3[:0], 3, 4), r"domain must be \(B\), not \(0,\)"),
+    (lambda: class_domains(D3[None], L3[None], 3, 4), r"domain must be \(B\), not \(1, 3\)"),
+    *((lambda e=e: forced(e, 4, 3), f"expert must be 0 to 2, not {e}") for e in (-1, 3, 256)),
+    *((looked_at(look, block), r"block cannot be .*: choose from \[1, 2\], each once")
+      for look in (probe, expert_gradient_norms) for block in (0, -1, 3, 4, 1.5, None)),
+    *((looked_at(probe, n=n), rf"labels must be \(8\), not \({n},\)") for n in (1, 7, 0)),
+    (looked_at(expert_gradient_norms, n=7), "argument 2 is shorter"),
+    *((lambda f=f, i=i: f(RIGHT, replaced(D3, 1, i)), f"domain must be 0 to 2, not .*{i}")
+      for f in (accuracy_matrix, gate_accuracy) for i in (-1, 3)),
+    *((lambda f=f: f(RIGHT, D3[:1]), r"domain must be \(3\), not \(1,\)")
+      for f in (accuracy_matrix, gate_accuracy)),
+    *((lambda f=f, s=s: f(torch.ones(s), D3), r"correct must be \(E, B\), not")
+      for f in (accuracy_matrix, gate_accuracy) for s in ((3,), (0, 3), (3, 0), (1, 3, 3))),
+    *((lambda s=s: own_and_others(torch.ones(s)), "A must be ") for s in ((3, 4), (3, 1), (3,),
+                                                                            (3, 3, 3))),
+    *((lambda s=s: narrow_vision(torch.ones(s)), r"norms must be \(B, E\), not")
+      for s in ((0, 3), (3, 0), (3,), (2, 3, 3))),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_distillation_in_float64_has_the_gradients_of_finite_differences(K):
+    raw = outputs(K)[:4, :, :5].double().requires_grad_()
+    assert mutual_distillation_loss(raw).dtype == torch.float64
+    assert torch.autograd.gradcheck(mutual_distillation_loss, (raw,))

@@ -154,7 +154,8 @@ def test_the_reference_worked_by_hand():
 
 def test_every_masked_load_says_what_the_masked_lanes_hold():
     # no CPU run can see it: the interpreter and most GPUs happen to fill in zeros
-    calls = [node for node in ast.walk(ast.parse(Path(kernels.__file__).read_text()))
+    source = Path(kernels.__file__).read_text(encoding="utf-8")
+    calls = [node for node in ast.walk(ast.parse(source))
              if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"]
     words = [{word.arg for word in call.keywords} for call in calls]
     assert sum("mask" in w for w in words) >= 8
@@ -539,7 +540,7 @@ def test_long_sums_are_made_in_float32():
 def test_the_kernels_compile_for_a_hopper_gpu_with_tensor_cores_and_no_spills():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, Path(__file__).parent / "sm90.py", "--json"], env=env,
-                         capture_output=True, text=True, timeout=300)
+                         capture_output=True, encoding="utf-8", timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels_seen = json.loads(run.stdout)
     assert len(kernels_seen) == 6
@@ -592,7 +593,9 @@ def test_auto_is_grouped_whatever_else_could_run(dtype, compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     for device, interpreted in itertools.product(("cpu", "meta"), (False, True)):
         monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
-        expert_mlp(*[torch.empty(1, 1, 1, dtype=dtype, device=device)] * 7)
+        x, gates, *weights = an_mlp_layer(1, torch.zeros(1, 1, dtype=torch.int64), dtype).values()
+        expert_mlp(x.to(device), torch.zeros(1, 1, dtype=torch.int64, device=device),
+                   *(v.to(device) for v in (gates, *weights)))
     assert taken == ["grouped"] * 4
 
 
@@ -658,7 +661,7 @@ def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
                 print(refusal)
     """
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(kernels.__file__).parent,
-                         capture_output=True, text=True, timeout=120)
+                         capture_output=True, encoding="utf-8", timeout=120)
     *ran, refused = run.stdout.splitlines()
     assert [line.split()[0] for line in ran] == ["auto", *list(BACKENDS)[:-1]], run.stderr
     assert len({line.split()[1] for line in ran}) == 1
@@ -721,3 +724,86 @@ def test_on_a_gpu_more_than_2_to_the_31_elements_are_as_good_as_few():
     (dx_few,) = torch.autograd.grad(y_few.sum(), part)
     assert_close(y[few], y_few)
     assert_close(dx[few], dx_few)
+
+
+# --- what is refused, and what torch.func makes of the rest ---
+
+def bent(**changes):
+    """A call of expert_mlp with some of its operands changed."""
+    chosen = distinct(T, E, K)
+    operands = an_mlp_layer(E, chosen, f32) | {"chosen": chosen}
+    return lambda backend="auto": expert_mlp(**{name: changes.get(name, lambda v: v)(v)
+                                         for name, v in operands.items()}, backend=backend)
+
+
+def one_is(expert):
+    return bent(chosen=lambda c: c.index_put((torch.tensor(3), torch.tensor(1)),
+                                             torch.tensor(expert)))
+
+
+REFUSED = [
+    (one_is(-1), f"chosen must be 0 to {E - 1}, not -1 to "),
+    (one_is(E), f"chosen must be 0 to {E - 1}, not 0 to {E}"),
+    (one_is(2**40), "chosen must be 0 to "),
+    (one_is(-2**40), "chosen must be 0 to "),
+    (bent(chosen=lambda c: c[1:]), rf"chosen must be \({T}, K\), not \({T - 1}, {K}\)"),
+    (bent(chosen=lambda c: c[:1]), rf"chosen must be \({T}, K\), not \(1, {K}\)"),
+    (bent(chosen=lambda c: c[:, 0]), rf"chosen must be \({T}, K\), not \({T},\)"),
+    (bent(chosen=lambda c: c[:, :0]), rf"chosen must be \({T}, K\), not \({T}, 0\)"),
+    (bent(chosen=lambda c: c.int()), "chosen must be int64, not torch.int32"),
+    (bent(chosen=lambda c: c.byte()), "chosen must be int64, not torch.uint8"),
+    (bent(chosen=lambda c: c.float()), "chosen must be int64, not torch.float32"),
+    (bent(gates=lambda g: g[:, :1]), rf"gates must be \({T}, {K}\), not \({T}, 1\)"),
+    (bent(gates=lambda g: g[:1]), rf"gates must be \({T}, {K}\), not \(1, {K}\)"),
+    (bent(gates=lambda g: g[:, 0]), rf"gates must be \({T}, {K}\), not \({T},\)"),
+    (bent(gates=lambda g: g.T), rf"gates must be \({T}, {K}\), not \({K}, {T}\)"),
+    (bent(x=lambda x: x[:, 1:]), rf"x must be \({T}, {D}\), not \({T}, {D - 1}\)"),
+    (bent(x=lambda x: x[None]), r"chosen must be \(1, K\), not"),
+    (bent(x=lambda x: x[1:]), rf"chosen must be \({T - 1}, K\), not"),
+    (bent(x=lambda x: x.double()), "the weights torch.float64 as x"),
+    (bent(w_in=lambda w: w.double()), "the weights torch.float32 as x"),
+    (bent(w_out=lambda w: w.half()), "the weights torch.float32 as x"),
+    (bent(w_in=lambda w: w[0]), r"w_in must be \(E, D, H\), not"),
+    (bent(w_in=lambda w: w[:0]), r"w_in must be \(E, D, H\), not \(0, "),
+    (bent(w_in=lambda w: w.mT), rf"x must be \({T}, {H}\), not"),
+    (bent(w_out=lambda w: w.mT), rf"w_out must be \({E}, {H}, {D}\), not"),
+    (bent(w_out=lambda w: w[:1]), rf"w_out must be \({E}, {H}, {D}\), not \(1, "),
+    (bent(b_in=lambda b: b[:1]), rf"b_in must be \({E}, {H}\), not \(1, {H}\)"),
+    (bent(b_in=lambda b: b[:, :1]), rf"b_in must be \({E}, {H}\), not \({E}, 1\)"),
+    (bent(b_out=lambda b: b[0]), rf"b_out must be \({E}, {D}\), not \({D},\)"),
+    (bent(b_out=lambda b: b.T), rf"b_out must be \({E}, {D}\), not"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "lean"])
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_operands_that_do_not_fit_are_refused_in_a_sentence_on_every_rung(call, sentence, backend):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        call(backend)
+
+
+@pytest.mark.parametrize("dtype, D, H", [(f64, D, H), (f32, 24, 48)])       # the latter: grouped_mm
+def test_auto_in_torch_func_is_differentiated_forward_backward_and_by_the_batch(dtype, D, H):
+    from torch.func import grad, jvp, vmap
+    chosen = distinct(T, E, K)
+    x, *rest = an_mlp_layer(E, chosen, dtype, D, H).values()
+
+    def loss(x, *rest, chosen=chosen, backend="auto"):
+        return expert_mlp(x, chosen, *rest, backend=backend).square().mean()
+
+    def plainly(x, *rest):
+        return loss(x, *rest, backend="reference")
+
+    operands, every = (x, *rest), tuple(range(6))
+    for ours, theirs in ((grad(loss, every)(*operands), grad(plainly, every)(*operands)),
+                         (jvp(loss, operands, operands), jvp(plainly, operands, operands)),
+                         (jvp(grad(loss), operands, operands), jvp(grad(plainly), operands,
+                                                                   operands))):
+        assert_close(ours, theirs)
+    many = torch.stack([distinct(T, E, K) for _ in range(3)])
+    slopes = vmap(lambda chosen: grad(loss)(x, *rest, chosen=chosen))(many)
+    assert_close(slopes, torch.stack([grad(loss)(x, *rest, chosen=own) for own in many]))
+    slope = jvp(lambda x: plainly(x, *rest), (x,), (x,))[1]
+    with torch.autograd.forward_ad.dual_level():            # forward mode without torch.func
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, *rest)).tangent, slope)

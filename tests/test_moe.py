@@ -358,8 +358,8 @@ def test_a_router_that_fails_says_in_which_block():
 @pytest.mark.parametrize("changes, sentence", [
     (dict(heads=5), "a width of 24 does not divide into 5 heads: choose --dim as a multiple of"),
     (dict(patch=5), "32x32 pixels do not divide into patches of 5: choose --patch as a divisor"),
-    (dict(moe_blocks=(2, 5)), r"numbered from 1 to 4: \(2, 5\) names one that is not there"),
-    (dict(moe_blocks=(0,)), r"numbered from 1 to 4: \(0,\) names one that is not there"),
+    (dict(moe_blocks=(2, 5)), r"cannot be \[2, 5\]: choose from \[1, 2, 3, 4\], each once"),
+    (dict(moe_blocks=(0,)), r"cannot be \[0\]: choose from \[1, 2, 3, 4\], each once"),
 ])
 def test_sizes_that_do_not_fit_are_refused_in_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -448,3 +448,112 @@ def test_every_expert_survives_export_whoever_the_example_visited():
 def test_a_compiled_mixture_computes_the_same(D, H):
     layer, x = MoE(D, H, E, K), torch.randn(B, N, D)
     assert_close(torch.compile(layer, backend="eager")(x)[0], layer(x)[0])
+
+
+def test_a_vit_is_exported_for_any_number_of_images():
+    vit, batch = a_vit(lambda: MoE(24, 36, E, backend="reference"), (2, 4)).eval(), some_images(4)
+    sizes = {"images": {0: torch.export.Dim("B", min=1, max=64)}}
+    program = torch.export.export(vit, (batch,), dynamic_shapes=sizes).module()
+    for n in (1, 9):
+        images = some_images(n)
+        assert_close(program(images)[0], vit(images).logits)
+
+
+# --- what is refused ---
+
+def built(**changes):
+    return lambda: a_vit(lambda: MoE(24, 36, E), **changes)
+
+
+def shown(images, routings=None):
+    """A ViT with routers in blocks 2 and 4 is shown these."""
+    return lambda: a_sparse_vit()(images, routings)
+
+
+def routed(**changes):
+    """Two images are routed by a `Routing` of which some fields are changed."""
+    good = dict(chosen=torch.zeros(34, 1, dtype=torch.int64), gates=torch.ones(34, 1))
+    return shown(some_images(2), {4: Routing(**good | changes, probs=None, logits=None)})
+
+
+WHOLE = "must be a whole number of 1 or more, not "
+REFUSED = [
+    *((built(**{size: n}), f"{size} {WHOLE}{n}") for n in (0, -1, 24.0, None)
+      for size in ("dim", "depth", "heads", "hidden", "patch", "n_classes")),
+    *((lambda size=size, n=n: MoE(**{"dim": D, "hidden": H, "n_experts": E, size: n}),
+       f"{size} {WHOLE}{n}") for n in (0, -1, 2.5) for size in ("dim", "hidden", "n_experts")),
+    *((lambda size=size: SoftMoE(**{"dim": D, "hidden": H, "n_experts": E, "n_tokens": N, size: 0}),
+       f"{size} {WHOLE}0") for size in ("dim", "hidden", "n_experts", "n_tokens")),
+    (built(heads=5), "a width of 24 does not divide into 5 heads"),
+    (built(patch=64), "32x32 pixels do not divide into patches of 64"),
+    (lambda: a_vit(moe_blocks=(2,)), "moe_blocks needs make_sparse"),
+    *((built(moe_blocks=blocks), r"moe_blocks cannot be .*: choose from \[1, 2, 3, 4\], each once")
+      for blocks in ((0,), (-1,), (5,), (2, 5), (2, 2), (1.5,), ("2",))),
+    *((shown(torch.randn(size)), r"images must be .*3, 32, 32\), not ") for size in (
+        (2, 3, 16, 64), (2, 3, 64, 16), (2, 3, 64, 64), (2, 3, 31, 32), (2, 1, 32, 32),
+        (2, 4, 32, 32), (2, 32, 32, 3), (3, 32, 32), (2, 3, 1024), (1, 2, 3, 32, 32))),
+    *((shown(some_images(2).to(dtype)), f"images must be normalised and torch.float32, not {dtype}")
+      for dtype in (torch.uint8, torch.float64, torch.bfloat16, torch.int64)),
+    *((shown(some_images(2), dict.fromkeys(blocks)),
+       r"routings cannot be .*: choose from \[2, 4\], each once")
+      for blocks in ((0,), (1,), (-1,), (5,), (2, 3), ("2",))),
+    (routed(chosen=torch.zeros(17, 1, dtype=torch.int64)), r"chosen must be \(34, K\), not \(17"),
+    (routed(chosen=torch.full((34, 1), E)), f"chosen must be 0 to {E - 1}, not {E} to {E}"),
+    (routed(chosen=torch.full((34, 1), -1)), f"chosen must be 0 to {E - 1}, not -1 to -1"),
+    (routed(chosen=torch.zeros(34, 1)), "chosen must be int64, not torch.float32"),
+    (routed(gates=torch.ones(34)), r"gates must be \(34, 1\), not \(34,\)"),
+    (routed(gates=torch.ones(34, 2)), r"gates must be \(34, 1\), not \(34, 2\)"),
+    (lambda: MoE(D, H, E)(torch.randn(B, N, D + 1)), rf"x must be \({T}, {D}\), not"),
+    (lambda: SoftMoE(D, H, E, N)(torch.randn(B, N, D + 1)), rf"x must be .*{D}\), not"),
+    (lambda: SoftMoE(D, H, E, N)(torch.randn(T, D)), r"x must be .*, not"),
+    (lambda: Experts(D, H, E).batched(torch.randn(E - 1, T, D)), rf"x must be \({E}, {T}, {D}\)"),
+    (lambda: Experts(D, H, E).batched(torch.randn(T, D)), rf"x must be \({E}, {D}, {D}\), not"),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_a_vit_cannot_be_or_be_shown_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        call()
+
+
+def test_a_soft_block_has_no_router_that_a_routing_could_replace():
+    soft = a_vit(lambda: SoftMoE(24, 36, E, 17), (2,))
+    with pytest.raises(ValueError, match=r"routings cannot be \[2\]: choose from \[\], each once"):
+        soft(some_images(), {2: None})
+
+
+# --- other numbers, other transforms ---
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_in_float64_stays_there(autocast):
+    vit, images = a_sparse_vit().double(), some_images().double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, layers = vit(images)
+    assert logits.dtype == layers[2].routing.gates.dtype == torch.float64
+    assert_close(logits, vit(images).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gate", ["softmax_topk", "topk_softmax", "sigmoid"])
+def test_a_mixture_in_float64_has_the_gradients_of_finite_differences(gate):
+    layer = excite(MoE(4, 6, 3, 2, gate=gate, keep_raw=True))
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: (layer(x)[0], layer(x)[2]),
+                                    (x, *layer.parameters()))
+
+
+def test_torch_func_takes_every_image_and_its_gradient_at_once():
+    vit, images = a_sparse_vit().double(), some_images().double()
+    weights = dict(vit.named_parameters())
+
+    def loss(weights, image):
+        return torch.func.functional_call(vit, weights, (image[None],)).logits.square().sum()
+
+    assert_close(torch.func.vmap(lambda image: vit(image[None]).logits[0])(images),
+                 vit(images).logits)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+    for i, image in enumerate(images):
+        vit.zero_grad()
+        loss(weights, image).backward()
+        for name, p in vit.named_parameters():
+            assert_close(each[name][i], torch.zeros_like(p) if p.grad is None else p.grad)

@@ -40,7 +40,7 @@ def test_every_row_says_where_it_comes_from(path):
 
 def test_every_flag_in_a_command_exists_and_every_method_is_known():
     known = {f.name for f in fields(Config)} | {"help"}
-    text = README.read_text() + RESULTS.read_text()
+    text = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
     commands = re.findall(r"python train\.py[^#`\n]*", text)
     assert len(commands) > 5
     for command in commands:
@@ -49,20 +49,22 @@ def test_every_flag_in_a_command_exists_and_every_method_is_known():
 
 
 def test_every_quoted_test_exists():
-    source = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    quoted = re.findall(r"^([a-z0-9_]{20,})$", README.read_text(), flags=re.M)
+    tests = (ROOT / "tests").glob("test_*.py")
+    source = "".join(path.read_text(encoding="utf-8") for path in tests)
+    quoted = re.findall(r"^([a-z0-9_]{20,})$", README.read_text(encoding="utf-8"), flags=re.M)
     assert len(quoted) > 10
     assert [name for name in quoted if f"def test_{name}(" not in source] == []
 
 
 @each
 def test_every_link_leads_to_a_file_or_to_a_heading(page):
-    links = re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text())
+    links = re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text(encoding="utf-8"))
     assert len(links) > 5
     for link in links:
         file, _, heading = link.partition("#")
         target = page.parent / file if file else page
         assert target.exists(), link
-        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M) if heading else []
+        text = target.read_text(encoding="utf-8") if heading else ""
+        headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
         assert not heading or heading in [
             re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,7 +273,7 @@ def test_a_null_result_is_printed_like_any_other():
 
 @pytest.fixture
 def readme(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(a_row()) + "\n\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(a_row()) + "\n\n", encoding="utf-8")
     path = tmp_path / "README.md"
     path.write_bytes(f"# é\r\nabove\n{report.BEGIN}\nold\n{report.END}\nbelow\n".encode())
     return path
@@ -293,9 +294,10 @@ def test_a_page_is_rewritten_between_the_markers_and_nowhere_else(readme):
     a_row(**DENSE), a_row(consistency={"first_quarter_agreement_adjacent": None})],
     ids=["no router", "a single epoch"])
 def test_a_page_without_any_agreement_needs_no_picture(readme, row):
-    (readme.parent / "rows.jsonl").write_text(json.dumps(row))
+    (readme.parent / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
     write_page(readme, readme.parent / "rows.jsonl")
-    assert f"| {row['method']} |" in readme.read_text() and "png" not in readme.read_text()
+    text = readme.read_text(encoding="utf-8")
+    assert f"| {row['method']} |" in text and "png" not in text
 
 
 @pytest.mark.parametrize("broken", [
@@ -303,10 +305,10 @@ def test_a_page_without_any_agreement_needs_no_picture(readme, row):
     f"{report.BEGIN}{report.END}{report.END}", f"{report.BEGIN}{report.BEGIN}{report.END}",
 ])
 def test_a_page_without_its_two_markers_is_refused_and_left_alone(readme, broken):
-    readme.write_text(broken)
+    readme.write_text(broken, encoding="utf-8")
     with pytest.raises(ValueError, match="needs one line <!-- results:begin --> and, below it"):
         write_page(readme, readme.parent / "rows.jsonl")
-    assert readme.read_text() == broken
+    assert readme.read_text(encoding="utf-8") == broken
 
 
 # --- figures and the command ---
@@ -322,7 +324,8 @@ def a_run(folder, epochs=6, E=8, K=1, L=2, images=2, router=True):
     metrics = [{"epoch": t, "task": 4.0 - t / 4, "lr": 1e-3, "probe_accuracy": t / 20,
                 "seconds": 1.0, "images_per_second": 100.0} | guidance
                for t in range(1, epochs + 1)]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(m) for m in metrics))
+    lines = "\n".join(json.dumps(m) for m in metrics)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     if router:
         logits = rng.normal(size=(epochs, L, 9, 17, E)).cumsum(axis=0)  # 17 = class + 4 * 4
         probs = np.exp(logits[-1]) / np.exp(logits[-1]).sum(axis=-1, keepdims=True)
@@ -330,7 +333,8 @@ def a_run(folder, epochs=6, E=8, K=1, L=2, images=2, router=True):
                  experts=(-logits).argsort(axis=-1)[..., :K].astype(np.uint8),
                  probs=probs.astype(np.float16),
                  images=rng.integers(0, 256, (images, 3, 32, 32), dtype=np.uint8))
-    (folder / "result.json").write_text(json.dumps(a_row(**({} if router else DENSE))))
+    row = json.dumps(a_row(**({} if router else DENSE)))
+    (folder / "result.json").write_text(row, encoding="utf-8")
     return folder
 
 
@@ -340,14 +344,14 @@ def title(fig):
 
 @pytest.mark.parametrize("shape", [{"epochs": 1, "images": 8}, {"E": 1}, {"E": 64, "K": 2}])
 def test_every_run_with_a_router_gets_four_small_pictures(tmp_path, shape):
-    paths = report.figures(a_run(tmp_path / "run", **shape))
-    assert [path.name for path in paths] == ["loss.png", "load.png", "agreement.png", "patches.png"]
-    for path in paths:
-        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
+    drawn = report.figures(a_run(tmp_path / "run", **shape))
+    assert list(drawn) == ["loss.png", "load.png", "agreement.png", "patches.png"]
+    for png in drawn.values():
+        assert png[:4] == b"\x89PNG" and len(png) < 200_000
 
 
 def test_a_run_without_a_router_gets_its_losses_only(tmp_path):
-    assert [p.name for p in report.figures(a_run(tmp_path / "run", router=False))] == ["loss.png"]
+    assert list(report.figures(a_run(tmp_path / "run", router=False))) == ["loss.png"]
 
 
 def test_a_stopped_run_without_a_result_still_has_its_pictures(tmp_path):
@@ -421,7 +425,7 @@ def test_patches_are_coloured_by_their_expert_row_by_row_and_the_class_token_is_
 
 
 def test_a_whole_history_of_patches_is_refused_in_a_sentence():
-    with pytest.raises(AssertionError, match="one epoch, please"):
+    with pytest.raises(ValueError, match="one epoch, please"):
         report.plot_patches(np.zeros((1, 3, 8, 8)), np.zeros((3, 2, 1, 5, 1), dtype=int),
                             np.ones((2, 1, 5, 4)), [3, 5])
 
@@ -431,7 +435,7 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
     # pyplot is what would look for a display: exit code 1 if anything has imported it
     program = ("import sys, report; sys.argv[1:] = ['run']; report.main(); "
                "sys.exit('matplotlib.pyplot' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True,
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, encoding="utf-8",
                           capture_output=True, env=os.environ | {"PYTHONPATH": HERE})
     assert done.returncode == 0 and "test accuracy" in done.stdout
     assert done.stdout.splitlines()[-1] == "run/patches.png"
@@ -439,17 +443,123 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["nowhere"], "report.py cannot read nowhere/result.json: No such file or directory\n"),
+    (["nowhere"], "report.py: nowhere/result.json cannot be read: No such file or directory\n"),
     (["--page", "nowhere.md", "rows.jsonl"],
-     "report.py cannot read nowhere.md: No such file or directory\n"),
+     "report.py: nowhere.md cannot be read: No such file or directory\n"),
+    (["run"], "report.py: run/loss.png cannot be written (Is a directory): what was there before "
+              "is kept\n"),
     (["--page", "README.md", "rows.jsonl"],
      f"report.py: README.md needs one line {report.BEGIN} and, below it, one line {report.END}\n"),
 ])
-def test_a_missing_file_or_marker_is_one_sentence_and_exit_code_2(
+def test_a_missing_file_or_marker_or_place_is_one_sentence_and_exit_code_2(
         tmp_path, monkeypatch, capsys, arguments, said):
-    (tmp_path / "README.md").write_text("no markers")
+    a_run(tmp_path / "run", epochs=2, L=1)
+    (tmp_path / "run/loss.png").mkdir()
+    (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         report.main()
     assert (stopped.value.code, capsys.readouterr().err) == (2, said)
+
+
+# --- what is refused ---
+
+
+IDS, P, NAMES = np.array([[0, 1], [2, 3]]), np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]), "abc"
+HISTORY = np.zeros((2, 3, 4, 5, 1), dtype=np.uint8)         # (epochs, L, B, N, K), a square of 4
+PROBS, PICTURES = np.ones((3, 4, 5, 8)) / 8, np.zeros((2, 3, 8, 8), dtype=np.uint8)
+
+
+def patches(images=PICTURES, chosen=HISTORY[-1], probs=PROBS, layer=(2, 4, 6)):
+    return lambda: report.plot_patches(images, chosen, probs, layer)
+
+
+REFUSED = [
+    *((lambda f=f, b=b: f(IDS, b), "of the same tokens, not") for f in (agreement, overlap)
+      for b in (IDS[0], IDS[:1], IDS[:, :1], IDS[None], 0, [])),
+    *((lambda f=f: f([], []), r"of the same tokens, not \(0,\) and \(0,\)")
+      for f in (agreement, overlap)),
+    *((lambda b=b: kappa(IDS, b, 4), "assignment") for b in (IDS[:1], IDS + 1, IDS - 1, [])),
+    *((lambda a=a: load_share(a, 4), "an assignment must be 0 to 3, not ")
+      for a in (IDS + 1, IDS - 1, [300])),
+    *((lambda a=a: load_share(a, 4), "an assignment must hold whole numbers, not ")
+      for a in ([], IDS / 1, [0.5], ["a"])),
+    *((lambda s=s: load_entropy(np.ones(s)), r"share must be \(E\), not") for s in ((0,), (2, 2))),
+    (lambda: last_fluctuation(HISTORY[:0]), r"first must be \(epochs, .*, not \(0, "),
+    *((lambda c=c: consistency(c, 8), "chosen must be .*L.*, not ")
+      for c in (HISTORY[0], HISTORY[..., 0], HISTORY[None])),
+    *((lambda c=c: consistency(c, 8), "an assignment must ")
+      for c in (HISTORY[:0], HISTORY + 8, HISTORY / 1, HISTORY.astype(int) - 1)),
+    *((lambda f=f, y=y: f(P, y), "labels must ")
+      for f in (report.top_k_accuracy, report.calibration_error, lambda p, y:
+                report.exam_table(p, y, NAMES))
+      for y in ([0], [0, 1, 2], [[0], [1]], [0, 3], [-1, 0], [0.0, 1.0], [])),
+    *((lambda f=f, p=p: f(p, [0, 1]), "probs must be ")
+      for f in (report.top_k_accuracy, report.calibration_error)
+      for p in (P[0], P[None], -P, 2 * P, P * np.nan, np.log(P))),
+    *((lambda f=f: f(P[:0], []), "probs must be") for f in (report.top_k_accuracy,
+                                                           report.calibration_error)),
+    *((lambda k=k: report.top_k_accuracy(P, [0, 1], k), f"k cannot be {k}") for k in (0, -1)),
+    *((lambda b=b: report.calibration_error(P, [0, 1], b), f"bins cannot be {b}") for b in (0, -3)),
+    *((lambda n=n: report.exam_table(P, [0, 1], n), r"probs must be \(2, ") for n in ("a", "abcd")),
+    (lambda: report.plot_loss([], {}), "there are no metrics to draw"),
+    (lambda: report.plot_methods([]), "no run has a router and two epochs"),
+    *((lambda c=c, l=l: report.plot_load(c, 8, l), "must be ")
+      for c, l in ((HISTORY, [2, 4]), (HISTORY[0], [2]), (HISTORY + 8, [2, 4, 6]))),
+    (patches(chosen=HISTORY), "one epoch, please"),
+    (patches(layer=(2, 4)), "3 layers, probs 3, and 2 are named: one epoch, please"),
+    (patches(probs=PROBS[:2]), "3 layers, probs 2, and 3 are named: one epoch, please"),
+    (patches(chosen=HISTORY[-1] + 8), "an assignment must be 0 to 7, not 8 to 8"),
+    (patches(chosen=HISTORY[-1][:, :, 1:]), r"chosen must be \(3, B, 5, K\), not \(3, 4, 4, 1\)"),
+    (patches(chosen=HISTORY[-1][:, :, 1:], probs=PROBS[:, :, 1:]), "4 tokens must be a class tok"),
+    (patches(images=PICTURES[:0]), "the 0 images some of the 4 that were routed"),
+    (patches(images=np.zeros((5, 3, 8, 8))), "the 5 images some of the 4 that were routed"),
+    (patches(images=np.zeros((2, 8, 8, 3))), "images must be .*3, height, width"),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_cannot_be_reported_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_list_of_labels_and_whole_numbers_of_any_width_are_as_good_as_an_array():
+    labels = np.array([0, 1], dtype=np.uint8)
+    assert report.exam_table(P, [0, 1], NAMES) == report.exam_table(P.tolist(), labels, NAMES)
+    wide = np.full((2, 1, 1, 1, 1), 299)                    # more experts than a byte can name
+    assert load_share(wide, 300)[299] == 1 == consistency(wide, 300)["mean_agreement_adjacent"]
+
+
+# --- every terminal ---
+
+ROOT = Path(report.__file__).parent
+TERMINALS = {name: {"PYTHONIOENCODING": name} for name in ("cp932", "gbk", "ascii")} | {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}}
+ASK_ALL = """
+import runpy, sys
+for command in sys.argv[1:]:
+    words = command.split()
+    sys.stdout.reconfigure(errors="strict")                 # as the command before found it
+    print("--", words[0], flush=True)
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+"""
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_no_printed_character_ends_a_command_and_every_file_is_utf_8(tmp_path, terminal):
+    run = a_run(tmp_path / "r", router=False)               # whose table has dashes
+    commands = [f"report.py {run}", "notebooks/study.py report main", "notebooks/bench.py --help",
+                "notebooks/bench.py notebooks/results/kernels_cpu.json",
+                "notebooks/regime.py table"]
+    if terminal == "C":                                     # where open() itself would read ASCII
+        commands.append(f"tests/assignments/course.py release {tmp_path / 'students'}")
+    done = subprocess.run([sys.executable, "-c", ASK_ALL, *commands], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | TERMINALS[terminal])
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert done.stdout.count(b"--") >= len(commands)

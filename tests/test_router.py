@@ -161,7 +161,7 @@ def test_evaluation_is_deterministic():
 
 @pytest.mark.parametrize("k", [0, E + 1])
 def test_a_token_cannot_visit_more_experts_than_there_are_nor_none(k):
-    with pytest.raises(ValueError, match=f"cannot visit {k} of {E} experts: choose k from 1 to"):
+    with pytest.raises(ValueError, match=f"k cannot be {k} of {E} experts: choose 1 to {E}"):
         TopKRouter(D, E, k)
 
 
@@ -404,3 +404,73 @@ def test_the_losses_say_how_many_tokens_an_expert_gets_and_never_which():
         gradient = gradient_of(loss, z)
         assert_close(gradient[0], gradient[1], rtol=0, atol=1e-15)
         assert gradient.abs().min() > 0                        # every logit hears of it
+
+
+# --- what is refused ---
+
+NAN, INF = math.nan, math.inf
+Z, IDS, LOADS = torch.zeros(T, E), torch.zeros(T, 2, dtype=torch.int64), (load_loss, z_loss,
+                                                                           entropy_loss)
+REFUSED = [
+    *((lambda k=k: TopKRouter(D, E, k), f"k cannot be {k} of {E} experts: choose 1 to {E}")
+      for k in (-1, 0, E + 1, 1.0, 2.5, None, "2")),
+    (lambda: TopKRouter(D, 0, 1), "k cannot be 1 of 0 experts"),
+    *((lambda g=g: TopKRouter(D, E, gate=g), f"there is no gate {g!r}: choose one of softmax_topk")
+      for g in ("softmax", "", None, 1)),
+    *((lambda v=v: TopKRouter(D, E, noise=v), f"noise cannot be {v}: choose 0 or more")
+      for v in (-1, -1e-9, NAN, -INF)),
+    *((lambda v=v: TopKRouter(D, E, capacity_factor=v), f"capacity_factor cannot be {v}: choose 0")
+      for v in (-1, -1e-9, NAN, -INF)),
+    *((lambda v=v: within_capacity(IDS, E, v), f"capacity_factor cannot be {v}: choose 0 or more")
+      for v in (-1, -1e-9, NAN, -INF)),
+    *((lambda s=s: TopKRouter(D, E).route(torch.zeros(s)), f"logits must be .*{E}.*, not ")
+      for s in ((T, E - 1), (T, E + 1), (T, 1), (E,), (2, T, E), (0, 3))),
+    *((lambda s=s: TopKRouter(D, E)(torch.zeros(s)), f"x must be .*{D}.*, not ")
+      for s in ((T, D - 1), (T, 1), (D,), (2, T, D))),
+    *((lambda s=s: within_capacity(torch.zeros(s, dtype=torch.int64), E, 1.0),
+       "chosen must be .*K.*, not ") for s in ((T,), (T, 0), (2, T, 2))),
+    *((lambda i=i: within_capacity(IDS + i, E, 1.0), f"chosen must be 0 to {E - 1}, not {i} to {i}")
+      for i in (-1, E, 2**40)),
+    *((lambda f=f, s=s: f(torch.zeros(s)), r"(probs|logits) must be \(T, E\), not ")
+      for f in LOADS for s in ((0, E), (T, 0), (T,), (2, T, E))),
+    *((lambda s=s: balance_loss(torch.zeros(s), IDS), r"probs must be \(T, E\), not ")
+      for s in ((0, E), (T, 0), (T,))),
+    *((lambda s=s: balance_loss(Z, torch.zeros(s, dtype=torch.int64)),
+       rf"chosen must be \({T}, K\), not ") for s in ((T,), (T - 1, 2), (1, 2), (T, 0))),
+    *((lambda i=i: balance_loss(Z, IDS + i), f"chosen must be 0 to {E - 1}, ") for i in (-1, E)),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_a_router_cannot_be_or_be_given_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+# --- other numbers, other transforms ---
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_routing_is_as_wide_as_its_input_and_never_narrower_than_float32(autocast):
+    x = torch.randn(T, D, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for module, dtype in ((TopKRouter(D, E).double(), torch.float64),
+                              (TopKRouter(D, E), torch.float32),
+                              (TopKRouter(D, E).bfloat16(), torch.float32)):
+            routing = module(x.to(module.weight.dtype))
+            assert routing.logits.dtype == routing.gates.dtype == routing.probs.dtype == dtype
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_router_in_float64_has_the_gradients_of_finite_differences(gate):
+    module = TopKRouter(D, E, k=2, gate=gate).double()
+    module.weight.data.mul_(20)
+    x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: module(x)[1:4], (x, module.weight))
+
+
+def test_a_router_is_vmapped_and_differentiated_by_torch_func():
+    module, x = TopKRouter(D, E, k=2, capacity_factor=1.0).double(), torch.randn(3, T, D).double()
+    gates = torch.func.vmap(lambda x: module(x).gates)(x)
+    assert torch.equal(gates, torch.stack([module(image).gates for image in x]))
+    slope, = torch.autograd.grad(module(y := x[0].clone().requires_grad_()).gates.sum(), y)
+    assert_close(torch.func.grad(lambda x: module(x).gates.sum())(x[0]), slope)

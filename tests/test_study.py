@@ -2,28 +2,26 @@
 
 On 64 drawn images and a ViT of 5 tokens; the runs are real, only small.
 """
-import errno
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+
+import checkpoint
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import distill
 import report
 import train
 from data import batches, synthetic
-from notebooks import controls, decided, probes, study
+from moe import MoE
+from notebooks import controls, decided, measure, probes, study
 from notebooks.decided import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval
 from router import TopKRouter
 from teacher import Guide
@@ -39,7 +37,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GUIDED_MOE_COMMIT", "c0ffee")       # for a copy that is no git checkout
     monkeypatch.setattr(train, "load", lambda *args: SMALL)
-    monkeypatch.setattr(report, "figures", lambda out: [])
+    monkeypatch.setattr(report, "figures", lambda out: {})
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
@@ -332,6 +330,44 @@ def test_the_table_of_t_holds_the_quantiles_that_the_density_has():
         assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=4e-5)
 
 
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 10, 29])
+def test_ts_central_probability_is_the_integral_of_its_density(df):
+    for t in (0.3, 1.0, 2.5, 6.0):
+        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
+        log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        density = math.exp(log) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+        assert decided.central(t, df) == pytest.approx(2 * torch.trapezoid(density, x).item(),
+                                                       abs=1e-7)
+
+
+def test_a_p_value_is_that_of_the_hand():
+    # mean 2, standard error 1 / sqrt(3), 2 degrees of freedom: t = 3.464, p = 1 - t / sqrt(t^2 + 2)
+    e = interval([1.0, 2.0, 3.0])
+    assert e.p() == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5, abs=1e-4)
+    assert e.p(2) == pytest.approx(1) and interval([1.0]).p() is None
+    assert interval([2.0, 2.0]).p() == 0 and interval([0.0, 0.0]).p() == 1
+    low, high = 2 - 0.5, 2 + 0.5                        # 4.303 standard errors are 2.4843
+    assert interval([v - 2 for v in (1.0, 2.0, 3.0)]).p(0.5) == pytest.approx(
+        e.p(high)) == pytest.approx(e.p(low))
+
+
+def test_holm_multiplies_the_smallest_most_and_never_turns_the_order():
+    p = decided.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    # sorted .01 .03 .04 .5, times 4 3 2 1: .04, .09, .08 (not below .09), .5
+    assert p == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
+    assert decided.holm({}) == {} and decided.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_equal_within_a_margin_is_two_one_sided_tests():
+    e = interval([0.1, -0.1, 0.05, -0.05, 0.0])         # mean 0, standard error 0.0354, df 4
+    t = 0.5 / (0.0790569 / 5 ** 0.5)      # its standard deviation is 0.0790569
+    assert decided.equivalence(e, 0.5) == pytest.approx((1 - decided.central(t, 4)) / 2, rel=1e-3)
+    off = interval([0.6, 0.4, 0.55, 0.45, 0.5])         # its mean is the margin itself
+    assert decided.equivalence(off, 0.5) == pytest.approx(0.5)
+    assert decided.equivalence(interval([9.0, 9.1, 9.2]), 0.5) > 0.99
+    assert decided.equivalence(interval([0.0]), 0.5) is None
+
+
 def test_an_interval_is_what_the_hand_computes():
     # mean 2, standard deviation 1, three values: 4.303 / sqrt(3) to either side
     e = interval([1.0, 2.0, 3.0])
@@ -377,8 +413,36 @@ def test_a_verdict_needs_the_threshold_and_an_interval_above_zero(mean, low, hig
 
 
 def test_nothing_is_decided_by_one_seed_or_none():
-    assert decided.verdict(interval([3.0]), 1) == "undecided"
+    assert decided.verdict(interval([3.0, 3.1]), 1) == "too few seeds"
     assert decided.verdict(interval([]), 1) == "not run"
+
+
+def test_what_is_met_by_itself_is_undecided_among_many_questions():
+    e = Estimate(1.0, 0.2, 1.8, 5)
+    assert decided.verdict(e, 0.8, 0.049) == "met" and decided.verdict(e, 0.8, 0.051) == "undecided"
+    rows = [row(arm, s, 0.5 + 0.004 * s + 0.002 * (arm == "tgr-k1") * (1 + s % 2))
+            for arm in ("moe-k1", "tgr-k1") for s in range(5)]
+    judged = decided.judge("main", "cpu", rows)
+    helps, = (h for h in judged if h.claim == "guidance helps")
+    estimate, p, _ = judged[helps]
+    assert p == estimate.p() < 0.05                     # no other contrast has its two arms
+
+
+def test_two_factors_crossed_say_what_each_does_and_what_they_do_together(monkeypatch):
+    reached = {"moe-k1": 0.30, "tgr-k1-router-alone": 0.31, "moe-k1-features-alone": 0.40,
+               "tgr-k1": 0.44}
+    settled = {"consistency": {"half_agreement_final": 0.5}}
+    rows = [row(arm, s, a + 0.01 * s, **settled, config={"k": 1}, data_md5="", commit="c" * 40)
+            for arm, a in reached.items() for s in range(4) if (arm, s) != ("moe-k1", 3)]
+    monkeypatch.setattr(study, "read_rows", lambda: rows)
+    said = study.factors("cpu")
+    assert "| router free | 31.00 ± 1.00; 0.50 ± 0.00 | 41.00 ± 1.00; 0.50 ± 0.00 |" in said
+    assert "| guided features, router free | +10.00 [" in said
+    assert "| guided router, features guided | +4.00 [" in said
+    assert "| interaction | +3.00 [" in said            # 44 + 30 - 31 - 40
+    assert "3 seeds that all four have" in said and "0.5 points is not established" in said
+    monkeypatch.setattr(study, "read_rows", lambda: [r for r in rows if r["seed"] < 2])
+    assert study.factors("cpu") == study.factors("gpu") == ""
 
 
 # --- what was decided in advance hangs together ---
@@ -505,7 +569,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypa
 def test_a_run_that_stopped_before_its_first_checkpoint_begins_again():
     folder = Path("runs/study/cpu/dense/seed0")
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("half a li")
+    (folder / "metrics.jsonl").write_text("half a li", encoding="utf-8")
     assert go("--only", "dense", "--seed", "0") == 0 and len(rows()) == 1
 
 
@@ -541,14 +605,14 @@ def test_code_that_is_not_committed_writes_no_row_but_rows_and_texts_may_change(
 
     Path("notebooks/results").mkdir(parents=True)
     for name in ("code.py", "notebooks/results/main.jsonl", "README.md"):
-        Path(name).write_text("")
+        Path(name).write_text("", encoding="utf-8")
     git("init")
     git("add", ".")
     git("commit", "-m", "all")
     for name in ("notebooks/results/main.jsonl", "README.md"):
-        Path(name).write_text("changed")
+        Path(name).write_text("changed", encoding="utf-8")
     assert study.unclean() == "" and study.commit_of_row(True)[-6:] != "-dirty"
-    Path("code.py").write_text("changed")
+    Path("code.py").write_text("changed", encoding="utf-8")
     assert go("--only", "dense", "--seed", "0") == 2
     said = capsys.readouterr().err
     assert "code.py" in said and "--dirty" in said and len(said.splitlines()) == 1
@@ -567,38 +631,6 @@ def test_rows_written_side_by_side_stay_whole():
     for t in threads:
         t.join()
     assert len(report.read_lines(path)) == len(rows()) == 40
-
-
-def test_a_folder_is_one_processs_at_a_time():
-    order = []
-
-    def other():
-        with study.locked(Path("folder")):
-            order.append("other")
-
-    thread = threading.Thread(target=other)
-    with study.locked(Path("folder")):
-        thread.start()
-        thread.join(timeout=0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"]
-
-
-def test_on_windows_a_folder_is_waited_for_and_another_error_is_told(monkeypatch):
-    tries, answers = [], [OSError(errno.EDEADLK, "ten seconds"), None, OSError(errno.EBADF, "?")]
-
-    def locking(number, mode, size):
-        tries.append((os.fstat(number).st_ino, mode, size))
-        if answer := answers.pop(0):
-            raise answer
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_LOCK=1, locking=locking))
-    with study.locked(Path("folder")):
-        assert tries == 2 * [(Path("folder/lock").stat().st_ino, 1, 1)]
-    with pytest.raises(OSError, match="\\?"), study.locked(Path("folder")):
-        pytest.fail("nobody holds the lock")
 
 
 def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
@@ -679,7 +711,7 @@ def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
                         or Fake([9.0], 0))
     monkeypatch.setattr(study.time, "sleep", lambda s: None)
-    monkeypatch.setattr(study, "schedule", lambda runs, start, *rest: [
+    monkeypatch.setattr(study, "schedule", lambda runs, start, *rest, **more: [
         start(run) for run in runs] and [])
     study.main(["run", "main", "--only", "soft", "--seed", "4", "--data_dir", "d", "--dirty",
                 "--out", "o"])
@@ -725,11 +757,11 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
     assert study.main(["report", "main"]) == 0
     said = capsys.readouterr().out
     assert "| guidance helps | T | accuracy | tgr-k1 − moe-k1 | 0.8 | +0.00 [+0.00, +0.00] | 5 " \
-           "| not met |" in said
+           "| 1 | not met |" in said
     assert "| experts help | T | accuracy | moe-k1 − dense | 0.8 | +2.00 [+2.00, +2.00] | 5 " \
-           "| met |" in said
+           "| < .001 | met |" in said
     assert "| mutual distillation helps | M | accuracy | mode-k2 − moe-k2 | 0.5 | – | 0 " \
-           "| not run |" in said
+           "| – | not run |" in said
     assert "| dense | 5 | 2.00 / 1.00 M | 3.0 | 30.40 ± 0.55 | – | – |" in said
     assert "### alpha" not in said and "| load entropy | images/s" in said
     assert "a fair baseline" not in said                    # 70 points are a goal at scale gpu
@@ -751,11 +783,11 @@ def test_an_arm_is_also_tested_as_it_was_dispatched_in_training():
 @pytest.mark.parametrize("option", ["page", "front"])
 def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
     begin, end = study.markers(option)
-    Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n")
+    Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n", encoding="utf-8")
     written()
     assert "not what the rows say" in study.disagreement("a.md")
     assert study.main(["report", f"--{option}", "a.md"]) == 0
-    text = Path("a.md").read_text()
+    text = Path("a.md").read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
     assert f"Written by `python notebooks/study.py report --{option} a.md`." in text
     assert study.main(["report", "--check", "a.md"]) == 0
@@ -765,7 +797,7 @@ def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
 
 
 def test_a_page_without_markers_agrees_with_nothing():
-    Path("a.md").write_text("no number")
+    Path("a.md").write_text("no number", encoding="utf-8")
     assert "no markers" in study.disagreement("a.md")
 
 
@@ -847,5 +879,47 @@ def test_the_figures_show_curves_and_every_alpha(monkeypatch):
 
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
     Path("results").mkdir()
-    Path("results/cpu.jsonl").write_text(json.dumps({"method": "moe", "seed": 0}) + "\n")
+    row = json.dumps({"method": "moe", "seed": 0}) + "\n"
+    Path("results/cpu.jsonl").write_text(row, encoding="utf-8")
     assert rows() == []
+
+
+# --- what is refused ---
+
+def a_student():
+    return train.build(train.resolve(train.parse([*SCALE.split(), "--method", "moe", "--moe_blocks",
+                                                  "2"])), SMALL)
+
+
+ROWS, SIX = [{"arm": "dense", "seed": 0, "test_accuracy": 0.5}], torch.randn(6, 4)
+REFUSED = [
+    *((lambda b=b, f=f: f(a_student(), b), r"block cannot be .*: choose from \[2\], each once")
+      for b in (0, 1, 3, -1) for f in (controls.router, lambda vit, b: probes.oracle_cosine(
+          vit, torch.zeros(1, 3, 32, 32), torch.zeros(1).long(), b), lambda vit, b:
+          probes.probe_experts(vit, torch.zeros(1, 3, 32, 32), torch.zeros(1).long(), b))),
+    *((lambda E=E: controls.centroids(SIX, E), f"6 features have no {E} centroids: choose 1 to 6")
+      for E in (0, 7, -1)),
+    *((lambda m=m: contrast(ROWS, m, ("dense",)), f"one of accuracy, .*, not {m!r}")
+      for m in ("acuracy", "", None)),
+    (lambda: contrast(ROWS, "accuracy", ()), r"a contrast is of arms, not \(\)"),
+    *((lambda c=c: probes.mutual_information(np.array(c)), "counts must be a table")
+      for c in ([1, 2], [[0, 0]], [[-1, 2]], [[]], [[np.nan, 1.0]])),
+    *((lambda s=s: measure.colleagues(torch.zeros(s)), r"raw must be \(T, 2, D\), not")
+      for s in ((5, 1, 3), (5, 3, 3), (5, 2), (0, 2, 3))),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_cannot_be_studied_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_lone_expert_is_like_nobody():
+    assert probes.expert_similarity(MoE(4, 6, 1, k=1), SIX) is None
+
+
+def test_ids_of_any_number_of_experts_are_kept_as_they_are():
+    for most, dtype in ((7, np.uint8), (255, np.uint8), (256, np.uint16), (70_000, np.uint32)):
+        kept = measure.narrow(np.array([0, most]))
+        assert kept.dtype == dtype and kept.tolist() == [0, most]

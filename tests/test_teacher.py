@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe import MoE, ViT
+from moe import MoE, SoftMoE, ViT
 from router import entropy_loss, load_loss
 from teacher import Guide, TeacherRouter, guidance_loss, teacher_router_losses
 
@@ -350,3 +350,63 @@ def test_a_teacher_router_does_not_start_at_zero():
     torch.manual_seed(0)
     weight = TeacherRouter(200, 50).weight
     assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# --- what is refused ---
+
+def guide(blocks=None, n_experts=E, of=None, **changes):
+    """A guide of a student with routers in blocks 2 and 5 of 6, by a teacher of 12 blocks."""
+    return lambda: Guide(teacher(), of or student(**changes), n_experts, blocks)
+
+
+def soft_student():
+    return vit(6, 16, moe_blocks=(2,), make_sparse=lambda: SoftMoE(16, 23, E, 10))
+
+
+Z = torch.zeros(6, E)
+REFUSED = [
+    *((guide({b: 4}), r"a student's blocks cannot be .*: choose from \[2, 5\], each once")
+      for b in (0, 1, 3, 7, -1, "2")),
+    *((guide({2: b}), r"a teacher's cannot be .*: choose from \[1, 2, .*, 12\], each once")
+      for b in (0, 13, -1, 1.5, None)),
+    *((guide({b: 4}, of=vit(6, 16)), r"a student's blocks cannot be .*: choose from \[1, 2, 3, 4")
+      for b in (0, 7)),
+    *((guide(n_experts=n), f"n_experts cannot be {n}: the student's routers have others")
+      for n in (E - 1, E + 1, 0, None)),
+    (guide(of=soft_student()), r"a student's blocks cannot be \[2\]: choose from \[\], each once"),
+    *((lambda s=s: TeacherRouter(20, E)(torch.zeros(s)), r"h must be .*20\), not")
+      for s in ((6, 19), (6, 1), (20, 6), (2, 20, 3), ())),
+    *((lambda s=s: guidance_loss(torch.zeros(s), torch.zeros(s)), r"logits must be \(T, E\), not")
+      for s in ((0, E), (6, 0), (6,), (2, 3, E))),
+    *((lambda s=s: guidance_loss(torch.zeros(s), Z), "need the same tokens and experts")
+      for s in ((6, 1), (1, E), (6, E + 1), (5, E))),
+    *((lambda tokens=tokens: guidance_loss(Z, Z, tokens, 3), "choose all, class or patches")
+      for tokens in ("cls", "", None)),
+    *((lambda tokens=tokens, n=n: guidance_loss(Z, Z, tokens, n),
+       f"6 tokens are no images of n_tokens={n}: a class token, patches")
+      for tokens in ("class", "patches") for n in (None, 0, 1, -1, 4, 12)),
+    (lambda: teacher_router_losses({}), "there are no targets"),
+    (lambda: teacher_router_losses({2: Z[:0]}), r"probs must be \(T, E\), not"),
+    (lambda: teacher_router_losses({2: Z[0]}), r"probs must be \(T, E\), not"),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED)
+def test_what_nobody_could_be_guided_by_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_dense_student_may_be_guided_in_any_block_by_heads_of_its_own():
+    assert list(guide({1: 2, 4: 8}, of=vit(6, 16))()(images())) == [1, 4]
+
+
+def test_guidance_in_float64_stays_there_and_has_the_gradients_of_finite_differences():
+    net = student().double()
+    guide = Guide(teacher().double(), net, E)
+    z = guide(images().double())[2]
+    assert z.dtype == torch.float64
+    own = net(images().double()).layers[2].routing.logits.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda own: guidance_loss(z, own), (own,))
+    assert torch.autograd.gradcheck(lambda z: teacher_router_losses({2: z}),
+                                    (z.detach().requires_grad_(),))

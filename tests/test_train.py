@@ -4,15 +4,19 @@ In process, on 64 drawn images and a ViT of 5 tokens: importing torch once costs
 """
 import itertools
 import json
+import math
 import re
+import shlex
+import signal
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import checkpoint
+
 import pytest
 import torch
 
-import checkpoint
 import report
 import train
 from data import batches, split, synthetic
@@ -31,13 +35,17 @@ RESULT = {"config", "command", "seed", "commit", "versions", "device", "data", "
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "load", lambda *args: SMALL)
-    monkeypatch.setattr(report, "figures", lambda out: [])
+    monkeypatch.setattr(train, "load", lambda *args, **how: SMALL)
+    monkeypatch.setattr(report, "figures", lambda out: {})
 
 
 def run(*flags, out="run", method="moe"):
     """Train with BASE and flags; returns (result, metrics lines, checkpoint)."""
     main([*BASE, "--method", method, "--out", out, *flags])
+    return read_run(out)
+
+
+def read_run(out):
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     return (json.loads(Path(out, "result.json").read_text()), lines,
             torch.load(Path(out, "checkpoint.pt"), weights_only=True))
@@ -112,7 +120,7 @@ def test_a_checkpoint_holds_tensors_and_primitives_only_and_the_whole_config():
 
 def test_the_figures_are_drawn_into_the_run_folder(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(train, "load", lambda *args: SMALL)
+    monkeypatch.setattr(train, "load", lambda *args, **how: SMALL)
     out = Path("figures")
     try:
         run("--epochs", "2", out=str(out))
@@ -168,7 +176,7 @@ def test_the_recorded_routing_is_that_of_every_token_of_every_probe_image():
     layers = model.eval()(SMALL.normalise(sets.probe[0][3:4])).layers
     for l, block in enumerate((1, 2)):                      # the fourth image, by itself
         assert (seen.chosen[l, 3] == layers[block].routing.chosen.numpy()).all()
-        assert abs(seen.probs[l, 3] - layers[block].routing.probs.detach().numpy()).max() < 1e-3
+        assert (seen.probs[l, 3] - layers[block].routing.probs.detach()).abs().max() < 1e-3
 
 
 # --- the same run twice, an interrupted run, a spoilt run ---
@@ -208,6 +216,100 @@ def test_an_interrupted_run_continues_bit_for_bit(monkeypatch, capsys):
     assert result["consistency"] == whole_result["consistency"]
 
 
+def test_a_run_that_is_asked_to_stop_ends_its_step_and_goes_on_bit_for_bit(monkeypatch, capsys):
+    flags = ["--epochs", "2", "--augment", "heavy", "--mixup", "0.8", "--drop_path", "0.2",
+             "--noise", "1", "--k", "1"]
+    whole_result, whole_lines, whole = run(*flags, method="tgr", out="whole")
+    capsys.readouterr()
+    taken, original = [], train.losses
+
+    def asked(cfg, *rest):
+        taken.append(1)
+        if len(taken) in (3, 4, 8):                         # amid an epoch, at its end, at all's
+            signal.raise_signal(signal.SIGTERM if len(taken) == 3 else signal.SIGINT)
+        return original(cfg, *rest)
+
+    monkeypatch.setattr(train, "losses", asked)
+    words = [*BASE, *flags, "--method", "tgr", "--out", "it's here"]
+    for steps, code in ((3, 143), (4, 130), (8, 130)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert len(taken) == steps and ended.value.code == code
+        command = capsys.readouterr().err.splitlines()[-1].removeprefix("stopped; to go on: ")
+        words = shlex.split(command)[2:]
+        assert words == ["--resume", "--out", "it's here"]
+    main(words)
+    assert len(taken) == 8                                  # each step once
+    result, lines, again = read_run("it's here")
+    assert same(whole["student"], again["student"]) and same(whole["routers"], again["routers"])
+    assert [line["terms"] for line in lines] == [line["terms"] for line in whole_lines]
+    assert result["consistency"] == whole_result["consistency"]
+    assert result["command"] == shlex.join(["python", "train.py", *BASE, *flags, "--method", "tgr",
+                                            "--out", "it's here"])
+
+
+def test_what_an_interrupted_run_has_spent_and_will_is_counted_over_all_its_parts(
+        monkeypatch, capsys):
+    clock = itertools.count(step=30.0)                      # every look at it is 30 s later
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+
+    def stop(cfg, line, left, original=train.say):
+        original(cfg, line, left)
+        if line["epoch"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "say", stop)
+        run("--epochs", "3")
+    capsys.readouterr()
+    main(["--resume", "--out", "run"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch ")]
+    assert said[0].endswith("about 60 s left") and "left" not in said[1]
+    assert read_run("run")[0]["seconds"] == 90
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_afresh_and_says_so(capsys):
+    main([*BASE, "--method", "moe", "--out", "run", "--resume"])
+    assert "no checkpoint in run to resume: the run begins afresh" in capsys.readouterr().out
+    Path("half").mkdir()
+    Path("half", "metrics.jsonl").write_text("{half a li")
+    assert len(run(out="half")[1]) == 1
+    assert "was stopped before its first checkpoint: it begins afresh" in capsys.readouterr().out
+
+
+def test_a_run_has_a_checkpoint_before_its_teacher_is_trained(monkeypatch, capsys):
+    def killed(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "one_epoch", killed)
+        run(method="tgr")
+    assert capsys.readouterr().err.endswith("to go on: python train.py --resume --out run\n")
+    main(["--resume", "--out", "run"])
+    assert read_run("run")[2]["epoch"] == 1
+
+
+def test_what_is_missing_or_damaged_of_an_ended_run_is_made_again_from_its_checkpoint(
+        monkeypatch, capsys):
+    monkeypatch.setattr(report, "figures", lambda out: {"loss.png": b"a picture"})
+    run("--epochs", "2")
+    files = {path: path.read_bytes() for path in Path("run").iterdir()}
+    for name, content in (("metrics.jsonl", b""), ("routing.npz", b"half"), ("result.json", None),
+                          ("loss.png", b"a Picture")):
+        path = Path("run", name)
+        path.unlink() if content is None else path.write_bytes(content)
+        capsys.readouterr()
+        main(["--resume", "--out", "run"])
+        assert f"made again from the checkpoint in run: {name}\n" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in Path("run").iterdir()} == files
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(capsys):
+    with checkpoint.claim("run"):
+        assert "is writing to run" in refusal(capsys, "--out", "run")
+        assert "is writing to run" in refusal(capsys, "--out", "run", "--resume")
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_is_taken(
         where, monkeypatch, capsys):
@@ -227,21 +329,44 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_is_taken(
         run("--epochs", "3")
     assert stop.value.code == 1
     said = capsys.readouterr().err
+    assert "lower --lr than 0.002" in said
     assert "epoch 2, step 2" in said and "Traceback" not in said
     assert where == "loss" or "blocks.1.mlp.router.weight" in said
     state = torch.load("run/checkpoint.pt", weights_only=True)
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["student"].values())
 
 
+@pytest.mark.parametrize("epoch, step, where", [
+    (1, 3, "epoch 2, after step 3: "), (2, 0, "after the last step of epoch 2: ")])
+def test_weights_that_are_not_finite_are_never_saved(epoch, step, where, monkeypatch, capsys):
+    original = train.keep
+
+    def spoilt(job, progress, *rest):
+        if (progress.epoch, progress.step) == (epoch, step):
+            job.model.head.weight.data[0, 0] = torch.nan
+        return original(job, progress, *rest)
+
+    calls = []
+    monkeypatch.setattr(train, "keep", spoilt)
+    monkeypatch.setattr(train, "losses", lambda *args, losses=train.losses: (
+        calls.append(1) or (step and len(calls) == 4 + step and signal.raise_signal(signal.SIGINT))
+        or losses(*args)))
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", "3")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and where in said
+    assert "student.head.weight is not finite, so nothing is saved" in said
+    assert checkpoint.read("run/checkpoint.pt", Config)["epoch"] == 1
+
+
 def test_a_router_that_is_not_finite_is_named(monkeypatch, capsys):
-    original = train.build
+    original = train.losses
 
-    def broken(cfg, data):
-        student = original(cfg, data)
+    def broken(cfg, student, *rest):
         student.blocks[1].mlp.router.weight.data[0, 0] = torch.inf
-        return student
+        return original(cfg, student, *rest)
 
-    monkeypatch.setattr(train, "build", broken)
+    monkeypatch.setattr(train, "losses", broken)
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 1
@@ -270,6 +395,47 @@ def test_a_given_teacher_is_used_as_it_is_and_learns_nothing(monkeypatch):
     run("--teacher", "dense/checkpoint.pt", method="tgr")
     assert not Path("runs").exists()
     assert same(dense["student"], guides[0].teacher.state_dict())
+
+
+def test_a_teacher_that_was_half_trained_is_trained_to_its_end(monkeypatch, capsys):
+    def stop(cfg, line, left, original=train.say):
+        original(cfg, line, left)
+        if line["epoch"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "say", stop)
+        run("--teacher_epochs", "3", method="tgr")
+    capsys.readouterr()
+    main(["--resume", "--out", "run"])
+    said = capsys.readouterr().out
+    assert "(1 epochs are there)" in said and "epoch   2/3" in said and "epoch   1/3" not in said
+    kept, = Path("runs/teachers").glob("*/checkpoint.pt")
+    assert torch.load(kept)["epoch"] == 3
+
+
+def test_a_run_goes_on_with_no_other_teacher_than_it_began_with(capsys):
+    run(method="dense", out="dense")
+    run("--teacher", "dense/checkpoint.pt", method="tgr", out="tgr")
+    state = torch.load("tgr/checkpoint.before.pt")          # before its result was known
+    Path("tgr/checkpoint.pt").unlink()
+    assert state["result"] is None
+    other = torch.load("dense/checkpoint.pt")
+    other["student"]["pos"] += 1
+    checkpoint.save("dense/checkpoint.pt", other)
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", "--out", "tgr"])
+    assert stop.value.code == 2 and "began with another teacher" in capsys.readouterr().err
+
+
+def test_the_plan_names_a_given_teacher_and_says_if_it_saw_other_images(capsys, monkeypatch):
+    run("--epochs", "2", method="dense", out="dense")
+    run("--teacher", "dense/checkpoint.pt", method="tgr", out="same")
+    assert "taught by dense/checkpoint.pt, a dense model trained for 2 epochs; " in (
+        capsys.readouterr().out)
+    monkeypatch.setattr(train, "load", lambda *args, **how: SMALL._replace(md5="other"))
+    run("--teacher", "dense/checkpoint.pt", method="tgr", out="other")
+    assert "trained for 2 epochs on other images; " in capsys.readouterr().out
 
 
 def test_a_student_of_another_seed_starts_from_other_weights_and_methods_share_a_trunk():
@@ -493,7 +659,7 @@ def test_save_every_counts_epochs_between_checkpoints(monkeypatch):
     saved, original = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda p, c: saved.append(c["epoch"]) or original(p, c))
     run("--epochs", "5", "--save_every", "2")
-    assert saved == [2, 4, 5]
+    assert saved == [0, 2, 4, 5, 5]                         # its first weights; its result
 
 
 def test_without_out_a_run_never_overwrites_another():
@@ -524,24 +690,106 @@ def test_every_flag_is_named_in_these_tests():
     (["--meth", "moe"], "--meth"),                          # half a flag is no flag
     (["--method", "magic"], "magic"),
     (["--k", "9"], "9 of 4 experts"),
-    (["--k", "0"], "0 of 4 experts"),
+    (["--k", "0"], "--k 0 is out of range"),
     (["--heads", "3"], "3 heads"),
     (["--patch", "5"], "patches of 5"),
-    (["--moe_blocks", "7"], "from 1 to 2"),
+    (["--moe_blocks", "7"], "moe_blocks cannot be [7]: choose from [1, 2]"),
     (["--moe_blocks", "two"], "5,7,9"),
     (["--moe_blocks", ""], "at least one block"),
+    (["--moe_blocks", "2,1,2"], "names a block twice"),
     (["--train_images", "65"], "has 64 to train on"),
     (["--batch_size", "65"], "more than the 64"),
     (["--epochs", "0"], "--epochs"),
-    (["--device", "cuda"], "no CUDA device"),
+    (["--device", "cuda"], "--device cpu"),
+    (["--device", "mps"], "no MPS device"),
+    (["--device", "abacus"], "no device 'abacus'"),
+    (["--device", "meta"], "choose cpu, cuda or mps"),
+    (["--clip", "nan"], "--clip nan is out of range: choose a number above 0"),
+    (["--drop_path", "1"], "--drop_path 1.0 is out of range: choose a number at least 0 and below"),
+    (["--lr", "inf"], "--lr inf"),
+    (["--train_images", "-5"], "--train_images -5"),
+    (["--seed", "9223372036854775807"], "--seed 9223372036854775807 is out of range"),
+    (["--warmup_epochs", "1"], "--warmup_epochs 1 must be below --epochs 1"),
+    (["--method", "tgr", "--warmup_epochs", "3", "--epochs", "4", "--teacher_epochs", "2"],
+     "must be below --teacher_epochs 2"),
+    (["--expert_ratio", "0.01"], "leaves no hidden unit"),
+    (["--seed=--"], "--seed"),
+    (["--moe_blocks=--"], "--moe_blocks"),
+    (["--eval", ""], "--eval is empty"),
+    (["--teacher", ""], "--teacher is empty"),
+    (["--out", ""], "--out is empty"),
+    (["--resume", "--out", ""], "--out is empty"),
+    (["--data_dir", ""], "--data_dir is empty"),
+    (["--out", "/dev/null"], "/dev/null cannot be used"),
     (["--resume"], "--out"),
-    (["--resume", "--out", "nowhere"], "no checkpoint at nowhere"),
     (["--eval", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     (["--teacher", "nowhere.pt"], "no checkpoint at nowhere.pt")])
 def test_a_bad_flag_is_refused_in_one_sentence(flags, words, capsys):
     if "--device" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     assert words in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize("field", [f for f in fields(Config) if f.metadata["bounds"]],
+                         ids=lambda f: f.name)
+def test_every_number_has_bounds_and_what_lies_outside_is_refused_by_name(field, capsys):
+    bounds = field.metadata["bounds"]
+    outside = [bounds[word] - 1 for word in ("at_least", "above") if word in bounds]
+    outside += [bounds[word] for word in ("above", "below") if word in bounds]
+    outside += [bounds[word] + 1 for word in ("at_most", "below") if word in bounds]
+    outside += [math.nan, math.inf, -math.inf] if field.type is float else [10**30, -10**30]
+    for value in map(field.type, outside):
+        if field.type is int and not ("at_most" in bounds or value < bounds["at_least"]):
+            continue                                        # an int may be as large as it likes
+        said = refusal(capsys, f"--{field.name}={value}")
+        assert f"--{field.name} {value} is out of range" in said
+    assert not list(Path().iterdir())
+
+
+def test_every_number_that_can_be_given_has_bounds():
+    assert [f.name for f in fields(Config) if f.type in (int, float) and not f.metadata["bounds"]
+            ] == []
+
+
+def test_several_processes_of_one_run_are_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refusal(capsys)
+
+
+def test_a_build_of_torch_without_cuda_is_told_apart_from_a_machine_without_a_gpu(
+        capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, words in ((None, "this build of torch has no CUDA"), ("13.0", "no CUDA device")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert words in refusal(capsys, "--device", "cuda")
+
+
+def test_what_a_checkpoint_fixes_is_not_changed_by_a_flag(capsys):
+    run("--k", "1")
+    for flag, value, its in (("--k", "2", "1"), ("--gate", "sigmoid", "softmax_topk"),
+                             ("--capacity_factor", "0.5", "None"), ("--n_experts", "8", "4")):
+        for words in (["--eval", "run/checkpoint.pt"], ["--resume", "--out", "run"]):
+            with pytest.raises(SystemExit) as stop:
+                main([*words, flag, value])
+            said = capsys.readouterr().err
+            assert stop.value.code == 2 and f"with {flag} {its}, not {value}" in said
+    main(["--resume", "--out", "run", "--data", "auto", "--precision", "auto", "--k", "1"])
+    main(["--eval", "run/checkpoint.pt", "--data", "auto", "--k", "1"])
+
+
+def test_a_checkpoints_word_makes_no_folder_and_downloads_nothing(capsys, monkeypatch):
+    run(out="run")
+    for name in ("checkpoint.pt", "checkpoint.before.pt"):
+        state = torch.load(f"run/{name}")
+        state["config"] |= {"data": "cifar100", "data_dir": "elsewhere"}
+        Path("run", name).write_bytes(checkpoint.seal(state))
+    import data
+    monkeypatch.setattr(train, "load", data.load)
+    monkeypatch.setattr(data, "download", lambda *args: pytest.fail("a download"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--eval", "run/checkpoint.pt"])
+    assert stop.value.code == 2 and "is not in data/: say where with" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["run"]
 
 
 def test_an_unreadable_data_folder_is_refused_in_one_sentence(capsys, monkeypatch):
@@ -571,8 +819,8 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(capsys):
 
 def test_a_damaged_checkpoint_is_refused_in_one_sentence(capsys):
     run()
-    whole = Path("run/checkpoint.pt").read_bytes()
-    Path("run/checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    for path in Path("run").glob("checkpoint*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
     assert "damaged" in refusal(capsys, "--eval", "run/checkpoint.pt")
 
 

@@ -51,6 +51,9 @@ def main():
     p.add_argument("--only", type=int, nargs="+", help="numbers of assignments; default: all")
     p.add_argument("--seeds", type=int, default=5, help="how often the reference must pass")
     p.add_argument("--jobs", type=int, default=2, help="assignments at a time")
+    # as checkpoint.printable, whose file would import torch and may be a student's
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
     args = parser.parse_args()
     if not hasattr(os, "fork"):
         return "this system cannot fork: use Linux, macOS or the Windows Subsystem for Linux"
@@ -165,7 +168,7 @@ def released():
     """The student tree as {path: bytes}, and what was left out, for it shows a blanked body."""
     tree, every = {}, assignments()
     for path in sorted(ROOT.glob("*.py")):
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         for a in every:
             for name, hint in a.blanks.get(path.name, {}).items():
                 node = functions(source)[name]
@@ -174,15 +177,15 @@ def released():
     for a in every:
         for name in ("handout.md", "answers.py", "public.py"):
             if (a.path / name).exists():
-                tree[f"{TOOL}/{a.folder}/{name}"] = (a.path / name).read_text()
+                tree[f"{TOOL}/{a.folder}/{name}"] = (a.path / name).read_text(encoding="utf-8")
         hidden = [name.replace("_", " ") for name, node in functions(
-            (a.path / "hidden.py").read_text()).items() if is_check(node)]
+            (a.path / "hidden.py").read_text(encoding="utf-8")).items() if is_check(node)]
         tree[f"{TOOL}/{a.folder}/hidden.txt"] = "\n".join(hidden) + "\n"
     for name in SHIPPED:
-        tree[f"{TOOL}/{name}"] = (HERE / name).read_text()
-    tree["README.md"] = (HERE / "student.md").read_text()
+        tree[f"{TOOL}/{name}"] = (HERE / name).read_text(encoding="utf-8")
+    tree["README.md"] = (HERE / "student.md").read_text(encoding="utf-8")
     for name in ("requirements.txt", "pyproject.toml", "LICENSE"):
-        tree[name] = (ROOT / name).read_text()
+        tree[name] = (ROOT / name).read_text(encoding="utf-8")
     tree, left_out = {path: text.encode() for path, text in tree.items()}, []
     for path in sorted((ROOT / "notebooks").rglob("*")):     # with the results that they read
         name = str(path.relative_to(ROOT))
@@ -253,7 +256,7 @@ def secrets():
 
     Lines of more than 40 characters that no file has outside the blanked bodies.
     """
-    sources, found = {path.name: path.read_text() for path in ROOT.glob("*.py")}, []
+    sources, found = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}, []
     asked = {file: {n for a in manifests() for n in a.blanks.get(file, ())} for file in sources}
     public = "".join(with_bodies(s, {n: [] for n in asked[f]}) for f, s in sources.items())
     for file, names in asked.items():
@@ -300,11 +303,12 @@ class Worker:
     """A process that runs one assignment's checks on as many trees as it is given."""
 
     def __init__(self, folder):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1",
+                            "PYTHONIOENCODING": "utf-8:replace"}
         self.folder = folder
         self.process = subprocess.Popen([sys.executable, "-B", str(HERE / "worker.py"), folder],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=env)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        encoding="utf-8", env=env)
 
     def __enter__(self):
         return self
@@ -353,7 +357,7 @@ def check(only):
         if (path / "hidden.py").exists():
             print(".")
             continue
-        hidden = (path / "hidden.txt").read_text().split("\n")[:-1]
+        hidden = (path / "hidden.txt").read_text(encoding="utf-8").split("\n")[:-1]
         print(f"; {len(hidden)} hidden run at grading, on other random numbers. They cover:")
         print("\n".join(f"    - {sentence}" for sentence in hidden))
     return int(not complete)
@@ -381,11 +385,12 @@ def graded_tree(source, target, number):
     """Copy what is graded of a student tree; blanks of *other* assignments become the reference."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.py")):
-        text = path.read_text(errors="replace")
+        text = path.read_text(errors="replace", encoding="utf-8")
         for a in assignments():
             if a.number != number and path.name in a.blanks:
-                text = fill(text, (ROOT / path.name).read_text(), a.blanks[path.name])
-        (target / path.name).write_text(text)
+                ours = (ROOT / path.name).read_text(encoding="utf-8")
+                text = fill(text, ours, a.blanks[path.name])
+        (target / path.name).write_text(text, encoding="utf-8")
     folder = folders()[number].name
     answers = source / TOOL / folder / "answers.py"
     if answers.exists():
@@ -443,7 +448,7 @@ def show(report, path):
     print(f"\n{report['points']} of {report['of']} points (seed {report['seed']}, "
           f"torch {report['torch']})")
     if path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def demand(condition, message):
 def write(tree, files):
     for path, text in files.items():
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        (tree / path).write_text(text)
+        (tree / path).write_text(text, encoding="utf-8")
     return tree
 
 
@@ -79,7 +79,8 @@ def unsolved():
 
 
 def reference_bodies(a):
-    return {file: bodies_of((ROOT / file).read_text(), names) for file, names in a.blanks.items()}
+    return {file: bodies_of((ROOT / file).read_text(encoding="utf-8"), names)
+            for file, names in a.blanks.items()}
 
 
 def solved(a, bodies=None, answers=True):
@@ -88,18 +89,18 @@ def solved(a, bodies=None, answers=True):
     for file, written in (reference_bodies(a) if bodies is None else bodies).items():
         tree[file] = with_bodies(tree[file], written)
     if answers and (a.path / "solution.py").exists():
-        tree[f"{TOOL}/{a.folder}/answers.py"] = (a.path / "solution.py").read_text()
+        tree[f"{TOOL}/{a.folder}/answers.py"] = (a.path / "solution.py").read_text(encoding="utf-8")
     return tree
 
 
 def other_solution(a, path):
     """The reference with the bodies of a file of others/ in it."""
-    found, bodies = functions(path.read_text()), reference_bodies(a)
+    found, bodies = functions(path.read_text(encoding="utf-8")), reference_bodies(a)
     demand(found, f"{path} solves nothing")
     for name in found:
         file = next((f for f, names in a.blanks.items() if name in names), None)
         demand(file, f"{path.name} has {name}, which assignment {a.number} does not ask for")
-        bodies[file] |= bodies_of(path.read_text(), [name])
+        bodies[file] |= bodies_of(path.read_text(encoding="utf-8"), [name])
     return solved(a, bodies)
 
 
@@ -107,7 +108,7 @@ def mutants_of(a):
     """The mutants of the repository's list that lie in a blanked body: (file, old, new)."""
     found = []
     for file, old, new in MUTANTS:
-        source = (ROOT / file).read_text()
+        source = (ROOT / file).read_text(encoding="utf-8")
         for name in a.blanks.get(file, {}):
             start, end = body_span(source, functions(source)[name])
             first = source.count("\n", 0, source.index(old))
@@ -154,7 +155,7 @@ def prove(a, seeds):
         for file in a.blanks:
             tree = graded_tree(write(folder / f"right_{file}", right), folder / f"full_{file}",
                                a.number)
-            demand((tree / file).read_text() == (ROOT / file).read_text(),
+            demand((tree / file).read_bytes() == (ROOT / file).read_bytes(),
                    f"{file} with every blank filled is not {file}")
         many = {"seeds": range(seeds), "seconds": 10 + 10 * seeds}
         results = run(right, **many)
@@ -206,7 +207,7 @@ def prove(a, seeds):
         shout = 'raise RuntimeError("the student\'s own line")'
         for file, bodies in reference_bodies(a).items():
             for name in bodies:
-                one = functions((ROOT / file).read_text())[name].col_offset + 4
+                one = functions((ROOT / file).read_text(encoding="utf-8"))[name].col_offset + 4
                 files = right | {file: with_bodies(right[file], {name: [" " * one + shout]})}
                 demand(any("the student's own line" in r["got"] for r in run(files, together=True)),
                        f"{a.folder}: nothing notices a raise in {name}")
@@ -250,7 +251,7 @@ def cheats(a, run, worker, folder):
         f"@check()\ndef {name}(student, g):\n    pass\n" for name in names)}
     tree = write(folder / "edited", files)
     own = subprocess.run([sys.executable, "-B", str(tree / TOOL / "course.py"), "check",
-                          str(a.number)], capture_output=True, text=True)
+                          str(a.number)], capture_output=True, encoding="utf-8")
     demand(own.returncode == 0, f"{a.folder}: the edited checks were to pass: {own.stdout}")
     report = grade(tree, [a.number], SEED)
     demand(report["points"] == 0 and report["edited"] == [public],
@@ -263,10 +264,11 @@ def cheats(a, run, worker, folder):
               f"    with open('table.txt', 'a') as f:\n"
               f"        f.write(repr(({key}, value.tolist(), str(value.dtype))) + '\\n')\n"
               f"    return value\n")
-    tree = write(folder / "recording", solved(a) | {file: (ROOT / file).read_text() + record})
+    source = (ROOT / file).read_text(encoding="utf-8")
+    tree = write(folder / "recording", solved(a) | {file: source + record})
     worker.run(tree, seeds=[0], public=True)
     table = {k: (v, dtype) for k, v, dtype in map(
-        ast.literal_eval, (tree / "table.txt").read_text().splitlines())}
+        ast.literal_eval, (tree / "table.txt").read_text(encoding="utf-8").splitlines())}
     files = blank | {file: blank[file] + f"\n_table = {table!r}\ndef {name}(*args):\n"
                      f"    value, dtype = _table.get({key}, next(iter(_table.values())))\n"
                      f"    return torch.tensor(value, dtype=eval(dtype))\n"}
@@ -319,7 +321,7 @@ def the_release_is_repeatable_and_tells_nothing():
     # and the search finds what it is for
     for a in assignments():
         for file, names in a.blanks.items():
-            source = (ROOT / file).read_text()
+            source = (ROOT / file).read_text(encoding="utf-8")
             for name in names:
                 body = "\n".join(bodies_of(source, [name])[name])
                 renamed = ast.unparse(ast.parse("def f():\n" + body))      # its comments are gone
