@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import printable
 
+from notebooks import study
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "notebooks" / "results" / "regime.jsonl"
 RECIPE = "--preset tiny --data cifar100 --labels fine --train_images 0 --split val --device cpu"
@@ -73,8 +75,8 @@ def run(args):
             if process.returncode:
                 print(f"{name(s)} failed: see its log", file=sys.stderr)
                 continue
-            with open(ROWS, "a", encoding="utf-8") as file:
-                file.write(result.read_text(encoding="utf-8"))
+            row = json.loads(result.read_text(encoding="utf-8"))
+            study.append(ROWS, row | {"commit": study.commit_of_row(dirty=True)})
         while waiting and len(going) < args.workers:
             s = waiting.pop(0)
             folder = Path(args.out, name(s))

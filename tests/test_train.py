@@ -218,7 +218,7 @@ def test_an_interrupted_run_continues_bit_for_bit(monkeypatch, capsys):
 
 def test_a_run_that_is_asked_to_stop_ends_its_step_and_goes_on_bit_for_bit(monkeypatch, capsys):
     flags = ["--epochs", "2", "--augment", "heavy", "--mixup", "0.8", "--drop_path", "0.2",
-             "--noise", "1", "--k", "1"]
+             "--noise", "1", "--k", "1", "--save_every", "9"]
     whole_result, whole_lines, whole = run(*flags, method="tgr", out="whole")
     capsys.readouterr()
     taken, original = [], train.losses
@@ -231,10 +231,11 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_goes_on_bit_for_bit(monke
 
     monkeypatch.setattr(train, "losses", asked)
     words = [*BASE, *flags, "--method", "tgr", "--out", "it's here"]
-    for steps, code in ((3, 143), (4, 130), (8, 130)):
+    for steps, code, epochs in ((3, 143, 0), (4, 130, 1), (8, 130, 2)):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert len(taken) == steps and ended.value.code == code
+        assert len(Path("it's here/metrics.jsonl").read_text().splitlines()) == epochs
         command = capsys.readouterr().err.splitlines()[-1].removeprefix("stopped; to go on: ")
         words = shlex.split(command)[2:]
         assert words == ["--resume", "--out", "it's here"]
@@ -266,6 +267,28 @@ def test_what_an_interrupted_run_has_spent_and_will_is_counted_over_all_its_part
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch ")]
     assert said[0].endswith("about 60 s left") and "left" not in said[1]
     assert read_run("run")[0]["seconds"] == 90
+
+    def ask(cfg, *rest, original=train.losses):
+        signal.raise_signal(signal.SIGINT)
+        return original(cfg, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "losses", ask)                 # amid an epoch
+        run(out="amid")
+    main(["--resume", "--out", "amid"])
+    assert read_run("amid")[0]["seconds"] == 60
+
+
+def test_a_resumed_run_scales_its_loss_as_it_did_before():
+    cfg = config("--out", "run")
+    job = train.Job(cfg, SMALL, split(cfg, SMALL), train.build(cfg, SMALL), None)
+    optimizer = torch.optim.AdamW(job.model.parameters())
+    before, after = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 65536.0))
+    before.scale(torch.ones(()))                            # which is when the scale is made
+    Path("run").mkdir()
+    state = train.keep(job, train.Progress(), None, optimizer, before)
+    train.resume(job._replace(state=state), None, optimizer, after)
+    assert after.get_scale() == 8.0
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_afresh_and_says_so(capsys):
@@ -375,16 +398,33 @@ def test_a_router_that_is_not_finite_is_named(monkeypatch, capsys):
 
 # --- the teacher ---
 
-def test_a_teacher_is_trained_first_kept_and_not_trained_again(capsys):
+def test_a_teacher_is_trained_first_kept_and_not_trained_again(monkeypatch, capsys):
     run("--teacher_epochs", "2", method="tgr", out="a")
     kept = list(Path("runs/teachers").glob("*/checkpoint.pt"))
     assert len(kept) == 1 and torch.load(kept[0], weights_only=True)["epoch"] == 2
     stamp = kept[0].stat().st_mtime_ns
+    claimed, claim = [], checkpoint.claim
     capsys.readouterr()
-    run("--teacher_epochs", "2", "--seed", "3", "--k", "1", method="tgr", out="b")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "claim", lambda folder, **how: claimed.append(folder)
+                      or claim(folder, **how))
+        run("--teacher_epochs", "2", "--seed", "3", "--k", "1", method="tgr", out="b")
     assert kept[0].stat().st_mtime_ns == stamp              # one teacher for all seeds and methods
+    assert claimed == ["b"]                                 # its folder may be read-only by now
     run("--teacher_epochs", "2", "--lr", "0.01", method="tgr", out="c")
     assert len(list(Path("runs/teachers").glob("*/checkpoint.pt"))) == 2
+
+
+def test_a_teacher_that_another_run_trained_meanwhile_is_taken_as_it_is(capsys):
+    planned, job = train.plan(train.parse([*BASE, "--method", "tgr", "--out", "late"]))
+    run(method="tgr", out="early")
+    kept, = Path("runs/teachers").glob("*/checkpoint.pt")
+    stamp = kept.stat().st_mtime_ns
+    capsys.readouterr()
+    teacher = train.trained(planned, job, "a command")
+    assert not planned.ended and teacher.ended and kept.stat().st_mtime_ns == stamp
+    assert same(torch.load(kept)["student"], teacher.model.state_dict())
+    assert not capsys.readouterr().out
 
 
 def test_a_given_teacher_is_used_as_it_is_and_learns_nothing(monkeypatch):
@@ -604,6 +644,10 @@ def test_epochs_and_batch_size_count_passes_and_steps(monkeypatch):
     assert len(lines) == 3 and steps == [24] * 6            # 64 = 24 + 24 + 16 left for next time
 
 
+def test_a_warm_up_may_outlast_a_teacher_that_nobody_trains():
+    assert config("--epochs", "5", "--warmup_epochs", "3", "--teacher_epochs", "2").epochs == 5
+
+
 def test_the_learning_rate_warms_up_to_lr_and_ends_at_zero():
     cfg = config("--lr", "0.3", "--epochs", "10", "--warmup_epochs", "2")
     rates = [train.learning_rate(cfg, progress) for progress in (0, 1, 2, 6, 10)]
@@ -802,6 +846,9 @@ def test_an_unreadable_data_folder_is_refused_in_one_sentence(capsys, monkeypatc
 def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
     run()
     assert "--resume" in refusal(capsys, "--out", "run")
+    for path in Path("run").glob("checkpoint*"):
+        path.unlink()
+    assert "a result, whose checkpoint is gone" in refusal(capsys, "--out", "run")
 
 
 def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(capsys):
