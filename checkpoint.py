@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import platform
 import signal
@@ -33,7 +34,7 @@ import torch
 
 # The fields of a configuration that say where and how a run runs, not what it is: a resumed run may
 # change them, and two runs that differ in nothing else are the same experiment.
-HOW = ("device", "data_dir", "compile", "out", "resume", "eval", "save_every")
+HOW = ("device", "data_dir", "compile", "out", "resume", "eval", "images", "export", "save_every")
 NAME, LOCK = "checkpoint.pt", ".lock"
 SEAL, LENGTH = b"sha256:", (7 + 64).to_bytes(2, "little")      # of the comment that ends a file
 
@@ -234,8 +235,11 @@ def read_one(path, config, needs):
     content = path.read_bytes()
     if is_whole(content) is False:
         raise ValueError(f"{path} is damaged: its content is not what was written")
+    if path.suffix == ".safetensors":
+        safetensors()                                   # speaks up if it is missing
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = from_safetensors(content) if path.suffix == ".safetensors" else torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True)
         given = dict(state["config"])
     except Exception as error:
         raise ValueError(f"{path} is damaged or no checkpoint of train.py "
@@ -252,6 +256,32 @@ def read_one(path, config, needs):
     if bad := not_finite(state):
         raise ValueError(f"{path} holds a number that is not finite, in {bad}")
     return state
+
+
+def to_safetensors(state, path):
+    """Write the weights of a checkpoint to a safetensors file, and all else that `read` needs of it
+    into the file's own notes."""
+    buffer = safetensors().save(
+        {name: tensor.contiguous() for name, tensor in state["student"].items()},
+        {key: json.dumps(state[key]) for key in ("config", "epoch", "data_md5", "shown")
+         if key in state})
+    write(path, buffer)
+
+
+def from_safetensors(content):
+    """A checkpoint's state, as far as a safetensors file holds it."""
+    length = int.from_bytes(content[:8], "little")
+    notes = json.loads(content[8:8 + length]).get("__metadata__", {})
+    return {key: json.loads(value) for key, value in notes.items()} | {
+        "student": safetensors().load(content)}
+
+
+def safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("safetensors is not installed here: pip install safetensors") from None
+    return safetensors.torch
 
 
 def not_finite(state, name=""):

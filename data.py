@@ -1,10 +1,11 @@
 """data.py -- which images is the model shown, and what happens to them on the way?
 
 CIFAR-100 where it can be had, and otherwise a built-in set of drawn puzzles with the same shape:
-100 fine classes in 20 coarse ones. Either is one uint8 tensor that lives on the device, and every
-step from there to the model is batched tensor code: no worker processes, no Python per image.
+100 fine classes in 20 coarse ones. Or CIFAR-10, or a folder of your own pictures. Each is one uint8
+tensor that lives on the device, and every step from there to the model is batched tensor code: no
+worker processes, no Python per image.
 
-    B images of a batch, n images of a split; every picture is (3, 32, 32)
+    B images of a batch, n images of a split; every picture is (3, S, S), S pixels on a side
 
 Where a function takes `cfg`, it is the `Config` of train.py, whose flags say what is asked for.
 """
@@ -24,38 +25,44 @@ from checkpoint import claim
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
 
 from router import expect
 
-SIZE = 32            # pixels on a side
+SIZE = 32            # S of CIFAR and of the drawn pictures
 PATIENCE_S = 10      # seconds a server may take to answer, or to send its next bytes
 AGAIN = "run again, or train with --data synthetic"
 
 
 class Split(NamedTuple):
-    images: Tensor   # (n, 3, 32, 32) uint8
-    fine: Tensor     # (n,) int64, 0..99
-    coarse: Tensor   # (n,) int64, 0..19
+    images: Tensor   # (n, 3, S, S) uint8
+    fine: Tensor     # (n,) int64, in CIFAR-100 0..99
+    coarse: Tensor   # (n,) int64, in CIFAR-100 0..19; the fine ones where a set has one kind alone
 
 
 class Data(NamedTuple):
-    name: str                           # "cifar100" or "synthetic"
+    name: str                           # "cifar100", "cifar10", "synthetic" or "folder:DIR"
     note: str                           # what was chosen and why, in one sentence
-    md5: str                            # of the CIFAR-100 archive, or of the drawn bytes
+    md5: str                            # of CIFAR's archive, or of the bytes of all pictures
     train: Split
     test: Split
     fine_names: list[str]
-    coarse_names: list[str]
+    coarse_names: list[str]             # empty where a set has none
     mean: tuple[float, float, float]    # of the training images in [0, 1], per channel
     std: tuple[float, float, float]
 
     def normalise(self, images):
-        """uint8, or float in [0, 1], (B, 3, 32, 32) -> float, mean 0 and std 1 per channel."""
+        """uint8, or float in [0, 1], (B, 3, S, S) -> float, mean 0 and std 1 per channel."""
         expect("images", images, *images.shape[:-3], 3, *images.shape[-2:])
         return v2.functional.normalize(unit(images), self.mean, self.std)
+
+    def shown(self):
+        """What a trained model must still know of it, in primitives: all but the pictures."""
+        return {name: value for name, value in self._asdict().items()
+                if name not in ("note", "train", "test")}
 
 
 def unit(images):
@@ -64,27 +71,42 @@ def unit(images):
     return images if images.is_floating_point() else images.float() / 255
 
 
-def load(name="auto", data_dir="data", device="cpu", may_download=True):
-    """The data set by name, on the device; `auto` never chooses in silence: see Data.note."""
-    if name not in ("auto", "cifar100", "synthetic"):
-        raise ValueError(f"there is no data set {name!r}: choose auto, cifar100 or synthetic")
-    on_cpu = torch.device(device).type == "cpu"
+def load(name="auto", data_dir="data", device="cpu", may_download=True, size=SIZE):
+    """The data set by name, on the device; `auto` never chooses in silence: see Data.note.
 
-    data = None
-    if name != "synthetic":
-        data = cifar100(data_dir, may_download and (name == "cifar100" or not on_cpu))
-    if data is None and name == "cifar100":
-        raise ValueError(f"CIFAR-100 is not in {data_dir}/: say where with --data_dir, or add "
-                         f"--data cifar100 to download it there")
+    Pictures of another size are made `size` pixels wide.
+    """
+    if not (name in ("auto", "synthetic", *TITLES) or name.startswith("folder:")):
+        raise ValueError(f"there is no data set {name!r}: choose auto, cifar100, cifar10, "
+                         f"synthetic or folder:DIR")
+    on_cpu, data = torch.device(device).type == "cpu", None
+    if name.startswith("folder:"):
+        data = pictures(name, Path(name.removeprefix("folder:")), size)
+    elif name != "synthetic":
+        C = CIFAR10 if name == "cifar10" else CIFAR100
+        data = cifar(C, data_dir, may_download and (name != "auto" or not on_cpu))
+    if data is None and name in TITLES:
+        raise ValueError(f"{TITLES[name]} is not in {data_dir}/: say where with --data_dir, or add "
+                         f"--data {name} to download it there")
     if data is None:
         where = "" if str(data_dir) == "data" else f" --data_dir {data_dir}"
         note = "the built-in synthetic set, as asked" if name == "synthetic" else (
             f"the built-in synthetic set, because CIFAR-100 is not in {data_dir}/ and a CPU run "
             f"downloads nothing unasked; `python train.py --data cifar100{where}` would fetch it")
         data = synthetic()._replace(note=note)
-
-    train, test = (Split(*(t.to(device) for t in split)) for split in (data.train, data.test))
+    if data.train.images.shape[-1] != size:
+        train, test = (part._replace(images=resized(part.images, size))
+                       for part in (data.train, data.test))
+        mean, std = channel_stats(train.images)
+        data = data._replace(train=train, test=test, mean=mean, std=std,
+                             note=f"{data.note}, made {size} pixels wide")
+    train, test = (Split(*(t.to(device) for t in part)) for part in (data.train, data.test))
     return data._replace(train=train, test=test)
+
+
+def resized(images, size):
+    return torch.cat([v2.functional.resize(some, [size, size], antialias=True)
+                      for some in images.split(1000)])
 
 
 def channel_stats(images):
@@ -97,31 +119,36 @@ def channel_stats(images):
     for channel in images.unbind(1):
         share = channel.flatten().bincount(minlength=256).double() / channel.numel()  # (256,)
         mean.append((share * value).sum().item())
-        std.append((share * (value - mean[-1]).square()).sum().sqrt().item())
+        # a channel that never changes becomes 0
+        std.append((share * (value - mean[-1]).square()).sum().sqrt().item() or 1.0)
     return tuple(mean), tuple(std)
 
 
-# --- CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009) ---
+# --- CIFAR (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009) ---
 
-def cifar100(data_dir="data", fetch=True):
-    """CIFAR-100 from `data_dir`, its md5s checked by torchvision; if it is not there, download it
-    or, without `fetch`, return None."""
-    data_dir = Path(data_dir)
-    if data_dir.name == CIFAR100.base_folder and (data_dir / "meta").exists():
+TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10"}
+
+
+def cifar(C, data_dir="data", fetch=True):
+    """torchvision's C, CIFAR100 or CIFAR10, from `data_dir`, its md5s checked; if it is not there,
+    download it or, without `fetch`, return None."""
+    name, data_dir = C.__name__.lower(), Path(data_dir)
+    title = TITLES[name]
+    if data_dir.name == C.base_folder and (data_dir / C.meta["filename"]).exists():
         data_dir = data_dir.parent             # the set's own folder was named
-    folder, archive = data_dir / CIFAR100.base_folder, data_dir / CIFAR100.filename
-    note = f"CIFAR-100 from {data_dir}/, md5 checked"
+    folder, archive = data_dir / C.base_folder, data_dir / C.filename
+    note = f"{title} from {data_dir}/, md5 checked"
     try:
-        found, damaged = read_folder(data_dir), folder.exists()
+        found, damaged = read_folder(C, data_dir), folder.exists()
         if found is None and (archive.exists() or (fetch and not damaged)):
-            with claim(data_dir, "to bring CIFAR-100", "--data_dir"):
-                found = read_folder(data_dir)  # another run may have brought it meanwhile
+            with claim(data_dir, f"to bring {title}", "--data_dir"):
+                found = read_folder(C, data_dir)    # another run may have brought it meanwhile
                 if found is None and not archive.exists():
-                    download(CIFAR100.url, archive)
-                    note = f"CIFAR-100, downloaded to {data_dir}/, md5 checked"
+                    download(C, archive)
+                    note = f"{title}, downloaded to {data_dir}/, md5 checked"
                 if found is None:
-                    unpack(archive, folder)
-                    found = read_folder(data_dir)
+                    unpack(C, archive, folder)
+                    found = read_folder(C, data_dir)
                     note += ", unpacked again, for its folder was damaged" if damaged else ""
     except OSError as error:
         if error.strerror is None:             # already a sentence
@@ -129,35 +156,37 @@ def cifar100(data_dir="data", fetch=True):
         raise OSError(f"{data_dir}/ cannot be used ({error.strerror}): choose another --data_dir, "
                       "or train with --data synthetic") from error
     if found is None and damaged:
-        raise ValueError(f"CIFAR-100 in {folder}/ is damaged: delete it and {AGAIN}")
+        raise ValueError(f"{title} in {folder}/ is damaged: delete it and {AGAIN}")
     if found is None:
         return None
     splits, fine_names, coarse_names = found
-    return Data("cifar100", note, CIFAR100.tgz_md5, *splits, fine_names, coarse_names,
+    return Data(name, note, C.tgz_md5, *splits, fine_names, coarse_names,
                 *channel_stats(splits[0].images))
 
 
-def read_folder(data_dir):
-    """The unpacked set, (train, test), fine and coarse names; None where it is missing or damaged.
+def read_folder(C, data_dir):
+    """The unpacked set: (train, test), fine and coarse names; None where it is missing or damaged.
     """
-    folder, splits = data_dir / CIFAR100.base_folder, []
+    folder, splits = data_dir / C.base_folder, []
     try:
-        parts = {"train": CIFAR100(data_dir, train=True), "test": CIFAR100(data_dir, train=False)}
+        parts = {"train": C(data_dir, train=True), "test": C(data_dir, train=False)}
     except RuntimeError:                       # how torchvision says missing, or md5 wrong
         return None
-    # torchvision keeps only the fine labels; the pickles may be trusted now.
-    names = pickle.loads((folder / "meta").read_bytes(), encoding="latin1")
     for file, part in parts.items():
-        pickled = pickle.loads((folder / file).read_bytes(), encoding="latin1")
-        splits.append(Split(images=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                            fine=torch.tensor(part.targets),
-                            coarse=torch.tensor(pickled["coarse_labels"])))
-    return splits, names["fine_label_names"], names["coarse_label_names"]
+        fine = coarse = torch.tensor(part.targets)
+        if C is CIFAR100:       # torchvision keeps only the fine labels; its pickles are checked
+            pickled = pickle.loads((folder / file).read_bytes(), encoding="latin1")
+            coarse = torch.tensor(pickled["coarse_labels"])
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, fine, coarse))
+    coarse_names = [] if C is CIFAR10 else pickle.loads(
+        (folder / "meta").read_bytes(), encoding="latin1")["coarse_label_names"]
+    return splits, parts["train"].classes, coarse_names
 
 
-def unpack(archive, folder):
+def unpack(C, archive, folder):
     """Put a sound archive's folder in place whole, instead of a damaged one if there is one."""
-    if not check_integrity(archive, CIFAR100.tgz_md5):
+    if not check_integrity(archive, C.tgz_md5):
         raise ValueError(f"{archive} is damaged (its md5 is wrong): delete it and {AGAIN}")
     aside = folder.with_name(".unpacked")      # the caller has claimed the place
     shutil.rmtree(aside, ignore_errors=True)
@@ -168,23 +197,63 @@ def unpack(archive, folder):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def download(url, archive):
+def download(C, archive):
     """Fetch the archive whole and with the right md5, or give up in a sentence."""
     part = archive.with_name(f".{archive.name}.part")      # half an archive never has the real name
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE_S)       # torch would wait for a silent server for ever
     try:
-        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-        if not check_integrity(part, CIFAR100.tgz_md5):
+        torch.hub.download_url_to_file(C.url, str(part), progress=sys.stderr.isatty())
+        if not check_integrity(part, C.tgz_md5):
             raise OSError("the md5 of what came is wrong")
         os.replace(part, archive)
     except (OSError, http.client.HTTPException) as error:
         why = getattr(error, "reason", None) or error      # urllib wraps the cause in `reason`
-        raise OSError(f"the download of CIFAR-100 was stopped ({why}): put {url} into "
+        title = TITLES[C.__name__.lower()]
+        raise OSError(f"the download of {title} was stopped ({why}): put {C.url} into "
                       f"{archive.parent}/ by hand, or train with --data synthetic") from error
     finally:
         socket.setdefaulttimeout(patience)
         part.unlink(missing_ok=True)
+
+
+# --- a folder of pictures ---
+
+def pictures(name, folder, size):
+    """A folder per class, as of torchvision's ImageFolder, decoded once.
+
+    In `folder` itself, of which a fixed tenth is then the test, or in its train/ and test/. A
+    picture's shorter side is made `size` pixels long and the middle is kept.
+    """
+    divided = (folder / "train").is_dir() and (folder / "test").is_dir()
+    parts = [folder / "train", folder / "test"] if divided else [folder]
+    try:
+        found = [ImageFolder(part) for part in parts]
+        images = [torch.stack([square(file, size) for file, _ in part.samples]) for part in found]
+    except OSError as error:                   # of ImageFolder's, and of a file that is no picture
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{name} cannot be read ({why}): it must hold a folder of pictures per "
+                         f"class, or such folders in train/ and test/") from error
+    classes, labels = found[0].classes, [torch.tensor(part.targets) for part in found]
+    if divided and found[1].classes != classes:
+        raise ValueError(f"{name}: train/ and test/ must hold the same classes")
+    if not divided:
+        order = torch.randperm(len(labels[0]), generator=torch.Generator().manual_seed(0))
+        rows = order[len(order) // 10:], order[:len(order) // 10]
+        images, labels = [images[0][r] for r in rows], [labels[0][r] for r in rows]
+    md5 = hashlib.md5(" ".join(classes).encode())
+    for tensor in (*images, *labels):
+        md5.update(tensor.numpy().tobytes())
+    train, test = (Split(x, y, y) for x, y in zip(images, labels, strict=True))
+    note = f"{len(labels[0]):,} training and {len(labels[1]):,} test pictures of {folder}/"
+    return Data(name, note if divided else f"{note}, a fixed tenth of them for the test",
+                md5.hexdigest(), train, test, classes, [], *channel_stats(train.images))
+
+
+def square(file, size):
+    """A picture's file -> (3, size, size) uint8."""
+    picture = v2.functional.resize(default_loader(file), size, antialias=True)
+    return v2.functional.pil_to_tensor(v2.functional.center_crop(picture, [size, size]))
 
 
 # --- the built-in set: shapes cut from two-coloured materials ---
@@ -279,7 +348,7 @@ def draw(fine, generator):
 # --- from the data set to the images of a run ---
 
 class Sets(NamedTuple):
-    """(images uint8 (n, 3, 32, 32), labels (n,)) for each use."""
+    """(images uint8 (n, 3, S, S), labels (n,)) for each use."""
     train: tuple[Tensor, Tensor]
     probe: tuple[Tensor, Tensor]         # fixed and never augmented: their routing is recorded
     val: tuple[Tensor, Tensor] | None    # the held-out tenth; None where all is trained on
@@ -287,7 +356,10 @@ class Sets(NamedTuple):
 
 
 def class_names(cfg, data):
-    return getattr(data, f"{cfg.labels}_names")
+    names = getattr(data, f"{cfg.labels}_names")
+    if not names:
+        raise ValueError(f"{data.name} has no {cfg.labels} labels: leave --labels out")
+    return names
 
 
 def split(cfg, data):
@@ -344,14 +416,14 @@ def steps_per_epoch(cfg, sets):
 #     would need a loop in Python; only mixing, which is one draw a batch as published, is theirs
 
 def augment(images, strength, generator):
-    """uint8 (B, 3, 32, 32) -> float32 in [0, 1]; every sample has its own draw from `generator`.
+    """uint8 (B, 3, S, S) -> float32 in [0, 1]; every sample has its own draw from `generator`.
 
     none: as it is. light: crop and flip. heavy: light, one affine warp, two colour operations and
     an erased box, in the manner of RandAugment (arXiv:1909.13719) and arXiv:1708.04896.
     """
     if strength not in ("none", "light", "heavy"):
         raise ValueError(f"there is no augmentation {strength!r}: choose none, light or heavy")
-    expect("images", images, "B", 3, SIZE, SIZE)
+    expect("images", images, "B", 3, *images.shape[-1:] * 2)
     if strength == "none":
         return unit(images)
     images = unit(crop_and_flip(images, generator))
@@ -363,18 +435,20 @@ def augment(images, strength, generator):
     return images
 
 
-def crop_and_flip(images, generator, reach=4):
-    """A window moved by up to `reach` pixels, the border reflected, mirrored half of the time."""
+def crop_and_flip(images, generator):
+    """A window moved by up to an eighth, the border reflected, mirrored half of the time."""
+    S = images.shape[-1]
+    reach = S // 8
     rows, columns = (
-        torch.arange(SIZE, device=images.device)
+        torch.arange(S, device=images.device)
         + torch.randint(-reach, reach + 1, (len(images), 1), generator=generator,
                         device=images.device)
-        for _ in range(2))                                          # (B, 32) each, -4..35
+        for _ in range(2))                                          # (B, S) each, of 32: -4..35
     flip = uniform(len(images), generator)[:, :, 0, 0] < 0.5             # (B, 1)
-    columns = torch.where(flip, SIZE - 1 - columns, columns)
-    rows, columns = ((SIZE - 1) - (SIZE - 1 - i.abs()).abs() for i in (rows, columns))
-    pixel = SIZE * rows[:, :, None] + columns[:, None, :]           # (B, 32, 32) where to look
-    index = pixel.flatten(1)[:, None].expand(-1, 3, -1)             # (B, 3, 1024), no copy
+    columns = torch.where(flip, S - 1 - columns, columns)
+    rows, columns = ((S - 1) - (S - 1 - i.abs()).abs() for i in (rows, columns))
+    pixel = S * rows[:, :, None] + columns[:, None, :]              # (B, S, S) where to look
+    index = pixel.flatten(1)[:, None].expand(-1, 3, -1)             # (B, 3, S * S), no copy
     return images.flatten(2).gather(2, index).view_as(images)
 
 
@@ -409,19 +483,20 @@ def recolour(images, generator):
             .where(which != 4, solarised))
 
 
-def box(cy, cx, height, width):
-    """True inside a box per sample, cut off at the border: four (B, 1, 1, 1) -> (B, 1, 32, 32)."""
-    at = torch.arange(SIZE, device=cy.device) + 0.5                 # pixel centres
+def box(S, cy, cx, height, width):
+    """True inside a box per sample, cut off at the border: four (B, 1, 1, 1) -> (B, 1, S, S)."""
+    at = torch.arange(S, device=cy.device) + 0.5                    # pixel centres
     return (((at[:, None] - cy).abs() < height / 2) & ((at - cx).abs() < width / 2))
 
 
 def erase(images, generator, p=0.25):
     """A share `p` of the images loses a box of 2 to 33 % of its area to one flat random colour."""
-    area = SIZE**2 * uniform(len(images), generator, 0.02, 0.33)
+    S = images.shape[-1]
+    area = S**2 * uniform(len(images), generator, 0.02, 0.33)
     aspect = uniform(len(images), generator, math.log(0.3), math.log(3.3)).exp()
-    cy, cx = (uniform(len(images), generator, 0, SIZE) for _ in range(2))
-    gone = box(cy, cx, (area * aspect).sqrt(), (area / aspect).sqrt())
-    gone = gone & (uniform(len(images), generator) < p)                  # (B, 1, 32, 32)
+    cy, cx = (uniform(len(images), generator, 0, S) for _ in range(2))
+    gone = box(S, cy, cx, (area * aspect).sqrt(), (area / aspect).sqrt())
+    gone = gone & (uniform(len(images), generator) < p)                  # (B, 1, S, S)
     # ours: the paper fills the box with noise per pixel; one colour costs less to draw
     colour = uniform(len(images), generator, channels=3)
     return torch.where(gone, colour, images)
@@ -430,7 +505,7 @@ def erase(images, generator, p=0.25):
 def mix(images, labels, n_classes, mixup, cutmix, seed):
     """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of a batch, or neither.
 
-    Float images (B, 3, 32, 32) and labels (B,) -> images and targets (B, n_classes). The two
+    Float images (B, 3, S, S) and labels (B,) -> images and targets (B, n_classes). The two
     numbers are the alphas of Beta(alpha, alpha), and 0 switches one off; with both on, a coin
     decides, batch by batch.
     """

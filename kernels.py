@@ -547,7 +547,7 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
     x (T, D); chosen (T, K) int64; gates (T, K); w_in (E, D, H); b_in (E, H); w_out (E, H, D);
     b_out (E, D). Returns y (T, D), or (y, raw (T, K, D)) with return_choices=True. "auto" runs
     everywhere; a backend that cannot run raises RuntimeError and says why. torch.compile takes
-    "auto" in one graph in half precision, torch.export takes "reference".
+    "auto" in one graph in half precision; in torch.export "auto" is "reference".
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
@@ -555,19 +555,24 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
         raise RuntimeError(f"backend='fused' cannot run here: {why}; choose auto")
     check_operands(x, chosen, gates, w_in, b_in, w_out, b_out)
     if backend == "auto":
-        backend = "grouped" if torch.compiler.is_compiling() else choose_rung()
+        backend = choose_rung()
     return BACKENDS[backend](x, chosen, gates, w_in, b_in, w_out, b_out, return_choices)
 
 
 def choose_rung():
-    """Which rung is "auto"? `grouped`, on every device and in every dtype, but not in torch.func.
+    """Which rung is "auto"? `grouped`, on every device and in every dtype, but not in torch.export,
+    whose program must hold every expert, nor in torch.func.
 
     Its grad and jvp differentiate plain operations alone, those of `sliced`; a Function that they
-    too could enter takes four times as long to call. Its vmap cannot slice many routings at once.
+    too could enter takes four times as long to call.
     """
+    if torch.compiler.is_exporting():
+        return "reference"
+    if torch.compiler.is_compiling():
+        return "grouped"
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     if any("Vmap" in str(transform.key()) for transform in transforms):
-        return "reference"
+        return "reference"                                  # no slices of many routings at once
     return "sliced" if transforms or torch.autograd.forward_ad._current_level >= 0 else "grouped"
 
 

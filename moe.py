@@ -261,6 +261,16 @@ class ViT(nn.Module):
             x, layers[number] = block(x, (routings or {}).get(number))
         return Output(self.head(self.norm(x[:, 0])), layers)
 
+    @property
+    def dims(self):
+        """What a teacher's blocks are and how wide: {block number: D}."""
+        return dict.fromkeys(range(1, 1 + len(self.blocks)), self.head.in_features)
+
+    def features(self, images):
+        """What each block's MLP is given: {block number: h (B, N, D)}."""
+        layers = self(images).layers
+        return {n: layer.h.view(len(images), self.n_tokens, -1) for n, layer in layers.items()}
+
     def flops(self):
         """FLOPs of one image's forward pass: two per multiply-add, matrix products alone."""
         N = self.n_tokens

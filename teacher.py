@@ -4,9 +4,19 @@ TGR-MoE (arXiv:2604.21330): top-k routing hides the unselected experts from the 
 light router on a frozen teacher's features sets a target for *all* experts of every token. "Ours"
 marks what the paper leaves open and we chose.
 """
+import copy
+import math
+import re
+import sys
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.transforms import v2
 
 from moe import check_blocks, routers
 from router import entropy_loss, expect, load_loss
@@ -36,9 +46,12 @@ class Guide(nn.Module):
 
     `guide(images)` sees the images that the student sees, augmented and mixed (ours), and gives
     {student's block number: logits (T, E)}. `blocks` maps a student's block to the teacher's block
-    that feeds it, by default the one at the same relative depth. The feature is what that block's
-    MLP is given (ours). The teacher is frozen in place. It and its routers are dropped at
-    inference. A dense student has no routers but may have heads, as in notebooks/measure.py.
+    that feeds it, by default the one at the same relative depth. The feature of our ViT is what
+    that block's MLP is given (ours). The teacher is frozen in place. It and its routers are dropped
+    at inference. A dense student has no routers but may have heads, as in notebooks/measure.py.
+
+    A teacher is a module with `dims`, {block: D}, and `features(images)`, {block: (B, N, D)} with
+    the class token first: a `ViT` or a `Pretrained`. N may differ from the student's.
 
     The paper's controls are compositions: an untrained ViT as `teacher`,
     `guide.routers.requires_grad_(False)`, `blocks={5: 9, 7: 9, 9: 9}`, centroids copied into a
@@ -47,20 +60,20 @@ class Guide(nn.Module):
 
     def __init__(self, teacher, student, n_experts, blocks=None):
         super().__init__()
-        if teacher.n_tokens != student.n_tokens:
-            raise ValueError(f"the teacher cuts an image into {teacher.n_tokens} tokens and the "
-                             f"student into {student.n_tokens}: give both the same --patch")
-        self.teacher = teacher.requires_grad_(False).eval()
-        depth = len(teacher.blocks) / len(student.blocks)
+        if getattr(teacher, "image_size", student.image_size) != student.image_size:
+            raise ValueError(f"the teacher sees images of {teacher.image_size} pixels and the "
+                             f"student of {student.image_size}: give both the same --image_size")
+        self.teacher, self.n_tokens = teacher.requires_grad_(False).eval(), student.n_tokens
+        depth = len(teacher.dims) / len(student.blocks)
         aligned = {b: max(1, round(b * depth)) for b in student.moe_blocks}
         self.blocks = aligned if blocks is None else blocks
         own = routers(student) or dict.fromkeys(range(1, 1 + len(student.blocks)) if blocks else [])
         check_blocks("a student's blocks", self.blocks, own)
-        check_blocks("a teacher's", set(self.blocks.values()), range(1, 1 + len(teacher.blocks)))
+        check_blocks("a teacher's", set(self.blocks.values()), teacher.dims)
         if any(own[b] and own[b].n_experts != n_experts for b in self.blocks):
             raise ValueError(f"n_experts cannot be {n_experts}: the student's routers have others")
-        dim = teacher.embed.out_features
-        self.routers = nn.ModuleDict({str(b): TeacherRouter(dim, n_experts) for b in self.blocks})
+        self.routers = nn.ModuleDict({str(b): TeacherRouter(teacher.dims[its], n_experts)
+                                      for b, its in self.blocks.items()})
 
     def train(self, mode=True):
         super().train(mode)
@@ -70,11 +83,24 @@ class Guide(nn.Module):
     def features(self, images):
         """The teacher's features at the aligned blocks, {student's block number: h (T, D)}."""
         with torch.no_grad():
-            layers = self.teacher(images).layers
-        return {student: layers[teacher].h for student, teacher in self.blocks.items()}
+            h = self.teacher.features(images)
+            return {student: on_grid(h[teacher], self.n_tokens).flatten(0, 1)
+                    for student, teacher in self.blocks.items()}
 
     def forward(self, images):
         return {b: self.routers[str(b)](h) for b, h in self.features(images).items()}
+
+
+def on_grid(h, n_tokens):
+    """Tokens (B, N, D), class token first, on the grid of n_tokens: a finer one is averaged over
+    the patches that it cuts smaller, a coarser one is interpolated between their centres (ours)."""
+    if h.shape[1] == n_tokens:
+        return h
+    side, wanted = math.isqrt(h.shape[1] - 1), math.isqrt(n_tokens - 1)
+    grid = rearrange(h[:, 1:], "b (h w) d -> b d h w", h=side)
+    grid = F.adaptive_avg_pool2d(grid, wanted) if side > wanted else F.interpolate(
+        grid, size=(wanted, wanted), mode="bilinear", align_corners=False)
+    return torch.cat([h[:, :1], rearrange(grid, "b d h w -> b (h w) d")], dim=1)
 
 
 def guidance_loss(target_logits, logits, tokens="all", n_tokens=None):
@@ -113,3 +139,102 @@ def teacher_router_losses(targets):
         raise ValueError("there are no targets: guide at least one block")
     load = sum(load_loss(z.softmax(dim=-1)) for z in targets.values())
     return load, sum(entropy_loss(z) for z in targets.values())
+
+
+# --- a teacher that somebody else has trained ---
+
+FAMILIES = {    # of torchvision: the names of its blocks, the node of one that is taken, its axes
+    "resnet": (r"layer\d\.\d+", "", "b d h w"),
+    "resnext": (r"layer\d\.\d+", "", "b d h w"),
+    "wide_resnet": (r"layer\d\.\d+", "", "b d h w"),
+    "convnext": (r"features\.\d\.\d+", "", "b d h w"),
+    "efficientnet": (r"features\.\d\.\d+", "", "b d h w"),
+    # a Transformer's is the MLP's input, as ours
+    "swin": (r"features\.\d\.\d+", ".norm2", "b h w d"),
+    "swin_v2": (r"features\.\d\.\d+", ".add", "b h w d"),     # its norms come after
+    "vit": (r"encoder\.layers\.\w+", ".ln_1", "b n d"),         # the graph calls ln_2 so
+}
+
+
+class Pretrained(nn.Module):
+    """Any dense network as a teacher: block i is what its graph's i-th of `nodes` puts out.
+
+    `axes` are those of the nodes, "b d h w", "b h w d" or, with a class token, "b n d". The
+    network is copied. It sees the student's images: `shown`, the (mean, std) that they were
+    standardised by, is undone, they are made `pixels` wide and standardised by its own `mean` and
+    `std`. Nothing is cropped, or every token would leave its patch. The class token is the
+    network's or the mean of its patches. A LayerNorm without parameters brings the features of all
+    networks to one scale (both ours).
+    """
+
+    def __init__(self, network, nodes, axes, pixels, shown, mean, std, interpolation="bilinear"):
+        super().__init__()
+        self.nodes = {node: str(block) for block, node in enumerate(nodes, start=1)}
+        self.network = create_feature_extractor(copy.deepcopy(network).eval(), self.nodes)
+        self.axes, self.pixels, self.shown, self.own = axes, pixels, shown, (mean, std)
+        self.interpolation = v2.InterpolationMode(interpolation)
+        found = self.features(torch.zeros(1, 3, pixels, pixels))
+        self.dims = {block: h.shape[-1] for block, h in found.items()}
+
+    @torch.no_grad()
+    def features(self, images):
+        mean, std = (images.new_tensor(n).view(3, 1, 1) for n in self.shown)
+        images = v2.functional.resize(images * std + mean, [self.pixels, self.pixels],
+                                      self.interpolation, antialias=True)
+        found = self.network(v2.functional.normalize(images, *self.own))
+        return {int(block): self.tokens(h) for block, h in found.items()}
+
+    def tokens(self, h):
+        if self.axes != "b n d":
+            h = rearrange(h, f"{self.axes} -> b (h w) d")
+            h = torch.cat([h.mean(dim=1, keepdim=True), h], dim=1)
+        return F.layer_norm(h, h.shape[-1:])                            # (B, N, D)
+
+
+def pretrained(name, file, pixels, shown):
+    """A `Pretrained` of torchvision by its name, with published weights or those in `file`.
+
+    `pixels` None is 64, rounded up to whole patches. ValueError or OSError with one sentence.
+    """
+    family = max((f for f in FAMILIES if name.startswith(f)), key=len, default=None)
+    if family is None or name not in models.list_models(models):
+        raise ValueError(f"torchvision:{name} is no teacher that is known: choose a network of "
+                         f"torchvision whose name begins with {', '.join(FAMILIES)}")
+    weights = models.get_model_weights(name).DEFAULT
+    seen, pixels, size = weights.transforms(), pixels or 64, {}
+    if family == "vit":
+        patch = int(name.rpartition("_")[2])
+        pixels = -(-pixels // patch) * patch
+        size = {"image_size": pixels}
+    state = weights_in(file) if file else published(name, weights)
+    network = models.get_model(name, weights=None, **size)
+    try:
+        if family == "vit":
+            state = interpolate_embeddings(pixels, patch, state)
+        network.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{file or weights.url} does not hold the weights of {name} "
+                         f"({str(error).splitlines()[-1].strip()})") from error
+    pattern, node, axes = FAMILIES[family]
+    blocks = [block for block, module in network.named_modules()
+              if re.fullmatch(pattern, block) and any(module.children())]
+    return Pretrained(network, [block + node for block in blocks], axes, pixels, shown, seen.mean,
+                      seen.std, seen.interpolation.value)
+
+
+def weights_in(file):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(f"{file} cannot be read as the weights of a network ({why}): it must be a "
+                         f"state dict that torch.save wrote") from error
+
+
+def published(name, weights):
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "reason", None) or error
+        raise OSError(f"the weights of {name} cannot be downloaded ({why}): bring {weights.url} "
+                      f"here and give --teacher torchvision:{name}:FILE") from error

@@ -4,18 +4,21 @@
     python train.py --method moe --k 1              V-MoE, the baseline of TGR-MoE
     python train.py --method tgr --k 1 --seed 3     teacher-guided routing as in its paper
     python train.py --resume --out runs/NAME        go on where an interrupted run stopped
-    python train.py --eval runs/NAME/checkpoint.pt  test a checkpoint, class by class
+    python train.py --eval runs/NAME/checkpoint.pt  test a checkpoint, class by class; with
+                                                    --images DIR ask it, with --export FILE take it
 
 From top to bottom: what can be set, what is minimised, how a model is looked at, one epoch, the
-whole run, the command.
+whole run, what the flags ask for, what a trained model is asked, the command.
 """
 import argparse
 import contextlib
+import csv
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -31,14 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 import report
-from data import Data, Sets, batches, class_names, load, split, steps_per_epoch
+from data import Data, Sets, batches, class_names, load, split, square, steps_per_epoch
 from distill import mutual_distillation_loss
 from moe import MLP, MoE, SoftMoE, ViT
 from router import GATES, entropy_loss, load_loss
-from teacher import Guide, guidance_loss, teacher_router_losses
+from teacher import Guide, guidance_loss, pretrained, teacher_router_losses
 
 # --- what can be set: every field is a flag, a help line and a part of every result ---
 
@@ -72,7 +76,9 @@ class Config:
     seed: int = own(0, "of the weights, the order of the images and their augmentation",
                     at_least=0, at_most=99_999_999)
     # data
-    data: str = flag("auto", "which images", ("auto", "cifar100", "synthetic"))
+    data: str = flag("auto", "which images: auto, cifar100, cifar10, synthetic or folder:DIR")
+    image_size: int = flag(32, "pixels on a side; pictures of another size are resized", at_least=8,
+                           at_most=1_024)
     data_dir: str = flag("data", "where CIFAR-100 lies or is put")
     labels: str = flag("fine", "100 fine or 20 coarse classes", ("fine", "coarse"))
     split: str = flag("full", "full: train on all, test once at the end; val: hold a tenth of the "
@@ -117,7 +123,10 @@ class Config:
     weight_decay: float = flag(0.05, "AdamW's, on matrices only", at_least=0)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     # teacher
-    teacher: str = own(None, "checkpoint of a dense run; without one a teacher is trained first")
+    teacher: str = own(None, "checkpoint of a dense run, torchvision:NAME or "
+                       "torchvision:NAME:FILE; without one a teacher is trained first")
+    teacher_pixels: int = own(None, "on a side of what a torchvision teacher sees; by default 224, "
+                              "and 64 on a CPU", at_least=32, at_most=1_024)
     teacher_epochs: int = own(None, "by default as --epochs", at_least=1)
     # machine and files
     device: str = flag("auto", "cuda, cpu, ...; auto: cuda where there is one")
@@ -130,6 +139,8 @@ class Config:
                              at_least=1)
     resume: bool = own(False, "continue the run in --out")
     eval: str = own(None, "only test this checkpoint")
+    images: str = own(None, "with --eval: a folder of pictures to be classified instead")
+    export: str = own(None, "with --eval: write the model to this file, .safetensors or .pt2")
 
 
 PRESETS = {
@@ -144,6 +155,7 @@ PRESETS = {
                  augment="light", mixup=0.0, cutmix=0.0, label_smoothing=0.0, train_images=10_000,
                  save_every=1),
 }
+TEACHERS_SEED = 99_999_999
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -159,11 +171,20 @@ def parse(argv):
             how = {"action": argparse.BooleanOptionalAction}
         shown = "from the preset" if f.name in PRESETS["tiny"] else f.default
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{shown}]", **how)
+    parser.add_argument("--config", help="a result.json: repeat its run, but for the flags given")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         # an unset shell variable, most likely; argparse makes a list of --
         if value == [] or (value == "" and name != "moe_blocks"):
             parser.error(f"--{name} is empty: give it a value, or leave it out")
+    if "config" in given:
+        try:
+            repeated = json.loads(Path(given.pop("config")).read_text(encoding="utf-8"))["config"]
+            Config(**repeated)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            parser.error(f"--config needs the result.json of a run ({error})")
+        given = {name: value for name, value in repeated.items()
+                 if name not in checkpoint.HOW and value is not None} | given
     return given
 
 
@@ -188,6 +209,8 @@ def resolve(given):
         cfg.expert_ratio = cfg.mlp_ratio
     if cfg.teacher_epochs is None:
         cfg.teacher_epochs = cfg.epochs
+    if cfg.teacher_pixels is None and is_torchvision(cfg.teacher):
+        cfg.teacher_pixels = 224 if on_gpu else 64
     if cfg.precision == "auto":
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
@@ -195,6 +218,10 @@ def resolve(given):
         cfg.compile = on_gpu and find_spec("triton") is not None
     check_numbers(cfg)
     return cfg
+
+
+def is_torchvision(teacher):
+    return teacher is not None and teacher.startswith("torchvision:")
 
 
 def check_device(name):
@@ -239,7 +266,7 @@ def check_numbers(cfg):
 def build(cfg, data):
     """The ViT that cfg describes, on its device, drawn from cfg.seed."""
     hidden, expert_hidden = int(cfg.dim * cfg.mlp_ratio), int(cfg.dim * cfg.expert_ratio)
-    n_tokens = (32 // cfg.patch) ** 2 + 1
+    n_tokens = (cfg.image_size // cfg.patch) ** 2 + 1
     try:
         blocks = tuple(int(b) for b in cfg.moe_blocks.split(",") if b)
     except ValueError:
@@ -261,7 +288,7 @@ def build(cfg, data):
 
     torch.manual_seed(cfg.seed)
     vit = ViT(cfg.dim, cfg.depth, cfg.heads, hidden, cfg.patch, len(class_names(cfg, data)), blocks,
-              make_sparse, cfg.drop_path)
+              make_sparse, cfg.drop_path, cfg.image_size)
     return vit.to(cfg.device)
 
 
@@ -323,22 +350,20 @@ def accuracy(model, images, labels, cfg, data):
 
 
 class Look(NamedTuple):
-    """What the probe images show after an epoch; None where nothing is routed, over L blocks."""
-    accuracy: float
+    """What a model says and does on B images; None where nothing is routed, over L blocks."""
+    logits: Tensor                          # (B, n_classes)
     chosen: Tensor | None = None            # (L, B, N, K), as small as E allows
     probs: Tensor | None = None             # (L, B, N, E) float16
     dropped: float | None = None            # share of the choices that found their expert full
 
 
-def look(model, sets, cfg, data):
-    """Accuracy and routing on the probe images: a `Look`."""
-    images, labels = sets.probe
+def look(model, images, cfg, data):
+    """Logits and routing of clean images: a `Look`."""
     outs = list(outputs(model, images, cfg, data))
     logits = torch.cat([out.logits for out in outs])
-    hit = (logits.argmax(dim=1) == labels).float().mean().item()
     blocks = [b for b, layer in outs[0].layers.items() if layer.routing is not None]
     if not blocks:
-        return Look(hit)
+        return Look(logits)
 
     def gather(name, dtype):
         per_block = [torch.cat([getattr(out.layers[b].routing, name) for out in outs])
@@ -348,7 +373,7 @@ def look(model, sets, cfg, data):
 
     chosen = gather("chosen", torch.uint8 if cfg.n_experts <= 256 else torch.int16)
     dropped = sum(int(out.layers[b].routing.dropped) for out in outs for b in blocks)
-    return Look(hit, chosen, gather("probs", torch.float16), dropped / chosen.numel())
+    return Look(logits, chosen, gather("probs", torch.float16), dropped / chosen.numel())
 
 
 # --- one epoch ---
@@ -478,7 +503,7 @@ def begin(job, command):
 def keep(job, progress, guide=None, optimizer=None, scaler=None, result=None):
     """Save all that a run is; returns what was saved."""
     state = {"config": asdict(job.cfg), "data_md5": job.data.md5, **vars(progress),
-             "student": job.model.state_dict(),
+             "student": job.model.state_dict(), "shown": job.data.shown(),
              "optimizer": optimizer and optimizer.state_dict(),
              "scaler": scaler and scaler.state_dict(),
              "routers": guide.routers.state_dict() if guide else {},
@@ -538,8 +563,10 @@ def fit(job, guide=None, command="", own_losses=None):
 def look_and_note(job, progress, terms, lr):
     """Look at the model after an epoch and write down what was seen: a line of metrics.jsonl."""
     cfg, data, sets, model, _ = job
-    seen = look(model, sets, cfg, data)
-    line = {"epoch": progress.epoch, "terms": terms, "lr": lr, "probe_accuracy": seen.accuracy}
+    images, labels = sets.probe
+    seen = look(model, images, cfg, data)
+    hit = (seen.logits.argmax(dim=1) == labels).float().mean().item()
+    line = {"epoch": progress.epoch, "terms": terms, "lr": lr, "probe_accuracy": hit}
     if sets.val:
         line["val_accuracy"] = accuracy(model, *sets.val, cfg, data)
     if cfg.capacity_factor is not None:
@@ -627,7 +654,8 @@ def conclude(job, guide, progress):
     """The one look at the test set: the content of result.json."""
     cfg, data, sets, model, _ = job
     exam = sets.val or sets.test
-    knows = guide is not None and guide.teacher.head.out_features == model.head.out_features
+    knows = guide is not None and isinstance(guide.teacher, ViT) and (
+        guide.teacher.head.out_features == model.head.out_features)
     reached = accuracy(model, *exam, cfg, data)
     total, active = model.params()
     over_time = report.consistency(torch.stack(progress.history).numpy(), cfg.n_experts) \
@@ -650,7 +678,7 @@ def conclude(job, guide, progress):
         "out": cfg.out, "config": asdict(cfg), "consistency": over_time}
 
 
-# --- the command ---
+# --- what the flags ask for ---
 
 def plan(given, own=lambda folder: None):
     """What the flags ask for, checked before anything long begins: (teacher, student) jobs.
@@ -673,7 +701,7 @@ def plan(given, own=lambda folder: None):
         if not cfg.resume:
             own(cfg.out)
         refuse_to_overwrite(cfg)
-    data = load(cfg.data, cfg.data_dir, cfg.device)
+    data = load(cfg.data, cfg.data_dir, cfg.device, size=cfg.image_size)
     cfg.data = data.name
     sets = split(cfg, data)
     model = build(cfg, data)
@@ -685,10 +713,15 @@ def plan(given, own=lambda folder: None):
     job = Job(cfg, data, sets, model, state)
     teacher = teacher_of(job) if "guide" in METHODS[cfg.method] else None
     if cfg.out is None:
-        name = f"{cfg.method}-{cfg.preset}-{cfg.data}-seed{cfg.seed}"
+        name = f"{cfg.method}-{cfg.preset}-{label(data)}-seed{cfg.seed}"
         cfg.out = checkpoint.free_folder(f"runs/{name}")
         own(cfg.out)
     return teacher, job
+
+
+def label(data):
+    """A data set's name as a part of a folder's."""
+    return re.sub(r"\W+", "-", data.name).strip("-")
 
 
 def run_in(out):
@@ -727,10 +760,15 @@ def refuse_other(given, state, sentence):
 def teacher_of(job):
     """The job of the dense model that teaches job.model: a given one has ended already.
 
-    Without --teacher it is a dense run with the student's data, trunk and recipe, always of seed 0:
-    one teacher for all seeds and methods, so that they differ in nothing else.
+    Without --teacher it is a dense run with the student's data, trunk and recipe, always of the
+    seed TEACHERS_SEED, which no student has: one teacher for all seeds and methods, so that they
+    differ in nothing else. A network of torchvision has no cfg.
     """
     cfg, data, sets, student, _ = job
+    if is_torchvision(cfg.teacher):
+        _, name, *file = cfg.teacher.split(":", 2)
+        model = pretrained(name, *file or [None], cfg.teacher_pixels, (data.mean, data.std))
+        return Job(None, data, sets, model.to(cfg.device), None)
     if cfg.teacher:
         state = checkpoint.read(cfg.teacher, Config)
         if state["config"]["method"] != "dense":
@@ -740,15 +778,18 @@ def teacher_of(job):
         its = replace(Config(**state["config"]), device=cfg.device, epochs=state["epoch"])
         model, path = build(its, data), cfg.teacher
         checkpoint.restore(model, state["student"], path)
-        Guide(model, student, cfg.n_experts)               # speaks up if their tokens differ
+        Guide(model, student, cfg.n_experts)               # speaks up if their images differ
         return Job(its, data, sets, model, state)
     shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if not f.metadata["own"]}
-    its = replace(Config(**shared), method="dense", seed=0, moe_blocks="",
+    if cfg.seed == TEACHERS_SEED:
+        raise ValueError(f"--seed {cfg.seed} is the one of the teacher, which would then begin as "
+                         f"its student: choose another")
+    its = replace(Config(**shared), method="dense", seed=TEACHERS_SEED, moe_blocks="",
                   expert_ratio=cfg.mlp_ratio, epochs=cfg.teacher_epochs,
                   teacher_epochs=cfg.teacher_epochs)
     recipe = {name: value for name, value in asdict(its).items() if name not in checkpoint.HOW}
     key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
-    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{data.name}-{key}"))
+    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{label(data)}-{key}"))
     model, path = build(its, data), Path(its.out, checkpoint.NAME)
     state = None
     if checkpoint.exists(path):
@@ -783,7 +824,10 @@ def announce(teacher, job):
           f"{checkpoint.describe(cfg.device)}, {cfg.precision}, "
           f"{'compiled' if cfg.compile else 'not compiled'}. Data: {job.data.note}")
     steps = []
-    if teacher and cfg.teacher:
+    if teacher and is_torchvision(cfg.teacher):
+        steps.append(f"taught by {cfg.teacher} at {teacher.model.pixels} pixels, which costs "
+                     f"{seconds_of(teacher.model, job):.2g} s a step")
+    elif teacher and cfg.teacher:
         other = "" if teacher.state["data_md5"] == job.data.md5 else " on other images"
         steps.append(f"taught by {cfg.teacher}, a dense model trained for {teacher.state['epoch']} "
                      f"epochs{other}")
@@ -798,6 +842,18 @@ def announce(teacher, job):
     print("plan: " + "; then ".join(steps), flush=True)
 
 
+def seconds_of(teacher, job, batch=32):
+    """What a teacher costs in a training step, measured on a part of one."""
+    images = job.data.normalise(job.sets.train[0][:batch])
+    with autocast(job.cfg, images):
+        for _ in range(2):                                  # the first one warms up
+            began = time.perf_counter()
+            teacher.features(images)[1].sum().item()        # waits for a GPU
+    return (time.perf_counter() - began) * job.cfg.batch_size / len(images)
+
+
+# --- what a trained model is asked, and how it leaves ---
+
 def evaluate(given):
     """Test one checkpoint as it was trained: overall, by class, calibration, load of the experts.
 
@@ -808,21 +864,96 @@ def evaluate(given):
     refuse_other(given, state, f"{given['eval']} was trained")
     here = {"device": "auto", "data_dir": "data", "compile": False}
     cfg = resolve(state["config"] | here | given)
-    data = load(cfg.data, cfg.data_dir, cfg.device, may_download="data" in given)
+    data = load(cfg.data, cfg.data_dir, cfg.device, "data" in given, cfg.image_size)
     model = build(cfg, data)
     checkpoint.restore(model, state["student"], given["eval"])
     images, labels = split(cfg, data).test
-    outs = list(outputs(model, images, cfg, data))
-    probs = torch.cat([out.logits for out in outs]).float().softmax(dim=1)
+    seen = look(model, images, cfg, data)
+    probs = seen.logits.float().softmax(dim=1)
     print(f"{given['eval']}: {cfg.method}, epoch {state['epoch']}, on the {len(labels):,} test "
           f"images of {data.name} ({cfg.labels} classes), {checkpoint.describe(cfg.device)}")
     print(report.exam_table(probs.cpu().numpy(), labels.cpu().numpy(), class_names(cfg, data)))
-    for b, layer in outs[0].layers.items():
-        if layer.routing is not None:
-            chosen = torch.cat([out.layers[b].routing.chosen for out in outs]).cpu().numpy()
-            shares = report.load_share(chosen, cfg.n_experts)
+    if seen.chosen is not None:
+        for b, chosen in zip(model.moe_blocks, seen.chosen, strict=True):
+            shares = report.load_share(chosen.numpy(), cfg.n_experts)
             print(f"load of block {b}'s experts: " + " ".join(f"{share:.1%}" for share in shares))
 
+
+def load_model(path, **given):
+    """(model, its Config, its Data without pictures) of a checkpoint, to be shown other pictures.
+
+    `given` are flags, as device="cuda". ValueError where the file cannot serve.
+    """
+    state = checkpoint.read(path, Config, ["shown"])
+    refuse_other(given, state, f"{path} was trained")
+    cfg = resolve(state["config"] | {"device": "auto", "compile": False} | given)
+    data = Data(**state["shown"], note="", train=None, test=None)
+    model = build(cfg, data)
+    checkpoint.restore(model, state["student"], path)
+    return model.eval(), cfg, data
+
+
+def classify(given):
+    """Say what the model of a checkpoint sees on the pictures of a folder, and who saw it."""
+    path = given["eval"]
+    model, cfg, data = load_model(path, **{n: v for n, v in given.items() if n != "eval"})
+    folder, out = Path(cfg.images), Path(given.get("out") or Path(path).parent / "pictures")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise ValueError(f"--images {folder} holds no pictures: name a folder that does")
+    try:
+        images = torch.stack([square(file, cfg.image_size) for file in files]).to(cfg.device)
+    except OSError as error:
+        raise ValueError(f"--images {folder}: {str(error).splitlines()[0]}") from error
+    seen, names = look(model, images, cfg, data), class_names(cfg, data)
+    confidence, best = seen.logits.float().softmax(dim=1).max(dim=1)
+    rows = [(file.relative_to(folder).as_posix(), names[c], p)
+            for file, c, p in zip(files, best.tolist(), confidence.tolist(), strict=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("file", "class", "confidence"), *rows])
+    checkpoint.write(out / "pictures.csv", table.getvalue())
+    for i, (file, name, p) in enumerate(rows):
+        print(f"{file}: {name} {p:.1%}")
+        if seen.chosen is not None:
+            picture = report.plot_patches(
+                images[i:i + 1].cpu().numpy(), seen.chosen[:, i:i + 1].numpy(),
+                seen.probs[:, i:i + 1].numpy(), model.moe_blocks)
+            checkpoint.write(out / f"{i:04}-{files[i].stem}.png", report.png(picture))
+    print(f"{len(files)} pictures, as {out}/pictures.csv and who saw which patch beside it")
+
+
+def export(given):
+    """Write the model of a checkpoint for use without this code, or with safetensors alone."""
+    path, file = given["eval"], Path(given["export"])
+    if file.suffix == ".safetensors":
+        checkpoint.to_safetensors(checkpoint.read(path, Config), file)
+    elif file.suffix == ".pt2":
+        model, cfg, data = load_model(path, **{n: v for n, v in given.items() if n != "eval"})
+        example = torch.zeros(2, 3, cfg.image_size, cfg.image_size, device=cfg.device)
+        program = torch.export.export(
+            Standalone(model, data), (example,),
+            dynamic_shapes={"images": {0: torch.export.Dim("B", min=1, max=65_536)}})
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        checkpoint.write(file, buffer.getvalue())
+    else:
+        raise ValueError(f"--export {file} must end in .safetensors or .pt2")
+    print(f"written: {file}")
+
+
+class Standalone(torch.nn.Module):
+    """Images in [0, 1], (B, 3, S, S) -> the model's logits: the standardisation is inside."""
+
+    def __init__(self, model, data):
+        super().__init__()
+        self.model, self.data = model, data
+
+    def forward(self, images):
+        return self.model(self.data.normalise(images)).logits
+
+
+# --- the command ---
 
 def main(argv=None):
     checkpoint.printable()
@@ -830,6 +961,13 @@ def main(argv=None):
     given, command, job = parse(argv), shlex.join(["python", "train.py", *argv]), None
     try:
         with contextlib.ExitStack() as owned:
+            for name in ("images", "export"):
+                if name in given and "eval" not in given:
+                    raise ValueError(f"--{name} needs --eval: name a checkpoint with it")
+            if "images" in given:
+                return classify(given)
+            if "export" in given:
+                return export(given)
             if "eval" in given:
                 return evaluate(given)
             teacher, job = plan(given, lambda out: owned.enter_context(checkpoint.claim(out)))

@@ -97,7 +97,7 @@ def untrained_teacher(job, guide):
 
 def last_layer(job, guide):
     """Every block is guided by the features of the teacher's last block."""
-    guide.blocks = dict.fromkeys(guide.blocks, len(guide.teacher.blocks))
+    guide.blocks = dict.fromkeys(guide.blocks, len(guide.teacher.dims))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data as D
 
@@ -491,8 +492,110 @@ def test_the_built_in_set_is_taken_when_asked_for_even_beside_cifar100(tiny, sma
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="choose auto, cifar100 or synthetic"):
-        D.load("cifar10")
+    with pytest.raises(ValueError, match="choose auto, cifar100, cifar10, synthetic or folder:DIR"):
+        D.load("cifar1000")
+
+
+def test_cifar10_is_read_from_its_archive_and_has_one_set_of_labels(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    parts = {name: {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+                    "labels": [(3 * i) % 10 for i in range(n)]}
+             for name, n in (("data_batch_1", 4), ("data_batch_2", 3), ("test_batch", 5))}
+    files = {name: pickle.dumps(content) for name, content in parts.items()}
+    files["batches.meta"] = pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    archive = tmp_path / D.CIFAR10.filename
+    write_tar(archive, D.CIFAR10.base_folder, files)
+    monkeypatch.setattr(D.CIFAR10, "train_list", [[f"data_batch_{i}", md5[f"data_batch_{i}"]]
+                                                  for i in (1, 2)])
+    monkeypatch.setattr(D.CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(D.CIFAR10, "meta", D.CIFAR10.meta | {"md5": md5["batches.meta"]})
+    monkeypatch.setattr(D.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    for data_dir in (tmp_path, tmp_path, tmp_path / D.CIFAR10.base_folder):     # unpacked only once
+        data = D.load("cifar10", data_dir, may_download=False)
+        assert data.name == "cifar10" and "CIFAR-10 from" in data.note
+        pixels = np.concatenate([parts[f"data_batch_{i}"]["data"] for i in (1, 2)])
+        assert (data.train.images.numpy() == pixels.reshape(7, 3, 32, 32)).all()
+        assert data.train.fine.tolist() == [0, 3, 6, 9, 0, 3, 6]
+        assert data.test.fine.tolist() == [0, 3, 6, 9, 2]
+        assert data.fine_names[3] == "class3" and data.md5 == D.CIFAR10.tgz_md5
+    with pytest.raises(ValueError, match="cifar10 has no coarse labels: leave --labels out"):
+        D.class_names(SimpleNamespace(labels="coarse"), data)
+    with pytest.raises(ValueError, match=r"CIFAR-10 is not in .*--data cifar10 to download it"):
+        D.load("cifar10", tmp_path / "elsewhere", may_download=False)
+
+
+# --- a folder of pictures ---
+
+def paint(folder, names, width=40, height=24):
+    """Pictures of one grey each: their number, in steps of 10."""
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", (width, height), (10 * i,) * 3).save(folder / name)
+
+
+def test_a_folder_of_pictures_is_a_data_set_with_a_fixed_tenth_for_the_test(tmp_path):
+    for kind in ("cat", "dog"):
+        paint(tmp_path / kind, [f"{i:02}.png" for i in range(15)])
+    data, again = (D.load(f"folder:{tmp_path}", size=16) for _ in range(2))
+    assert data.train.images.shape == (27, 3, 16, 16) and data.test.images.shape == (3, 3, 16, 16)
+    assert data.fine_names == ["cat", "dog"] and not data.coarse_names
+    # every picture is in one split, with the class of its folder
+    found = sorted((y, x[0, 0, 0].item()) for part in (data.train, data.test)
+                   for x, y in zip(part.images, part.fine.tolist(), strict=True))
+    assert found == [(y, 10 * i) for y in (0, 1) for i in range(15)]
+    assert data.md5 == again.md5 and torch.equal(data.test.images, again.test.images)
+    assert "a fixed tenth" in data.note and str(tmp_path) in data.note
+    (tmp_path / "cat/00.png").unlink()
+    assert D.load(f"folder:{tmp_path}", size=16).md5 != data.md5
+
+
+def test_a_test_folder_is_the_test_and_its_classes_are_those_of_the_training(tmp_path):
+    for part, n in (("train", 4), ("test", 2)):
+        for kind in ("cat", "dog"):
+            paint(tmp_path / part / kind, [f"{i}.png" for i in range(n)])
+    data = D.load(f"folder:{tmp_path}", size=8)
+    assert data.train.fine.tolist() == [0] * 4 + [1] * 4 and data.test.fine.tolist() == [0, 0, 1, 1]
+    paint(tmp_path / "test/emu", ["0.png"])
+    with pytest.raises(ValueError, match="train/ and test/ must hold the same classes"):
+        D.load(f"folder:{tmp_path}")
+
+
+def test_of_an_oblong_picture_the_middle_is_kept_undistorted(tmp_path):
+    picture = Image.new("RGB", (96, 32))
+    picture.paste((255, 0, 0), (32, 0, 64, 32))             # the middle third is red
+    picture.save(tmp_path / "x.png")
+    x = D.square(tmp_path / "x.png", 32)
+    assert (x == torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize("prepare, sentence", [
+    (lambda folder: None, "cannot be read"),
+    (lambda folder: (folder / "cat").mkdir(), "cannot be read .*cat"),
+    (lambda folder: (paint(folder / "cat", ["0.png"]), (folder / "cat/1.png").write_text("no")),
+     "cannot be read .*1.png")])
+def test_what_is_no_folder_of_pictures_is_a_sentence(tmp_path, prepare, sentence):
+    prepare(tmp_path)
+    with pytest.raises(ValueError, match=sentence) as error:
+        D.load(f"folder:{tmp_path}")
+    assert "a folder of pictures per class" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("S", [24, 64])
+def test_pictures_of_another_size_are_resized_and_standardised_anew(S):
+    data = D.load("synthetic", size=S)
+    assert data.train.images.shape[1:] == (3, S, S) and data.train.images.dtype == torch.uint8
+    assert f"made {S} pixels wide" in data.note
+    x = data.normalise(data.train.images[:2000])
+    assert x.mean().abs() < 0.05 and (x.std() - 1).abs() < 0.05
+    for strength in ("none", "light", "heavy"):
+        assert D.augment(data.train.images[:5], strength, rng()).shape == (5, 3, S, S)
+
+
+def test_a_picture_of_64_pixels_is_cropped_by_up_to_eight():
+    rows = torch.arange(64, dtype=torch.uint8).view(1, 1, 64, 1).expand(500, 3, 64, 64)
+    first = D.crop_and_flip(rows, rng())[:, 0, 0, 0].long()         # where the window begins
+    assert set(first.tolist()) == set(range(9))                     # reflected: 8 above is 8 below
 
 
 def test_a_download_arrives_whole_and_is_unpacked(tiny, monkeypatch):
@@ -627,9 +730,9 @@ REFUSED = [
       for x in (X[:, :1], X[:, :2], X.permute(0, 2, 3, 1), X[0, 0], torch.rand(4, 4, 32, 32))),
     *((lambda s=s: D.augment(X, s, rng()), f"there is no augmentation {s!r}: choose none, light or")
       for s in ("ligth", "", None)),
-    *((lambda x=x, s=s: D.augment(x, s, rng()), r"images must be \(B, 3, 32, 32\), not")
+    *((lambda x=x, s=s: D.augment(x, s, rng()), r"images must be \(B, 3, .*\), not")
       for s in ("none", "light", "heavy")
-      for x in (X[:0], X[0], X[:, :1], torch.rand(4, 3, 64, 64), torch.rand(4, 3, 16, 64))),
+      for x in (X[:0], X[0], X[:, :1], torch.rand(4, 3, 16, 64))),
     *((lambda i=i: D.draw(Y + i, rng()), "fine must be 0 to 99, not ") for i in (-1, 1)),
     (lambda: D.draw(Y[None], rng()), r"fine must be \(B\), not"),
     *((lambda x=x: D.channel_stats(x), "images must be ") for x in (X, X[:0], X[0], X[:, :1])),

@@ -459,6 +459,47 @@ def test_a_vit_is_exported_for_any_number_of_images():
         assert_close(program(images)[0], vit(images).logits)
 
 
+# --- beside another library's layer ---
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_our_weights_in_mixtrals_layer_give_our_outputs_and_gradients(k):
+    """Mixtral's experts have no biases and a second factor: with a 1 at the end of each token, the
+    last column of a weight is a bias, the factor is 1, and a hidden unit that never changes carries
+    the last bias."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral",
+                                  reason="pip install transformers")
+    from transformers import MixtralConfig
+    ours = excite(MoE(D, H, E, k, gate="topk_softmax"))
+    theirs = mixtral.MixtralSparseMoeBlock(MixtralConfig(
+        hidden_size=D + 1, intermediate_size=H + 1, num_local_experts=E, num_experts_per_tok=k,
+        hidden_act="gelu")).double()
+    constant = F.gelu(torch.tensor(2.0, dtype=torch.float64))
+    w = ours.experts
+    with torch.no_grad():
+        for v in theirs.parameters():
+            v.zero_()
+        theirs.gate.weight[:, :D] = ours.router.weight
+        gate, up = theirs.experts.gate_up_proj.chunk(2, dim=1)              # (E, H + 1, D + 1) each
+        gate[:, :H, :D], gate[:, :H, D], gate[:, H, D], up[:, :, D] = w.w_in.mT, w.b_in, 2.0, 1.0
+        down = theirs.experts.down_proj                                     # (E, D + 1, H + 1)
+        down[:, :D, :H], down[:, :D, H] = w.w_out.mT, w.b_out / constant
+    x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
+    slope = torch.randn(B, N, D, dtype=torch.float64)
+    y = ours(x)[0]
+    (y * slope).sum().backward()
+    same, x.grad = x.grad, None
+    with_one = torch.cat([x, torch.ones(B, N, 1, dtype=torch.float64)], dim=2)
+    other = theirs(with_one)
+    (other[..., :D] * slope).sum().backward()
+    d_gate, d_down = theirs.experts.gate_up_proj.grad[:, :H], theirs.experts.down_proj.grad[:, :D]
+    for mine, yours in ((y, other[..., :D]), (same, x.grad),
+                        (ours.router.weight.grad, theirs.gate.weight.grad[:, :D]),
+                        (w.w_in.grad, d_gate[..., :D].mT), (w.b_in.grad, d_gate[..., D]),
+                        (w.w_out.grad, d_down[..., :H].mT),
+                        (w.b_out.grad, d_down[..., H] / constant)):
+        assert_close(mine, yours, rtol=1e-5, atol=1e-5)     # its softmax is in float32
+
+
 # --- what is refused ---
 
 def built(**changes):

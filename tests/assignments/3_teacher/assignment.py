@@ -20,6 +20,7 @@ BLANKS = {
 }
 CHECKS = (14, 18)            # public, hidden
 NOT_ASKED = dict.fromkeys([
-    "range(1 + len(teacher.blocks))", "if any(False", "or n_tokens < 2", "torch.float32"],
+    "set(self.blocks.values()), [*teacher.dims, 0])", "False", "if any(False", "or n_tokens < 2",
+    "torch.float32", "TeacherRouter(max(teacher.dims.values()), n_experts)"],
     "what the function's arguments may be is in tests/test_teacher.py")
 HARD_CODED = ("teacher.py", "guidance_loss")

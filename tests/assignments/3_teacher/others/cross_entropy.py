@@ -39,9 +39,7 @@ def teacher_router_losses(targets):
 class Guide:
     def __init__(self, teacher, student, n_experts, blocks=None):
         super().__init__()
-        n, m = teacher.n_tokens, student.n_tokens
-        if n != m:
-            raise ValueError(f"n_tokens {n} != {m}")
+        self.side = student.n_tokens
         self.teacher = teacher.eval().requires_grad_(False)
         ratio = len(teacher.blocks) / len(student.blocks)
         self.blocks = blocks or {b: round(b * ratio) or 1 for b in student.moe_blocks}
@@ -56,8 +54,9 @@ class Guide:
         return self
 
     def features(self, images):
-        layers = self.teacher(images).layers
-        return {mine: layers[theirs].h.detach() for mine, theirs in sorted(self.blocks.items())}
+        h = self.teacher.features(images)
+        return {mine: on_grid(h[theirs].detach(), self.side).flatten(end_dim=1)      # noqa: F821
+                for mine, theirs in sorted(self.blocks.items())}
 
     def forward(self, images):
         h = self.features(images)

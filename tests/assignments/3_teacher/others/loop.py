@@ -44,9 +44,7 @@ def teacher_router_losses(targets):
 class Guide:
     def __init__(self, teacher, student, n_experts, blocks=None):
         super().__init__()
-        if not teacher.n_tokens == student.n_tokens:
-            raise ValueError(f"{teacher.n_tokens} tokens cannot guide {student.n_tokens} tokens")
-        self.teacher = teacher
+        self.teacher, self.n_tokens = teacher, student.n_tokens
         for p in teacher.parameters():
             p.requires_grad = False
         self.teacher.train(False)
@@ -68,7 +66,8 @@ class Guide:
         found, hooks = {}, []
         for mine, theirs in self.blocks.items():
             def keep(module, args, output, mine=mine):
-                found[mine] = output.detach().reshape(-1, output.shape[-1])
+                tokens = on_grid(output.detach(), self.n_tokens)          # noqa: F821 (of teacher.py)
+                found[mine] = tokens.reshape(-1, output.shape[-1])
             hooks.append(self.teacher.blocks[theirs - 1].norm2.register_forward_hook(keep))
         self.teacher(images)
         for hook in hooks:

@@ -38,8 +38,7 @@ def teacher_router_losses(targets):
 class Guide:
     def __init__(self, teacher, student, n_experts, blocks=None):
         nn.Module.__init__(self)
-        if teacher.n_tokens != student.n_tokens:
-            raise ValueError(f"teacher: {teacher.n_tokens} tokens; student: {student.n_tokens}")
+        self.wanted = student.n_tokens
         for module in teacher.modules():
             module.training = False
             module.requires_grad_(False)
@@ -68,7 +67,10 @@ class Guide:
             output = self.teacher.eval().forward(images)
         finally:
             torch.set_grad_enabled(before)
-        return {b: output.layers[self.blocks[b]].h for b in self.blocks}
+        h = {b: output.layers[self.blocks[b]].h.unflatten(0, (len(images), -1))
+             for b in self.blocks}
+        fit = on_grid                                               # noqa: F821 (of teacher.py)
+        return {b: fit(tokens, self.wanted).flatten(0, 1) for b, tokens in h.items()}
 
     def forward(self, images):
         h = self.features(images)
