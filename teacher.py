@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.transforms import v2
 
-from moe import check_blocks, routers
+from moe import MLP, check_blocks, routers
 from router import entropy_loss, expect, load_loss
 
 
@@ -48,7 +48,7 @@ class Guide(nn.Module):
     {student's block number: logits (T, E)}. `blocks` maps a student's block to the teacher's block
     that feeds it, by default the one at the same relative depth. The feature of our ViT is what
     that block's MLP is given (ours). The teacher is frozen in place. It and its routers are dropped
-    at inference. A dense student has no routers but may have heads, as in notebooks/measure.py.
+    at inference. A dense student has no routers but may have heads, as in notebooks/controls.py.
 
     A teacher is a module with `dims`, {block: D}, and `features(images)`, {block: (B, N, D)} with
     the class token first: a `ViT` or a `Pretrained`. N may differ from the student's.
@@ -67,7 +67,8 @@ class Guide(nn.Module):
         depth = len(teacher.dims) / len(student.blocks)
         aligned = {b: max(1, round(b * depth)) for b in student.moe_blocks}
         self.blocks = aligned if blocks is None else blocks
-        own = routers(student) or dict.fromkeys(range(1, 1 + len(student.blocks)) if blocks else [])
+        own = routers(student) or {b: None for b, block in enumerate(student.blocks, start=1)
+                                   if blocks or isinstance(block.mlp, MLP)}
         check_blocks("a student's blocks", self.blocks, own)
         check_blocks("a teacher's", set(self.blocks.values()), teacher.dims)
         if any(own[b] and own[b].n_experts != n_experts for b in self.blocks):

@@ -1,18 +1,20 @@
 """controls.py -- if guidance helps, what did it guide?
 
 Each control takes one explanation away. It is what an arm does that no flag of train.py says: one
-of LOSSES replaces train.losses, one of SETUPS changes job and guide before the first step. Guided
-features alone are no arm, because they were thought of after the study's first rows: measure.py
-trains them. "ours" marks what no paper defines.
+of TEACHERS guides it, one of SETUPS changes job and guide before the first step, one of LOSSES
+replaces train.losses. "ours" marks what no paper defines.
 """
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+import data
 import train
 from moe import check_blocks, routers
-from teacher import guidance_loss, teacher_router_losses
+from notebooks import lite0
+from router import TopKRouter
+from teacher import teacher_router_losses
 
 
 def router(student, block):
@@ -20,84 +22,21 @@ def router(student, block):
     return student.blocks[block - 1].mlp.router
 
 
-def ask_again(student, output, change):
-    """`output` with every routing made anew from change(h). The KL alone reads these routings."""
-    return output._replace(layers={
-        b: layer if layer.routing is None else layer._replace(
-            routing=router(student, b)(change(layer.h)))
-        for b, layer in output.layers.items()})
+# --- by whom? ---
+
+def pretrained(job, dense):
+    """EfficientNet-Lite0, which has seen ImageNet and none of our images: its last block that has
+    the 4 x 4 patches of `tiny` at 64 pixels guides all blocks."""
+    return lite0.teacher(64, (job.data.mean, job.data.std), blocks=[11])
 
 
-def guide_the_router_alone(cfg, student, guide, images, targets):
-    """TGR with the KL stopped at the router's input: it trains nothing but the router's weight."""
-    with train.autocast(cfg, images):
-        output = ask_again(student, student(images), torch.Tensor.detach)
-        return train.objective(cfg, output, targets, guide(images) if guide else None)
+def untrained(job, dense):
+    """First weights of a seed of their own: its features hold no knowledge."""
+    return train.build(replace(job.cfg, method="dense", moe_blocks="", seed=999), job.data)
 
 
-def guide_the_features_alone(cfg, student, guide, images, targets):
-    """TGR's KL on linear heads that look at h like a router and dispatch nothing (ours).
-
-    The KL reaches the backbone as in TGR. The student's own router, where it has one, learns as in
-    V-MoE.
-    """
-    with train.autocast(cfg, images):
-        output, asked = student(images), guide(images)
-        terms = train.objective(cfg, output, targets)
-        load, entropy = teacher_router_losses(asked)
-        kl = sum(guidance_loss(z, student.heads[str(b)](output.layers[b].h).logits)
-                 for b, z in asked.items())
-    return terms | {"teacher_load": cfg.load_weight * load,
-                    "teacher_entropy": cfg.entropy_weight * entropy,
-                    "guidance": cfg.guide_weight / len(asked) * kl}
-
-
-def learn_the_teachers_logits(cfg, student, guide, images, targets, temperature=3.0):
-    """L + KL(softmax(t / 3) || softmax(s / 3)), mean over images: a teacher's plain information.
-
-    DeiT's soft distillation 0.9 L_task + 0.1 tau^2 KL with its own tau = 3 (arXiv:2012.12877,
-    eq. 2), divided by 0.9, which makes the KL's weight exactly 1. The weight is published, so it is
-    not tuned here.
-    """
-    with train.autocast(cfg, images):
-        output = student(images)
-        with torch.no_grad():
-            taught = guide.teacher(images).logits
-        terms = train.objective(cfg, output, targets)
-    wide = torch.promote_types(taught.dtype, torch.float32)
-    s, t = ((z.to(wide) / temperature).log_softmax(dim=1) for z in (output.logits, taught))
-    return terms | {"logits": F.kl_div(s, t, reduction="batchmean", log_target=True)}
-
-
-def dispatch(student, targets):
-    """Routings {block: Routing} that obey the teacher routers' logits {block: (T, E)}."""
-    return {b: router(student, b).route(z.detach()) for b, z in targets.items()}
-
-
-def follow_the_teacher(cfg, student, guide, images, targets):
-    """Oracle dispatch: teacher routers send the tokens, the KL teaches the student's to follow."""
-    with train.autocast(cfg, images):
-        asked = guide(images)
-        output = student(images, dispatch(student, asked))
-        return train.objective(cfg, ask_again(student, output, lambda h: h), targets, asked)
-
-
-def detach_gates(job, guide):
-    """Distil only: the task loss sees the gates as constants, so the KL alone trains a router."""
-    for b in job.model.moe_blocks:
-        router(job.model, b).register_forward_hook(
-            lambda module, inputs, routing: routing._replace(gates=routing.gates.detach()))
-
-
-def untrained_teacher(job, guide):
-    """A teacher with first weights of a seed of its own: its features hold no knowledge."""
-    cfg = replace(job.cfg, method="dense", moe_blocks="", seed=1001)
-    guide.teacher = train.build(cfg, job.data).requires_grad_(False).eval()
-
-
-def last_layer(job, guide):
-    """Every block is guided by the features of the teacher's last block."""
-    guide.blocks = dict.fromkeys(guide.blocks, len(guide.teacher.dims))
+def the_dense_one(job, dense):
+    return dense
 
 
 @torch.no_grad()
@@ -107,8 +46,8 @@ def freeze_routers(job, guide, directions):
     The features are those of the first 1,000 training images. Rows of length sqrt(D) make targets
     as confident as trained teacher routers are (ours).
     """
-    cfg, data, sets = job.cfg, job.data, job.sets
-    features = guide.features(data.normalise(sets.train[0][:1_000]))
+    cfg, images, sets = job.cfg, job.data, job.sets
+    features = guide.features(images.normalise(sets.train[0][:1_000]))
     for b, h in features.items():
         rows = directions(h.float().cpu(), cfg.n_experts)               # (E, D)
         guide.routers[str(b)].weight.copy_(rows * rows.shape[1] ** 0.5)
@@ -141,9 +80,112 @@ def centroids(h, E, steps=25):
     return c
 
 
-LOSSES = {"router alone": guide_the_router_alone, "logits": learn_the_teachers_logits,
-          "oracle": follow_the_teacher}
-SETUPS = {"distil only": detach_gates, "random teacher": untrained_teacher,
-          "last layer": last_layer,
-          "random router": lambda job, guide: freeze_routers(job, guide, random_directions),
-          "k-means": lambda job, guide: freeze_routers(job, guide, centroids)}
+def settle(job, guide):
+    """Train the teacher routers by their own two losses on one epoch of images, and freeze them."""
+    cfg = job.cfg
+    optimizer = torch.optim.AdamW(guide.routers.parameters(), lr=cfg.lr, weight_decay=0)
+    for images, _ in data.batches(cfg, job.data, job.sets, epoch=1):
+        load, entropy = teacher_router_losses(guide(images))
+        (cfg.load_weight * load + cfg.entropy_weight * entropy).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    guide.routers.requires_grad_(False)
+
+
+# name: (whose features are the teacher's, how its routers get the weights that they keep; None
+# where they learn beside the student as in TGR)
+TEACHERS = {
+    "dense": (the_dense_one, None),
+    "lite0": (pretrained, None),
+    "untrained": (untrained, None),
+    "random": (the_dense_one, lambda job, guide: freeze_routers(job, guide, random_directions)),
+    "k-means": (the_dense_one, lambda job, guide: freeze_routers(job, guide, centroids)),
+    "settled": (the_dense_one, settle),
+}
+
+
+def guide_by(name, job, dense):
+    """The Guide of a job by one of TEACHERS; `dense` is the job of a trained dense ViT, or None."""
+    features, routers_of = TEACHERS[name]
+    model = features(job, dense and dense.model).to(job.cfg.device)
+    teacher = dense or train.Job(None, job.data, job.sets, model, None)
+    guide = train.guide_of(teacher._replace(model=model), job)
+    if routers_of:
+        routers_of(job, guide)
+    return guide
+
+
+# --- what does the loss reach? ---
+
+def guided(router, features, obey=False):
+    """A loss: TGR's, whose KL reaches the student's routers, its features, both or neither (ours).
+
+    Where `router` is False the KL is taken of heads beside the routers, which dispatch nothing, and
+    the routers learn as the method says. Where `features` is False it ends at what a router is
+    given. With `obey` the teacher's routers dispatch the tokens. TGR is guided(True, True).
+    """
+    def losses(cfg, student, guide, images, targets):
+        with train.autocast(cfg, images):
+            asked = guide(images) if guide else None
+            output = student(images, dispatch(student, asked) if obey and guide else None)
+            terms = train.objective(cfg, output, targets)
+            if guide is None:                               # guidance has ended
+                return terms
+            layers = {}
+            for b in asked:                                 # the KL alone reads these routings
+                ask = routers(student)[b] if router else guide.routers[f"head {b}"]
+                h = output.layers[b].h
+                layers[b] = output.layers[b]._replace(routing=ask(h if features else h.detach()))
+            again = output._replace(layers=layers)
+            return train.objective(cfg, again, targets, asked) | terms
+
+    return losses
+
+
+def dispatch(student, targets):
+    """Routings {block: Routing} that obey the teacher routers' logits {block: (T, E)}."""
+    return {b: router(student, b).route(z.detach()) for b, z in targets.items()}
+
+
+def learn_the_teachers_logits(cfg, student, guide, images, targets, temperature=3.0):
+    """L + w KL(softmax(t / 3) || softmax(s / 3)), mean over images: a teacher's plain information.
+
+    DeiT's soft distillation 0.9 L_task + 0.1 tau^2 KL with its own tau = 3 (arXiv:2012.12877,
+    eq. 2), divided by 0.9, has w = 1. Here w is --guide_weight.
+    """
+    with train.autocast(cfg, images):
+        output = student(images)
+        with torch.no_grad():
+            taught = guide.teacher(images).logits
+        terms = train.objective(cfg, output, targets)
+    wide = torch.promote_types(taught.dtype, torch.float32)
+    s, t = ((z.to(wide) / temperature).log_softmax(dim=1) for z in (output.logits, taught))
+    kl = F.kl_div(s, t, reduction="batchmean", log_target=True)
+    return terms | {"logits": cfg.guide_weight * kl}
+
+
+# --- what is changed before the first step? ---
+
+def detach_gates(job, guide):
+    """Distil only: the task loss sees the gates as constants, so the KL alone trains a router."""
+    for b in job.model.moe_blocks:
+        router(job.model, b).register_forward_hook(
+            lambda module, inputs, routing: routing._replace(gates=routing.gates.detach()))
+
+
+def last_layer(job, guide):
+    """Every block is guided by the features of the teacher's last block."""
+    guide.blocks = dict.fromkeys(guide.blocks, len(guide.teacher.dims))
+
+
+def add_heads(job, guide):
+    """Linear heads that look at h as the routers do. They are trained and dropped as the teacher's
+    routers are."""
+    for b in guide.blocks:
+        guide.routers[f"head {b}"] = TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1)
+    guide.routers.to(job.cfg.device)
+
+
+LOSSES = {"router alone": guided(True, False), "features alone": guided(False, True),
+          "oracle alone": guided(True, False, obey=True), "logits": learn_the_teachers_logits}
+SETUPS = {"features alone": add_heads, "distil only": detach_gates, "last layer": last_layer}

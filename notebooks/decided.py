@@ -3,85 +3,145 @@
 The recipe, the arms and the grids, then what is measured and expected, and how it is judged. Arms
 differ from each other only in what their line says. Arms of one seed share the first weights of
 their trunk, the order of the images and the augmentation, so they are compared seed by seed.
-study.py runs all this and reports it. What was thought of after the first rows is no arm: see
-features_alone in measure.py. "ours" marks what no paper defines.
+study.py runs all this and reports it. "ours" marks what no paper defines.
+
+This is the second edition. A review of the first (its grids are FIRST, its rows history) asked for
+blocks, for factors crossed, and for claims no stronger than their intervals.
 """
+import base64
 import math
 import statistics
 from typing import NamedTuple
 
+import numpy as np
+
 # --- the recipe ---
 
+# What a scale's arms share. cpu is the first edition's. whole has all images and all 100 classes,
+# and the setting of tiny in which experts came nearest to paying (regime.py): a narrow MLP in every
+# block, 32 experts. V-MoE was 0.3 points above its dense twin there, which is not beyond chance.
 SCALES = {
     "cpu": "--preset tiny --data cifar100 --labels coarse --train_images 10000 --epochs 12 "
            "--device cpu",
+    "whole": "--preset tiny --data cifar100 --labels fine --train_images 0 --epochs 12 "
+             "--moe_blocks 1,2,3,4,5,6 --expert_ratio 0.0625 --n_experts 32 --device cpu",
     "gpu": "--preset small --data cifar100 --labels fine --train_images 0 --epochs 100 "
            "--device cuda",
 }
-WORKERS = {"cpu": 2, "gpu": 4}
-# One dense teacher per scale serves every grid, arm and seed. No student has its seed: such a
-# student would start from the teacher's own first weights. At scale cpu the teacher learns from all
-# 50,000 images, because the paper's teacher too has seen more than its students. A teacher of the
-# students' own 10,000 images knows no more than they do: see the dense row of results/cpu.jsonl.
-# The arm moe-k1-logits measures what the teacher's knowledge is worth by itself.
-TEACHER = {"cpu": "--method dense --seed 1000 --train_images 0",
-           "gpu": "--method dense --seed 1000"}
+WORKERS = {"cpu": 2, "whole": 2, "gpu": 4}
+# The dense teacher of a block, whose seed is this one and the block's. No student has such a seed:
+# it would start from the teacher's own first weights. At scale cpu the teacher learns from all
+# 50,000 images, because the paper's teacher too has seen more than its students. At the others it
+# knows no image that they do not.
+TEACHERS_SEED = 1000
+TEACHER = {"cpu": "--method dense --train_images 0",
+           "whole": "--method dense --moe_blocks= --expert_ratio 2",
+           "gpu": "--method dense"}
+# What the words in capitals of an arm's flags stand for at each scale. LATE are the paper's blocks
+# (8, 10, 12 of 12), TWICE the epochs of teacher and student together, ALL the experts. BEST is the
+# weight of the logits' KL that was best on the tenth of the training images that --split val holds
+# out, never on the test images (measure.py logits). None: not chosen yet.
+WORDS = {
+    "cpu": {"LATE": "4,5,6", "TWICE": "24", "ALL": "8", "BEST": None},
+    "whole": {"LATE": "4,5,6", "TWICE": "24", "ALL": "32", "BEST": None},
+    "gpu": {"LATE": "8,10,12", "TWICE": "200", "ALL": "8", "BEST": None},
+}
 
-# --- the arms, all with E=8 unless they say otherwise ---
+# --- the arms ---
 
 
 class Arm(NamedTuple):
     flags: str                      # of train.py
     control: str | None = None      # a name in controls.py, for what no flag can say
+    teacher: str = "dense"          # a name in controls.TEACHERS
 
 
-# alpha: its arm at K=2, in order; 0 is the plain V-MoE, 0.01 what the other grids use
+TGR, MOE = "--method tgr --k 1", "--method moe --k 1"
+NO_AUX = f"{MOE} --load_weight 0 --entropy_weight 0"
+# alpha: its arm at K=2, in order; 0 is the plain V-MoE
 SWEEP = {"0": "moe-k2", "0.001": "mode-k2-alpha-0.001", "0.01": "mode-k2",
          "0.1": "mode-k2-alpha-0.1", "1": "mode-k2-alpha-1", "10": "mode-k2-alpha-10",
          "100": "mode-k2-alpha-100"}
-# The alpha of mode-k8-best-alpha: the best one at K=2 on the tenth of the training images that
-# --split val holds out, never on the test images. None: not chosen yet. At scale cpu no student
-# trains on that tenth, so `python notebooks/measure.py sweep` asks the ended runs themselves.
-BEST_ALPHA = {"cpu": "0.01", "gpu": None}
-EXPERTS = (4, 8, 16, 32, 64)
+# router and features, each guided or free: what does guidance guide?
+CELLS = {("free", "free"): "moe-k1", ("guided", "free"): "tgr-k1-router-alone",
+         ("free", "guided"): "moe-k1-features-alone", ("guided", "guided"): "tgr-k1"}
+CELL_ARMS = {"moe-k1": Arm(MOE), "tgr-k1-router-alone": Arm(TGR, "router alone"),
+             "moe-k1-features-alone": Arm(MOE, "features alone"), "tgr-k1": Arm(TGR)}
 ARMS = {
     "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
-    "dense-total": Arm("--method dense --expert_ratio 16"),     # = total parameters of moe-k1
-    "soft": Arm("--method soft"),
-    "moe-k1": Arm("--method moe --k 1"),                   # V-MoE, alpha 0 of MoDE
-    "moe-k2": Arm("--method moe --k 2"),
-    "tgr-k1": Arm("--method tgr --k 1"),
-    "tgr-k1-router-alone": Arm("--method tgr --k 1", "router alone"),
-    "moe-k1-logits": Arm("--method moe --k 1", "logits"),
-    "mode-k2": Arm("--method mode --k 2 --alpha 0.01"),
-    "tgr+mode-k2": Arm("--method tgr+mode --k 2 --alpha 0.01"),
+    **CELL_ARMS,
+    "moe-k1-no-aux": Arm(NO_AUX),                          # without V-MoE's own two losses
+    "moe-k1-twice": Arm(f"{MOE} --epochs TWICE"),          # pays for teacher and student
+    "dense-features-alone": Arm("--method dense", "features alone"),
+    "moe-k1-logits": Arm(f"{MOE} --guide_weight BEST", "logits"),
+    "tgr-k1-oracle-alone": Arm(TGR, "oracle alone"),
+    # the same cells and controls by other teachers
+    **{f"{arm}-lite0": CELL_ARMS[arm]._replace(teacher="lite0")
+       for arm in CELLS.values() if arm != "moe-k1"},
+    **{f"tgr-k1-router-alone-{teacher}": Arm(TGR, "router alone", teacher)
+       for teacher in ("untrained", "random", "k-means")},
+    # the cells where the paper's experts are
+    **{f"{arm}-late": a._replace(flags=f"{a.flags} --moe_blocks LATE")
+       for arm, a in CELL_ARMS.items()},
+    # when does guidance act, from which layer, how strongly, and who has trained its targets?
+    "tgr-k1-first-half": Arm(f"{TGR} --guide_until 0.5"),
+    "tgr-k1-last-layer": Arm(TGR, "last layer"),
+    "tgr-k1-weight-0.5": Arm(f"{TGR} --guide_weight 0.5"),
+    "tgr-k1-weight-50": Arm(f"{TGR} --guide_weight 50"),
+    "tgr-k1-distil-only": Arm(TGR, "distil only"),
+    "tgr-k1-settled": Arm(TGR, None, "settled"),
     # how strong may mutual distillation be, and does a gate of all experts need it?
-    **{arm: Arm(f"--method mode --k 2 --alpha {alpha}") for alpha, arm in SWEEP.items()
-       if "alpha" in arm},
-    "moe-k8": Arm("--method moe --k 8"),
-    "mode-k8-best-alpha": Arm("--method mode --k 8 --alpha BEST"),      # see BEST_ALPHA
-    # when does guidance act, by whose knowledge, from which layer?
-    "tgr-k1-first-half": Arm("--method tgr --k 1 --guide_until 0.5"),
-    "tgr-k1-distil-only": Arm("--method tgr --k 1", "distil only"),
-    "tgr-k1-random-router": Arm("--method tgr --k 1", "random router"),
-    "tgr-k1-random-teacher": Arm("--method tgr --k 1", "random teacher"),
-    "tgr-k1-kmeans": Arm("--method tgr --k 1", "k-means"),
-    "tgr-k1-last-layer": Arm("--method tgr --k 1", "last layer"),
-    "tgr-k1-oracle": Arm("--method tgr --k 1", "oracle"),
-    "tgr-k1-weight-0.5": Arm("--method tgr --k 1 --guide_weight 0.5"),
-    "tgr-k1-weight-50": Arm("--method tgr --k 1 --guide_weight 50"),
+    **{arm: Arm("--method moe --k 2" if arm == "moe-k2" else f"--method mode --k 2 --alpha {alpha}")
+       for alpha, arm in SWEEP.items() if alpha in ("0", "0.01", "0.1", "1")},
+    "moe-kE": Arm("--method moe --k ALL"),
+    "mode-kE": Arm("--method mode --k ALL --alpha 0.01"),
     # does the gain grow with the number of experts?
-    **{f"{m}-k1-E{E}": Arm(f"--method {m} --k 1 --n_experts {E}") for E in EXPERTS if E != 8
-       for m in ("moe", "tgr")},
-    # which gates let the task teach the router?
-    "moe-k2-topk-softmax": Arm("--method moe --k 2 --gate topk_softmax"),
-    "moe-k2-sigmoid": Arm("--method moe --k 2 --gate sigmoid"),
-    "moe-k1-topk-softmax": Arm("--method moe --k 1 --gate topk_softmax"),
+    **{f"{arm}-E{E}": Arm(f"{flags} --n_experts {E}") for E in (8, 32)
+       for arm, flags in (("moe-k1", MOE), ("moe-k1-no-aux", NO_AUX), ("tgr-k1", TGR))},
 }
 
-# --- the grids, arm: (seeds, the arm it is compared with) ---
+# --- the grids ---
+
+
+class Grid(NamedTuple):
+    """`blocks` seeds, each of which trains every arm at one commit on one machine."""
+    scale: str                      # without a GPU
+    blocks: int
+    arms: dict                      # arm: the arm that it is compared with, or None
+
 
 GRIDS = {
+    # what does guidance guide, by whose knowledge, and what would its cost buy otherwise?
+    "factors": Grid("whole", 5, {
+        "moe-k1-features-alone-lite0": "moe-k1", "tgr-k1-lite0": "moe-k1",
+        "tgr-k1-router-alone-lite0": "moe-k1", "moe-k1-twice": "moe-k1",
+        "tgr-k1": "moe-k1", "tgr-k1-router-alone": "moe-k1", "moe-k1-features-alone": "moe-k1",
+        "tgr-k1-oracle-alone": "moe-k1", "moe-k1-logits": "moe-k1", "moe-k1": "dense",
+        "moe-k1-no-aux": "moe-k1", "dense-features-alone": "dense", "dense": None}),
+    # does it matter where the experts are?
+    "placement": Grid("cpu", 5, {
+        **{arm: "moe-k1" if arm != "moe-k1" else None for arm in CELL_ARMS},
+        **{f"{arm}-late": "moe-k1-late" if arm != "moe-k1" else "moe-k1" for arm in CELL_ARMS}}),
+    # does guided routing alone help? Features are free in every arm
+    "routing": Grid("cpu", 10, {
+        "moe-k1": None, "moe-k1-no-aux": "moe-k1", "tgr-k1-router-alone": "moe-k1",
+        **{f"tgr-k1-router-alone-{teacher}": "moe-k1"
+           for teacher in ("lite0", "untrained", "random", "k-means")},
+        "tgr-k1-oracle-alone": "moe-k1"}),
+    "schedule": Grid("cpu", 5, {
+        "moe-k1": None, "tgr-k1": "moe-k1",
+        **{f"tgr-k1-{name}": "tgr-k1" for name in (
+            "first-half", "last-layer", "weight-0.5", "weight-50", "distil-only", "settled")}}),
+    "mutual": Grid("whole", 5, {
+        "moe-k2": None, "mode-k2": "moe-k2", "mode-k2-alpha-0.1": "moe-k2",
+        "mode-k2-alpha-1": "moe-k2", "moe-kE": "moe-k2", "mode-kE": "moe-kE"}),
+    "experts": Grid("whole", 5, {
+        f"{arm}-E{E}": None if arm == "moe-k1" else f"moe-k1-E{E}"
+        for E in (8, 32) for arm in ("moe-k1", "moe-k1-no-aux", "tgr-k1")}),
+}
+# The first edition, at scale cpu, arm: (seeds announced, the arm it is compared with). An untrained
+# teacher was called a random one. Its grids "experts" and "gates" never ran, nor did scale gpu.
+FIRST = {
     "main": {
         "dense": (5, None), "dense-total": (5, "moe-k1"), "soft": (5, "moe-k1"),
         "moe-k1": (5, "dense"), "tgr-k1": (5, "moe-k1"), "tgr-k1-router-alone": (5, "tgr-k1"),
@@ -95,13 +155,9 @@ GRIDS = {
         **{f"tgr-k1-{name}": (5, "tgr-k1") for name in (
             "first-half", "distil-only", "random-router", "random-teacher", "kmeans", "last-layer",
             "oracle", "weight-0.5", "weight-50")}},
-    "experts": {f"{m}-k1" + (f"-E{E}" if E != 8 else ""): (
-        5, ("moe-k1" + (f"-E{E}" if E != 8 else "")) if m == "tgr" else None)
-        for E in EXPERTS for m in ("moe", "tgr")},
-    "gates": {
-        "moe-k2": (5, None), "moe-k2-topk-softmax": (5, "moe-k2"), "moe-k2-sigmoid": (5, "moe-k2"),
-        "moe-k1": (5, None), "moe-k1-topk-softmax": (5, "moe-k1")},
 }
+# the alpha of mode-k8-best-alpha, best at K=2 on images that no student trained on (measure sweep)
+BEST_ALPHA = {"cpu": "0.01"}
 
 # --- what is measured, and what is expected ---
 
@@ -133,19 +189,26 @@ METRICS = {
         probing("own")(row) - probing("others")(row)),
     "gate accuracy": probing("gate_accuracy"),
     "oracle cosine": lambda row: row.get("oracle_cosine"),
+    "mean gate": lambda row: row.get("mean_gate"),
+    "follows the teacher": lambda row: row.get("followed"),
 }
 
 # what a grid's table shows beside the accuracy
 COLUMNS = {
+    **dict.fromkeys(("factors", "placement", "routing", "schedule"), (
+        "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
+        "mean gate", "follows the teacher")),
+    "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
+               "gate accuracy"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
     "guidance": ("accuracy, dispatched as in training", "agreement adjacent, first quarter",
-                 "load entropy"),
-    "gates": ("oracle cosine", "agreement adjacent, first quarter", "load entropy")}
+                 "load entropy")}
 USUAL = ("agreement adjacent, first quarter", "agreement with the end at 1/2", "load entropy")
 
 
 class Hypothesis(NamedTuple):
-    """Seed by seed, sum(plus) - sum(minus) is at least `least` and its interval is above 0."""
+    """Seed by seed, sum(plus) - sum(minus) is at least `least` and its interval is above 0; or,
+    with `margin`, it is no further than that from 0."""
     grid: str
     claim: str
     source: str                     # whose claim: T the TGR paper, M the MoDE paper, ours
@@ -153,13 +216,108 @@ class Hypothesis(NamedTuple):
     plus: tuple
     minus: tuple = ()
     least: float = 0.0
-    scales: tuple = ("cpu", "gpu")  # some thresholds mean something at one scale only
+    margin: float | None = None
 
 
+MARGIN = 0.5        # points of accuracy within which two models count as equal
 ACC, TGR_MOE = "accuracy", (("tgr-k1",), ("moe-k1",))
+DISPATCHED, HALF = "accuracy, dispatched as in training", "agreement with the end at 1/2"
+NONE, ROUTER, FEATURES, BOTH = CELLS.values()
+
+
+def cells(grid, mark=""):
+    """The four arms of CELLS in a grid, whose names end in `mark`; V-MoE may serve two teachers."""
+    return [arm + mark if arm + mark in GRIDS[grid].arms else arm for arm in CELLS.values()]
+
+
+def crossed(grid, mark=""):
+    """What each factor of four cells does, and what they do together."""
+    none, router, features, both = cells(grid, mark)
+    said = mark.replace("-", ", ")
+    return [
+        Hypothesis(grid, f"guided features help, router free{said}", "ours", ACC, (features,),
+                   (none,), 0.8),
+        Hypothesis(grid, f"guided features help, router guided{said}", "ours", ACC, (both,),
+                   (router,), 0.8),
+        Hypothesis(grid, f"a guided router helps, features free{said}", "T", ACC, (router,),
+                   (none,)),
+        Hypothesis(grid, f"a guided router helps, features guided{said}", "T", ACC, (both,),
+                   (features,)),
+        Hypothesis(grid, f"one makes the other less useful{said}", "ours", ACC,
+                   (router, features), (both, none)),
+        Hypothesis(grid, f"TGR is as accurate as guided features alone{said}", "ours", ACC,
+                   (both,), (features,), margin=MARGIN)]
+
+
 HYPOTHESES = [
-    Hypothesis("main", "the dense ViT is a fair baseline", "ours", ACC, ("dense",), (), 70,
-               ("gpu",)),
+    # --- the second edition ---
+    *crossed("factors"), *crossed("factors", "-lite0"),
+    Hypothesis("factors", "experts help", "T", ACC, (NONE,), ("dense",), 0.8),
+    Hypothesis("factors", "guidance helps", "T", ACC, (BOTH,), (NONE,), 0.8),
+    Hypothesis("factors", "guidance by a pretrained teacher helps", "T", ACC, (f"{BOTH}-lite0",),
+               (NONE,), 0.8),
+    Hypothesis("factors", "a teacher of the task beats a pretrained one", "ours", ACC, (BOTH,),
+               (f"{BOTH}-lite0",)),
+    Hypothesis("factors", "guidance beats the time that it costs", "ours", ACC, (BOTH,),
+               ("moe-k1-twice",)),
+    Hypothesis("factors", "guidance beats distilled logits at their best weight", "ours", ACC,
+               (BOTH,), ("moe-k1-logits",)),
+    Hypothesis("factors", "guided features help a dense model as much", "ours", ACC,
+               ("dense-features-alone", NONE), ("dense", FEATURES), margin=MARGIN),
+    Hypothesis("factors", "V-MoE needs its own losses", "ours", ACC, (NONE,), ("moe-k1-no-aux",)),
+    Hypothesis("factors", "a router guided alone beats V-MoE without its own losses", "ours", ACC,
+               (ROUTER,), ("moe-k1-no-aux",)),
+    Hypothesis("factors", "the teacher's dispatch is worth something by itself", "T", DISPATCHED,
+               ("tgr-k1-oracle-alone",), (NONE,)),
+    Hypothesis("factors", "a router guided alone settles tokens", "T", HALF, (ROUTER,), (NONE,)),
+    Hypothesis("factors", "guided features alone settle tokens", "ours", HALF, (FEATURES,),
+               (NONE,)),
+    *crossed("placement"), *crossed("placement", "-late"),
+    Hypothesis("placement", "late experts are better", "T", ACC, (f"{NONE}-late",), (NONE,)),
+    Hypothesis("placement", "TGR gains as much from late experts' teachers", "ours", ACC,
+               (f"{BOTH}-late", NONE), (f"{NONE}-late", BOTH), margin=MARGIN),
+    *(Hypothesis("routing", f"a router guided by {what} beats V-MoE", "T" if not mark else "ours",
+                 ACC, (ROUTER + mark,), (NONE,)) for what, mark in (
+        ("a dense teacher", ""), ("a pretrained one", "-lite0"), ("an untrained one", "-untrained"),
+        ("a frozen random router", "-random"), ("frozen k-means", "-k-means"))),
+    *(Hypothesis("routing", f"a router guided by {what} beats V-MoE without its own losses", "ours",
+                 ACC, (ROUTER + mark,), ("moe-k1-no-aux",)) for what, mark in (
+        ("a dense teacher", ""), ("a pretrained one", "-lite0"))),
+    Hypothesis("routing", "V-MoE without its own losses collapses to few experts", "T",
+               "load entropy", (NONE,), ("moe-k1-no-aux",), 0.2),
+    Hypothesis("routing", "the teacher's dispatch is worth something by itself", "T", DISPATCHED,
+               ("tgr-k1-oracle-alone",), (NONE,)),
+    Hypothesis("routing", "a router guided alone settles tokens", "T", HALF, (ROUTER,), (NONE,)),
+    Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
+               (BOTH,)),
+    Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,
+               (NONE,), ("tgr-k1-last-layer",)),
+    Hypothesis("schedule", "aligned layers beat the last one", "T", ACC, (BOTH,),
+               ("tgr-k1-last-layer",)),
+    *(Hypothesis("schedule", f"the KL's weight of 5 beats {w}", "T", ACC, (BOTH,),
+                 (f"tgr-k1-weight-{w}",)) for w in ("0.5", "50")),
+    Hypothesis("schedule", "a router that the KL alone trains is as good", "ours", ACC,
+               ("tgr-k1-distil-only",), (BOTH,), margin=MARGIN),
+    Hypothesis("schedule", "targets that have settled before are as good", "ours", ACC,
+               ("tgr-k1-settled",), (BOTH,), margin=MARGIN),
+    Hypothesis("mutual", "mutual distillation helps", "M", ACC, ("mode-k2",), ("moe-k2",), 0.5),
+    Hypothesis("mutual", "... at 0.1", "ours", ACC, ("mode-k2-alpha-0.1",), ("moe-k2",)),
+    Hypothesis("mutual", "at 1 it hurts", "M", ACC, ("moe-k2",), ("mode-k2-alpha-1",)),
+    Hypothesis("mutual", "a gate of all experts gains too", "M", ACC, ("mode-kE",), ("moe-kE",)),
+    Hypothesis("mutual", "experts do better on their own domain", "M", "own-domain accuracy",
+               ("mode-k2",), ("moe-k2",)),
+    Hypothesis("mutual", "they stay specialised: own minus others does not shrink at 0.1", "M",
+               "own minus others", ("mode-k2-alpha-0.1",), ("moe-k2",), -0.005),
+    Hypothesis("mutual", "the gate chooses better", "M", "gate accuracy", ("mode-k2",),
+               ("moe-k2",)),
+    Hypothesis("experts", "the gain grows from E=8 to E=32", "T", ACC,
+               ("tgr-k1-E32", "moe-k1-E8"), ("moe-k1-E32", "tgr-k1-E8")),
+    Hypothesis("experts", "guidance helps with 32 experts", "T", ACC, ("tgr-k1-E32",),
+               ("moe-k1-E32",), 0.8),
+    Hypothesis("experts", "without its own losses V-MoE collapses more with 32 experts", "T",
+               "load entropy", ("moe-k1-E32", "moe-k1-no-aux-E8"),
+               ("moe-k1-no-aux-E32", "moe-k1-E8")),
+    # --- the first ---
     Hypothesis("main", "experts help", "T", ACC, ("moe-k1",), ("dense",), 0.8),
     Hypothesis("main", "guidance helps", "T", ACC, *TGR_MOE, 0.8),
     Hypothesis("main", "guidance steadies routing", "T", "agreement adjacent, first quarter",
@@ -211,19 +369,7 @@ HYPOTHESES = [
         ("frozen k-means", "kmeans"))),
     *(Hypothesis("guidance", f"the KL's weight of 5 beats {w}", "ours", ACC, ("tgr-k1",),
                  (f"tgr-k1-weight-{w}",)) for w in ("0.5", "50")),
-    Hypothesis("experts", "the gain grows from E=4 to E=64", "T", ACC,
-               ("tgr-k1-E64", "moe-k1-E4"), ("moe-k1-E64", "tgr-k1-E4")),
-    Hypothesis("experts", "guidance helps with 64 experts", "T", ACC, ("tgr-k1-E64",),
-               ("moe-k1-E64",), 0.8),
-    Hypothesis("gates", "a router that cannot learn costs accuracy", "ours", ACC, ("moe-k1",),
-               ("moe-k1-topk-softmax",)),
 ]
-
-# Router and features, each guided or free: what does guidance guide? The third cell was thought of
-# after the first rows.
-FACTORS = {("free", "free"): "moe-k1", ("guided", "free"): "tgr-k1-router-alone",
-           ("free", "guided"): "moe-k1-features-alone", ("guided", "guided"): "tgr-k1"}
-MARGIN = 0.5        # points of accuracy within which two models count as equal
 
 # --- the analysis ---
 
@@ -292,42 +438,84 @@ def interval(values, left_out=()):
     return Estimate(mean, mean - half, mean + half, n, left_out)
 
 
+def block(row):
+    """What two runs must share to be paired: their seed and, since the second edition, the commit
+    and the machine that made them."""
+    return row["seed"], row.get("machine") and row["commit"], row.get("machine")
+
+
 def contrast(rows, metric, plus, minus=()):
-    """sum(plus) - sum(minus), seed by seed: the Estimate over the seeds that every arm has."""
+    """sum(plus) - sum(minus), block by block: the Estimate over the blocks that have every arm."""
     if metric not in METRICS or not (*plus, *minus):
         raise ValueError(f"a contrast is of arms, not {(*plus, *minus)}, and in one of "
                          f"{', '.join(METRICS)}, not {metric!r}")
-    known = {arm: {r["seed"]: value for r in rows if r["arm"] == arm
+    known = {arm: {block(r): value for r in rows if r["arm"] == arm
                    if (value := METRICS[metric](r)) is not None} for arm in (*plus, *minus)}
-    seeds = sorted(set.intersection(*map(set, known.values())))
-    left_out = tuple((arm, s) for arm in known for s in sorted(known[arm]) if s not in seeds)
-    return interval([sum(known[a][s] for a in plus) - sum(known[a][s] for a in minus)
-                     for s in seeds], left_out)
+    blocks = sorted(set.intersection(*map(set, known.values())), key=str)
+    left_out = tuple((arm, b[0]) for arm in known for b in sorted(known[arm], key=str)
+                     if b not in blocks)
+    return interval([sum(known[a][b] for a in plus) - sum(known[a][b] for a in minus)
+                     for b in blocks], left_out)
 
 
-def verdict(estimate, least, p=None):
-    """met: mean at least `least`, interval above 0. not met: interval below `least` or below 0.
+def resampled(rows, plus, minus, draws=2_000):
+    """95 % of the values that the contrast in test accuracy takes, in points, when blocks and test
+    images are both drawn anew, with replacement: (low, high).
+
+    The t-interval is conditional on the test images; this one is not. None with fewer than two
+    blocks, or where a row does not hold which images it got right.
+    """
+    hits = {arm: {block(r): bits(r) for r in rows if r["arm"] == arm and "hits" in r}
+            for arm in (*plus, *minus)}
+    blocks = sorted(set.intersection(*map(set, hits.values())), key=str)
+    if len(blocks) < 2:
+        return None
+    each = np.array([sum(hits[a][b] for a in plus) - sum(hits[a][b] for a in minus)
+                     for b in blocks], dtype=np.float32)                # (n, images)
+    draw = np.random.default_rng(0)
+    n, images = each.shape
+    found = []
+    for _ in range(draws):
+        mean = each[draw.integers(n, size=n)].mean(axis=0)
+        found.append(100 * mean[draw.integers(images, size=images)].mean())
+    return tuple(np.percentile(found, [2.5, 97.5]).tolist())
+
+
+def bits(row):
+    """(images,) of 0 and 1: which test images a run got right."""
+    packed = np.frombuffer(base64.b64decode(row["hits"]), dtype=np.uint8)
+    return np.unpackbits(packed)[:row["test_images"]].astype(np.float32)
+
+
+def verdict(estimate, least, p=None, margin=None):
+    """met: mean at least `least`, interval above 0 (above `least` where that is below 0). not met:
+    interval below `least`. With `margin`, met: two one-sided tests say that the mean is within it.
+    not met: interval beyond it.
 
     `p`, corrected for the number of questions, must be below 0.05 too for "met".
     """
-    if estimate.n == 0:
+    mean, low, high, n, _ = estimate
+    if n == 0:
         return "not run"
-    if estimate.n < 3:
+    if n < 3:
         return "too few seeds"
-    if estimate.mean >= least and estimate.low > 0:
+    if margin is not None:
+        beyond = low > margin or high < -margin
+        return "met" if p < 0.05 else "not met" if beyond else "undecided"
+    if mean >= least and low > min(least, 0):
         return "met" if p is None or p < 0.05 else "undecided"
-    return "not met" if estimate.high < least or estimate.high <= 0 else "undecided"
+    return "not met" if high < least or high <= min(least, 0) else "undecided"
 
 
-def judge(grid, scale, rows):
+def judge(grid, rows):
     """{hypothesis: (its Estimate, p corrected by Holm or None, its verdict)} of a grid's rows.
 
     Those that compare nothing, and those below three seeds, are not counted by Holm.
     """
-    found = {h: contrast(rows, h.metric, h.plus, h.minus) for h in HYPOTHESES
-             if h.grid == grid and scale in h.scales}
-    p = holm({h: e.p() for h, e in found.items() if h.minus and e.n >= 3})
-    return {h: (e, p.get(h), verdict(e, h.least, p.get(h))) for h, e in found.items()}
+    found = {h: contrast(rows, h.metric, h.plus, h.minus) for h in HYPOTHESES if h.grid == grid}
+    p = holm({h: e.p(min(h.least, 0)) if h.margin is None else equivalence(e, h.margin)
+              for h, e in found.items() if h.minus and e.n >= 3})
+    return {h: (e, p.get(h), verdict(e, h.least, p.get(h), h.margin)) for h, e in found.items()}
 
 
 def signed(estimate, digits=2):

@@ -5,7 +5,7 @@
     python notebooks/measure.py sweep --runs runs/study/cpu      how alike does alpha make experts?
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
     python notebooks/measure.py classes         which classes do the kept students' experts serve?
-    python notebooks/measure.py features_alone  does guidance need a router? Ten runs
+    python notebooks/measure.py logits          how strongly may logits be distilled? Four runs
 
 Every file that it writes under notebooks/results/ says which command, seed, commit and device made
 it.
@@ -26,21 +26,20 @@ import checkpoint
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import data
 import distill
 import report
 import train
 from notebooks import probes, study
-from notebooks.controls import guide_the_features_alone
-from notebooks.decided import ARMS, GRIDS, SCALES, SWEEP
-from notebooks.lesson import guide_of, rebuild, trained
-from router import TopKRouter, expect
-from teacher import Guide
+from notebooks.controls import guide_by, learn_the_teachers_logits
+from notebooks.decided import FIRST, MOE, SCALES, SWEEP, TEACHER, TEACHERS_SEED
+from notebooks.lesson import guide_of, trained
+from router import expect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+WEIGHTS = (0.3, 1.0, 3.0, 10.0)     # of the teacher's logits
 
 
 def about(command, seed, commit=None, device="cpu"):
@@ -189,7 +188,7 @@ def sweep(args):
     the number of `strangers` (pairs of experts that share under 1 % of the tokens), the gate's
     accuracy and that of a blind gate, which asks the same expert about every image.
     """
-    commit, seeds = study.commit_of_row(dirty=True), range(GRIDS["alpha"]["mode-k2"][0])
+    commit, seeds = study.commit_of_row(dirty=True), range(FIRST["alpha"]["mode-k2"][0])
     names = ("colleagues", "length", "strangers", "gate", "blind")
     found = {name: np.full((len(SWEEP), len(seeds)), np.nan) for name in ("held_out", *names)}
     for (at, arm), seed in itertools.product(enumerate(SWEEP.values()), seeds):
@@ -225,16 +224,14 @@ def gradients(args):
     Epoch 0 stands for the first weights. NaN where the sparse gradient is 0. Looking changes
     nothing: the runs are the study's own, bit for bit.
     """
-    arms = {"softmax, then top-1": ARMS["moe-k1"].flags,
-            "softmax, then top-2": ARMS["moe-k2"].flags,
-            "top-2, then softmax": ARMS["moe-k2-topk-softmax"].flags,
-            "sigmoid, top-2": ARMS["moe-k2-sigmoid"].flags,
-            "sigmoid, top-1": "--method moe --k 1 --gate sigmoid"}
+    arms = {"softmax, then top-1": "--k 1", "softmax, then top-2": "--k 2",
+            "top-2, then softmax": "--k 2 --gate topk_softmax",
+            "sigmoid, top-2": "--k 2 --gate sigmoid", "sigmoid, top-1": "--k 1 --gate sigmoid"}
     origin, curves = about("python notebooks/measure.py gradients", seed=0), []
     for name, flags in arms.items():
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            curves.append(cosines(f"{SCALES['cpu']} {flags}", folder, args.data_dir))
+            curves.append(cosines(f"{SCALES['cpu']} --method moe {flags}", folder, args.data_dir))
         write("gradients", origin, names=np.array(list(arms)[:len(curves)]),
               cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
 
@@ -319,36 +316,33 @@ def classes(args):
 
 # --- does guidance need a router at all? (notebook 2) ---
 
-def features_alone(args):
-    """Guide the features of V-MoE and of a dense ViT (ours, thought of after the first rows).
+def logits(args):
+    """Which weight of the teacher's logits is best, on images that neither student nor teacher saw?
 
-    The KL reaches heads that dispatch nothing. Recipe, scale and seeds are the study's, so each row
-    has a partner of its seed there.
+    One run of each at the scale of the grid `factors`, of a seed that no block has. A row per run;
+    decided.WORDS is told the best by hand.
     """
-    _, state = trained("tgr")
-    path = RESULTS / "features_alone.jsonl"
-    done = {(row["arm"], row["seed"]) for row in report.read_lines(path)} if path.exists() else ()
-    for seed in range(GRIDS["main"]["moe-k1"][0]):
-        for arm, flags in (("moe-k1", "--method moe --k 1"), ("dense", "--method dense")):
-            if (f"{arm}-features-alone", seed) in done:
-                continue
-            _, job = train.plan(train.parse([*SCALES["cpu"].split(), *flags.split(), "--seed",
-                                             str(seed), "--data_dir", args.data_dir]))
-            teacher = rebuild(state["teacher_config"], state["teacher"], state["names"])
-            torch.manual_seed(seed)                        # the teacher routers' own weights
-            blocks = {int(b): int(b) for b in job.cfg.moe_blocks.split(",")}
-            guide = Guide(teacher, job.model, job.cfg.n_experts, blocks)
-            job.model.heads = nn.ModuleDict({
-                str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in blocks})
-            result = train.fit(job, guide, "python notebooks/measure.py features_alone",
-                               guide_the_features_alone)
-            study.append(path, {
-                "arm": f"{arm}-features-alone", "scale": "cpu", "wall_seconds": result["seconds"]}
-                | result | {"commit": study.commit_of_row(dirty=True)})
+    path, runs = RESULTS / "logits.jsonl", Path("runs", "logits")
+    rows = report.read_lines(path) if path.exists() else []
+    done = {row["config"]["guide_weight"] for row in rows}
+    recipe, seed = f"{SCALES['whole']} --split val", 100
+    _, dense = study.prepare(f"{recipe} {TEACHER['whole']}", runs / "teacher", args.data_dir,
+                             TEACHERS_SEED + seed)
+    with checkpoint.claim(runs / "teacher", wait_for="to train the teacher"):
+        train.fit(dense, command="python notebooks/measure.py logits")
+    for weight in WEIGHTS:
+        if weight in done:
+            continue
+        _, job = study.prepare(f"{recipe} {MOE} --guide_weight {weight}", runs / f"{weight:g}",
+                               args.data_dir, seed, runs / "teacher" / checkpoint.NAME)
+        result = train.fit(job, guide_by("dense", job, train.teacher_of(job)),
+                           "python notebooks/measure.py logits", learn_the_teachers_logits)
+        study.append(path, result | {"commit": study.commit_of_row(dirty=True)})
+        print(f"{weight:g}: {result['val_accuracy']:.2%}", flush=True)
 
 
-MEASURES = {"keep": keep, "gradients": gradients, "classes": classes,
-            "features_alone": features_alone, "experts": experts, "sweep": sweep}
+MEASURES = {"keep": keep, "gradients": gradients, "classes": classes, "experts": experts,
+            "sweep": sweep, "logits": logits}
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@ Are its experts alike? Does the task teach its router what all experts would? Do
 experts that are right? Whom does an expert serve? study.py asks `closing_look` after every run, the
 notebooks ask single questions. Whose measure it is stands beside it, or in distill.py.
 """
+import base64
 import math
 
 import numpy as np
@@ -85,24 +86,40 @@ def mutual_information(counts):
     return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
 
 
+def packed(right):
+    """Which of the test images (n,) were got right, in as few characters as text allows."""
+    return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
+
+
 def closing_look(job, guide, control):
     """What a row of the study says beyond result.json: means over the MoE blocks, in float32."""
     cfg, data, sets, student, _ = job
+    answers = torch.cat([out.logits.argmax(dim=1)
+                         for out in train.outputs(student, sets.test[0], cfg, data)])
+    found = {"hits": packed(answers == sets.test[1])}
     if cfg.method in ("dense", "soft"):
-        return {}
-    student.eval()
+        return found
     images, labels = (part[:PROBED] for part in sets.test)
     images, x, y = data.normalise(images), data.normalise(sets.probe[0]), sets.probe[1]
     blocks = student.moe_blocks
     with torch.no_grad():
         layers = student(x).layers
-    found = {"similarity": report.mean(
-                 expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
-             "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks)}
+    routings = {b: layers[b].routing for b in blocks}
+    found |= {"similarity": report.mean(
+                  expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
+              "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks),
+              # what all chosen experts of a token weigh together
+              "mean_gate": report.mean(r.gates.sum(dim=1).mean().item() for r in routings.values())}
+    if guide:                       # the share of tokens that go where it would send them
+        with torch.no_grad():
+            asked = guide(x)
+        found["followed"] = report.mean(
+            (routings[b].chosen[:, 0] == z.argmax(dim=1)).float().mean().item()
+            for b, z in asked.items())
     if cfg.k > 1:
         probed = [probe_experts(student, images, labels, b) for b in blocks]
         found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}
-    if control == "oracle":
+    if control == "oracle alone":
         hits = []
         with torch.no_grad():
             for x, y in zip(*(part.split(500) for part in sets.test), strict=True):

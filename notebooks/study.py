@@ -1,9 +1,9 @@
 """study.py -- do the papers' findings come back, from scratch on CIFAR-100, beyond chance?
 
     python notebooks/study.py list                                    what is done, what it takes
-    python notebooks/study.py run main --scale cpu --workers 2        go on with a grid
-    python notebooks/study.py run main --scale gpu --workers 4 --minutes 9
-    python notebooks/study.py report main                             tables, verdicts, figures
+    python notebooks/study.py run factors --seed 0                    go on with one block of a grid
+    python notebooks/study.py run factors --scale gpu --workers 4 --minutes 9
+    python notebooks/study.py report factors                          tables, verdicts, figures
     python notebooks/study.py report --page notebooks/RESULTS.md      write those of all grids there
     python notebooks/study.py report --front README.md                what guidance guides, in short
     python notebooks/study.py report --check README.md                is it what the rows say?
@@ -11,12 +11,18 @@
 decided.py holds what was decided before any run, controls.py what an arm does that no flag of
 train.py says, probes.py what a trained model is asked. A run becomes one row of
 notebooks/results/GRID.jsonl: the result.json of train.py and the answers to probes.closing_look.
+
+A block is all arms of one seed, made at one commit on one machine, with a teacher of its own. Runs
+are compared within their block alone: the same flags on another machine, or at a later commit, end
+up to 0.6 points away, which is as much as some effects. So run a block from a clone of its commit.
 """
 import argparse
 import itertools
 import json
 import math
 import os
+import platform
+import re
 import shlex
 import signal
 import statistics
@@ -32,8 +38,8 @@ import checkpoint
 import report
 import train
 from notebooks import decided
-from notebooks.controls import LOSSES, SETUPS
-from notebooks.decided import ACC, ARMS, GRIDS, METRICS, SCALES
+from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
+from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES
 from notebooks.probes import closing_look
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,13 +50,37 @@ PAGE = ROOT / "notebooks" / "RESULTS.md"
 
 
 def read_rows():
-    """Every row of the study, whichever grid ran it; a rerun replaces the first run."""
+    """Every row of the study. A rerun in its block, or in the first edition, replaces the first."""
     found = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         for row in report.read_lines(path):
             if "arm" in row:
-                found[row["scale"], row["arm"], row["seed"]] = row
+                where = row["grid"] if "machine" in row else None
+                found[where, row["scale"], row["arm"], decided.block(row)] = row
     return list(found.values())
+
+
+def rows_of(grid, scale):
+    """The grid's rows at one scale, arm by arm and seed by seed."""
+    arms = GRIDS[grid].arms if grid in GRIDS else FIRST[grid]
+    if grid in GRIDS:
+        rows = [row for row in read_rows() if "machine" in row and row["grid"] == grid
+                and row["arm"] in arms and row["seed"] < GRIDS[grid].blocks]
+    else:                                                   # whose grids shared their arms' rows
+        rows = [row for row in read_rows() if "machine" not in row and row["arm"] in arms
+                and row["seed"] < arms[row["arm"]][0]]
+    return alike([row for row in rows if row["scale"] == scale], list(arms))
+
+
+def alike(rows, arms):
+    """The rows in the order of `arms`; all runs of an arm must differ in their seed alone."""
+    settings = {}
+    for row in rows:
+        same = settings.setdefault(row["arm"], (report.experiment(row), row["data_md5"]))
+        if same != (report.experiment(row), row["data_md5"]):
+            raise ValueError(f"scale {row['scale']}: {row['arm']}, seed {row['seed']} was run with "
+                             f"other settings than seed 0: its config says which")
+    return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
 
 
 def append(path, row):
@@ -81,16 +111,27 @@ def commit_of_row(dirty):
     return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
 
 
+def machine(scale):
+    """Which machine this is: its name and its processor, or the GPU that the scale asks for."""
+    if "cuda" in SCALES[scale]:
+        return f"{platform.node()}, {checkpoint.describe('cuda')}"
+    cpu = Path("/proc/cpuinfo")                             # where there is Linux
+    told = re.search("model name.*: (.*)", cpu.read_text()) if cpu.exists() else None
+    return f"{platform.node()}, {told[1] if told else platform.processor()}"
+
+
 # --- one run ---
 
 
-def best_alpha(scale):
-    """The alpha that was chosen for the dense gate at this scale, on no test image."""
-    if decided.BEST_ALPHA[scale] is None:
-        raise ValueError(f"scale {scale} has no BEST_ALPHA yet: train mode-k2 with each alpha and "
-                         f"train.py's --split val, and write the one of the best val_accuracy "
-                         f"into decided.py")
-    return decided.BEST_ALPHA[scale]
+def flags_of(arm, scale):
+    """An arm's flags, its words in capitals replaced by what they stand for at the scale."""
+    flags = ARMS[arm].flags
+    for word, value in decided.WORDS[scale].items():
+        if word in flags and value is None:
+            raise ValueError(f"scale {scale} has no {word} yet, which {arm} needs: decided.py says "
+                             f"how it is chosen")
+        flags = flags.replace(word, str(value))
+    return flags
 
 
 def prepare(flags, folder, data_dir, seed=None, teacher=None):
@@ -101,41 +142,43 @@ def prepare(flags, folder, data_dir, seed=None, teacher=None):
     return train.plan(train.parse(argv))
 
 
-def train_teacher(scale, out, data_dir):
-    """The dense teacher's checkpoint; whoever comes first trains it, the others wait."""
-    folder = Path(out, scale, "teacher")
+def train_teacher(scale, seed, folder, data_dir):
+    """The checkpoint of a block's dense teacher; whoever comes first trains it, the others wait."""
     with checkpoint.claim(folder, wait_for="to train the teacher"):
-        _, job = prepare(f"{SCALES[scale]} {decided.TEACHER[scale]}", folder, data_dir)
-        train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale}")
+        flags = f"{SCALES[scale]} {decided.TEACHER[scale]}"
+        _, job = prepare(flags, folder, data_dir, decided.TEACHERS_SEED + seed)
+        train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale} --seed {seed}")
     return folder / checkpoint.NAME
 
 
 def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
     """Train one arm with one seed and append its row, unless it is there."""
-    flags, control = ARMS[arm]
-    folder = Path(out, scale, arm, f"seed{seed}")
+    _, control, teacher = ARMS[arm]
+    flags, commit = flags_of(arm, scale), commit_of_row(dirty)
+    block = Path(out, scale, grid, f"seed{seed}-{commit[:8]}")
+    folder, dense = block / arm, None
     with checkpoint.claim(folder, wait_for="to train the same arm and seed"):
-        if (scale, arm, seed) in {(r["scale"], r["arm"], r["seed"]) for r in read_rows()}:
+        if (arm, seed) not in to_do(grid, scale):
             return
-        taught = "tgr" in flags or control == "logits"
-        teacher = train_teacher(scale, out, data_dir) if taught else None
-        if "BEST" in flags:
-            flags = flags.replace("BEST", best_alpha(scale))
-        planned, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, teacher)
+        taught = "tgr" in flags or control in LOSSES
+        if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
+            dense = train_teacher(scale, seed, block / "teacher", data_dir)
+        planned, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, dense)
         guide = None
-        if taught:                                         # the logits' arm is planned without one
-            guide = train.guide_of(planned or train.teacher_of(job), job)
+        if taught:                     # a method that needs no teacher is planned without one
+            guide = guide_by(teacher, job, dense and (planned or train.teacher_of(job)))
         if control in SETUPS:
             SETUPS[control](job, guide)
         if guide and job.ended:                            # then it is only read
             guide.routers.load_state_dict(job.state["routers"])
-        command = f"python notebooks/study.py run {grid} --only {arm} --seed {seed} --scale {scale}"
+        command = f"python notebooks/study.py run {grid} --scale {scale} --seed {seed} --only {arm}"
         result = train.fit(job, guide, command, LOSSES.get(control))
-        row = {"grid": grid, "arm": arm, "scale": scale} | result
+        row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
         row |= closing_look(job, guide, control)
         row["wall_seconds"] = result["seconds"] + time.monotonic() - began
-        row["commit"] = commit_of_row(dirty)
+        row["terms"] = report.read_lines(folder / "metrics.jsonl")[-1]["terms"]
+        row["commit"] = commit
         append(RESULTS / f"{grid}.jsonl", row)
 
 
@@ -143,13 +186,31 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
 
 
 def to_do(grid, scale, only=None, seed=None):
-    """(arm, seed) of runs without a row, seed by seed, so that pairs are soon complete."""
-    have = {(r["scale"], r["arm"], r["seed"]) for r in read_rows()}
-    runs = [(s, arm) for arm, (seeds, _) in GRIDS[grid].items() for s in range(seeds)
-            if (only is None or arm in only) and seed in (None, s)]
-    # an arm that takes the best alpha of the others comes last
-    runs.sort(key=lambda run: ("BEST" in ARMS[run[1]].flags, run[0]))
-    return [(arm, s) for s, arm in runs if (scale, arm, s) not in have]
+    """(arm, seed) of runs without a row, block by block."""
+    have = {(r["arm"], r["seed"]) for r in rows_of(grid, scale)}
+    return [(arm, s) for s in range(GRIDS[grid].blocks) if seed in (None, s)
+            for arm in GRIDS[grid].arms
+            if (only is None or arm in only) and (arm, s) not in have]
+
+
+def refuse_half_a_block(grid, scale, runs, here):
+    """ValueError where a block that lacks runs was begun elsewhere than `here`, (commit, machine).
+    """
+    for row in rows_of(grid, scale):
+        if row["seed"] in {seed for _, seed in runs} and (row["commit"], row["machine"]) != here:
+            raise ValueError(
+                f"{grid}, seed {row['seed']} was begun at commit {row['commit'][:12]} on "
+                f"{row['machine']}: go on there, or begin it again here with --anew --seed "
+                f"{row['seed']}, which drops its rows")
+
+
+def drop_block(grid, scale, seed):
+    """Take a block's rows out of the results, before it is begun again."""
+    path = RESULTS / f"{grid}.jsonl"
+    if path.exists():
+        kept = [row for row in report.read_lines(path)
+                if (row["scale"], row["seed"]) != (scale, seed)]
+        checkpoint.write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sleep=time.sleep,
@@ -191,85 +252,79 @@ def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sl
 
 
 def run(args):
-    if args.only and (unknown := set(args.only) - set(GRIDS[args.grid])):
-        raise ValueError(f"{args.grid} has no arm {', '.join(sorted(unknown))}: "
-                         f"choose from {', '.join(GRIDS[args.grid])}")
+    grid, scale = args.grid, args.scale or GRIDS[args.grid].scale
+    if args.only and (unknown := set(args.only) - set(GRIDS[grid].arms)):
+        raise ValueError(f"{grid} has no arm {', '.join(sorted(unknown))}: "
+                         f"choose from {', '.join(GRIDS[grid].arms)}")
     if not args.dirty and (changed := unclean()):
         raise ValueError(f"a row must name its commit, and these are not committed: {changed}; "
                          f"commit them, or give --dirty for a trial")
-    runs = to_do(args.grid, args.scale, args.only, args.seed)
-    print(f"{args.grid}, scale {args.scale}: {len(runs)} runs to do")
+    if args.anew:
+        if args.seed is None:
+            raise ValueError("--anew begins one block again: say which with --seed")
+        drop_block(grid, scale, args.seed)
+    runs = to_do(grid, scale, args.only, args.seed)
+    refuse_half_a_block(grid, scale, runs, (commit_of_row(args.dirty), machine(scale)))
+    for arm, _ in runs:
+        flags_of(arm, scale)                                # speaks up before anything is trained
+    print(f"{grid}, scale {scale}: {len(runs)} runs to do")
     if args.here:
         for arm, seed in runs:
-            train_one(args.grid, arm, seed, args.scale, args.out, args.data_dir, args.dirty)
+            train_one(grid, arm, seed, scale, args.out, args.data_dir, args.dirty)
         return 0
+
+    def log_of(arm, seed):
+        return Path(args.out, scale, grid, f"{arm}-seed{seed}.txt")
 
     def start(run):
         arm, seed = run
-        log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
+        log = log_of(arm, seed)
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {log}", flush=True)
-        words = ["run", args.grid, "--only", arm, "--seed", str(seed), "--scale", args.scale,
+        words = ["run", grid, "--only", arm, "--seed", str(seed), "--scale", scale,
                  "--out", args.out, "--data_dir", args.data_dir, "--here"]
         with open(log, "a", encoding="utf-8") as file:
             return subprocess.Popen(
                 [sys.executable, __file__, *words, *(["--dirty"] if args.dirty else [])],
                 stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    took = [r["wall_seconds"] for r in read_rows()
-            if r["scale"] == args.scale and r["arm"] in GRIDS[args.grid]]
+    took = [r["wall_seconds"] for r in rows_of(grid, scale)]
     with checkpoint.until_asked_to_stop("interrupting the runs") as asked:
-        failed = schedule(runs, start, args.workers or decided.WORKERS[args.scale], args.minutes,
+        failed = schedule(runs, start, args.workers or decided.WORKERS[scale], args.minutes,
                           took, asked=asked)
     if asked:
         raise checkpoint.Stopped(asked[0])
     for arm, seed in failed:
-        log = Path(args.out, args.scale, arm, f"seed{seed}", "log.txt")
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["?"]
+        said = log_of(arm, seed).read_text(encoding="utf-8", errors="replace").splitlines() or ["?"]
         print(f"{arm}, seed {seed}: {said[-1]}", file=sys.stderr)
-    print(f"{len(to_do(args.grid, args.scale, args.only, args.seed))} runs are left")
+    print(f"{len(to_do(grid, scale, args.only, args.seed))} runs are left")
     return int(bool(failed))
 
 
 def overview():
     """Grids and arms, the runs done and to do, and the hours that the rest will take."""
-    rows, lines = read_rows(), []
-    for scale in SCALES:
-        for grid, arms in GRIDS.items():
-            todo = to_do(grid, scale)
-            total = sum(seeds for seeds, _ in arms.values())
-            took = [r["wall_seconds"] for r in rows if r["scale"] == scale]
-            workers = decided.WORKERS[scale]
-            hours = "hours unknown: no run yet" if not took else (
-                f"about {len(todo) * statistics.median(took) / 3600 / workers:.1f} hours "
-                f"with {workers} workers")
-            lines.append(f"{grid}, scale {scale}: {total - len(todo)} done, {len(todo)} to do"
-                         + (f", {hours}" if todo else ""))
-            for arm, (seeds, _) in arms.items():
-                left = sum(a == arm for a, _ in todo)
-                lines.append(f"    {arm:<24}{seeds - left} of {seeds} seeds")
+    lines = []
+    for (grid, its), scale in itertools.product(GRIDS.items(), (None, "gpu")):
+        scale = scale or its.scale
+        rows, todo = rows_of(grid, scale), to_do(grid, scale)
+        took, workers = [row["wall_seconds"] for row in rows], decided.WORKERS[scale]
+        hours = "hours unknown: no run yet" if not took else (
+            f"about {len(todo) * statistics.mean(took) / 3600 / workers:.1f} hours with {workers} "
+            f"workers")
+        lines.append(f"{grid}, scale {scale}: {its.blocks * len(its.arms) - len(todo)} done, "
+                     f"{len(todo)} to do" + (f", {hours}" if todo else ""))
+        for arm in its.arms:
+            left = sum(a == arm for a, _ in todo)
+            lines.append(f"    {arm:<28}{its.blocks - left} of {its.blocks} blocks")
     return "\n".join(lines)
 
 
 # --- the report ---
 
 
-def rows_of(grid, scale):
-    """The grid's rows at one scale, arm by arm and seed by seed."""
-    arms = GRIDS[grid]
-    return alike([row for row in read_rows() if row["scale"] == scale and row["arm"] in arms
-                  and row["seed"] < arms[row["arm"]][0]], list(arms))
-
-
-def alike(rows, arms):
-    """The rows in the order of `arms`; all runs of an arm must differ in their seed alone."""
-    settings = {}
-    for row in rows:
-        same = settings.setdefault(row["arm"], (report.experiment(row), row["data_md5"]))
-        if same != (report.experiment(row), row["data_md5"]):
-            raise ValueError(f"scale {row['scale']}: {row['arm']}, seed {row['seed']} was run with "
-                             f"other settings than seed 0: its config says which")
-    return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
+def arms_of(grid):
+    """{arm: the arm that it is compared with, or None} of a grid of either edition."""
+    return GRIDS[grid].arms if grid in GRIDS else {arm: to for arm, (_, to) in FIRST[grid].items()}
 
 
 def arms_table(grid, rows):
@@ -277,7 +332,7 @@ def arms_table(grid, rows):
     lines = ["| arm | n | params total / active | MFLOPs | accuracy, points | against | difference "
              f"[95 %] | {' | '.join(columns)} | images/s | seconds |",
              "|-|-|-|-|-|-|-" + len(columns) * "|-" + "|-|-|"]
-    for arm, (_, other) in GRIDS[grid].items():
+    for arm, other in arms_of(grid).items():
         some = [row for row in rows if row["arm"] == arm]
         if not some:
             continue
@@ -293,14 +348,21 @@ def arms_table(grid, rows):
     return "\n".join(lines)
 
 
-def hypotheses_table(grid, scale, rows):
-    lines = ["| expected | by | metric | contrast | at least | estimate [95 %] | n | p, Holm "
-             "| verdict |", "|-|-|-|-|-|-|-|-|-|"]
-    for h, (e, p, verdict) in decided.judge(grid, scale, rows).items():
+def hypotheses_table(grid, rows):
+    """What was expected of a grid and what came; the last interval draws test images anew too."""
+    drawn = any("hits" in row for row in rows)
+    lines = ["| expected | by | metric | contrast | at least | estimate [95 %] "
+             + "| over images too " * drawn + "| n | p, Holm | verdict |",
+             "|-|-|-|-|-|-|-|-|-|" + "-|" * drawn]
+    for h, (e, p, verdict) in decided.judge(grid, rows).items():
         digits = 2 if h.metric.startswith(ACC) else 3
         words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
-        lines.append(f"| {h.claim} | {h.source} | {h.metric} | {words} | {h.least:g} "
-                     f"| {decided.signed(e, digits)} | {e.n} | {shown(p)} | {verdict} |")
+        least = f"{h.least:g}" if h.margin is None else f"within ±{h.margin:g}"
+        cells = [h.claim, h.source, h.metric, words, least, decided.signed(e, digits)]
+        if drawn:
+            both = decided.resampled(rows, h.plus, h.minus) if h.metric == ACC else None
+            cells.append(f"[{both[0]:+.2f}, {both[1]:+.2f}]" if both else "–")
+        lines.append(f"| {' | '.join([*cells, str(e.n), shown(p), verdict])} |")
     return "\n".join(lines)
 
 
@@ -309,29 +371,31 @@ def shown(p):
     return "–" if p is None else "< .001" if p < 0.001 else f"{p:.2g}"
 
 
-def factors(scale):
+# router and features guided or free: (title, the grid that has the four cells, how they end)
+CROSSED = [("by a dense teacher", "factors", ""), ("by Lite0", "factors", "-lite0"),
+           ("experts in blocks 2, 4, 6", "placement", ""),
+           ("experts in the paper's blocks", "placement", "-late")]
+
+
+def factors(title, rows, arms):
     """The four models of which router and features are guided or free, and what each factor does.
 
-    Empty unless each has run with three seeds that all of them have.
+    `arms` are those of decided.CELLS. Empty unless three blocks have all of them.
     """
-    arms = decided.FACTORS
-    rows = [row for row in read_rows() if row["scale"] == scale and row["arm"] in arms.values()]
-    seeds = set.intersection(*({r["seed"] for r in rows if r["arm"] == arm}
-                               for arm in arms.values()))
-    rows = alike([row for row in rows if row["seed"] in seeds], list(arms.values()))
-    if len(seeds) < 3:
+    rows = [row for row in rows if row["arm"] in arms]
+    blocks = set.intersection(*({decided.block(r) for r in rows if r["arm"] == a} for a in arms))
+    rows = alike([row for row in rows if decided.block(row) in blocks], list(arms))
+    if len(blocks) < 3:
         return ""
-    steady = "agreement with the end at 1/2"
-    lines = ["| accuracy, %; agreement with the end at 1/2 | features free | features guided |",
-             "|-|-|-|"]
-    for router in ("free", "guided"):
-        cells = [[row for row in rows if row["arm"] == arms[router, features]]
-                 for features in ("free", "guided")]
-        lines.append(f"| router {router} | " + " | ".join(
+    none, router, features, both = arms
+    lines = [f"| accuracy, %; {decided.HALF} | features free | features guided |", "|-|-|-|"]
+    for name, pair in (("free", (none, features)), ("guided", (router, both))):
+        cells = [[row for row in rows if row["arm"] == arm] for arm in pair]
+        lines.append(f"| router {name} | " + " | ".join(
             f"{report.pooled([METRICS[ACC](row) for row in some])}; "
-            f"{report.pooled([METRICS[steady](row) for row in some])}" for some in cells) + " |")
+            f"{report.pooled([METRICS[decided.HALF](row) for row in some])}" for some in cells)
+            + " |")
     lines += ["", "| effect | on accuracy, points [95 %] | on the agreement [95 %] |", "|-|-|-|"]
-    none, router, features, both = arms.values()
     effects = {"guided features, router free": ((features,), (none,)),
                "guided features, router guided": ((both,), (router,)),
                "guided router, features free": ((router,), (none,)),
@@ -339,20 +403,17 @@ def factors(scale):
                "interaction": ((both, none), (router, features))}
     for name, (plus, minus) in effects.items():
         cells = (decided.signed(decided.contrast(rows, metric, plus, minus), digits)
-                 for metric, digits in ((ACC, 2), (steady, 3)))
+                 for metric, digits in ((ACC, 2), (decided.HALF, 3)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     last = decided.contrast(rows, ACC, (both,), (features,))
     p = decided.equivalence(last, decided.MARGIN)
     same = "is" if p < 0.05 else "is not"
     return "\n\n".join([
-        f"### what does guidance guide? scale {scale}", "\n".join(lines),
-        f"{len(seeds)} seeds that all four have; intervals are over seeds alone, for one teacher, "
-        f"one set of training images and one test set, and not corrected for their number. That "
+        f"#### what does guidance guide? {title}", "\n".join(lines),
+        f"{len(blocks)} seeds that all four have; not corrected for the number of intervals. That "
         f"TGR and guided features alone are equally accurate within {decided.MARGIN} points {same} "
         f"established (two one-sided tests, p = {shown(p)}). A guided router differs from V-MoE's "
-        f"in more than the guidance: it has no load and entropy losses of its own. The runs are of "
-        f"commits {all_of(rows, lambda row: row['commit'][:12])}, and perhaps of several "
-        f"machines."])
+        f"in more than the guidance: it has no load and entropy losses of its own."])
 
 
 def unpaired(grid, rows):
@@ -361,7 +422,7 @@ def unpaired(grid, rows):
     An arm that has not run has no difference, and so leaves no run out.
     """
     lost = {}
-    for arm, (_, other) in GRIDS[grid].items():
+    for arm, other in arms_of(grid).items():
         if other and (pair := decided.contrast(rows, ACC, (arm,), (other,))).n:
             for name, seed in pair.left_out:
                 lost.setdefault(f"from {arm} − {other}: {name}, seed ", []).append(str(seed))
@@ -373,7 +434,7 @@ def recipe(rows, scale):
     """What these runs were trained and tested on, their teacher, and where they ran."""
     first = rows[0]
     taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
-              and row["arm"] != "tgr-k1-random-teacher"]
+              and row["arm"] != "tgr-k1-random-teacher" and "untrained" not in row["arm"]]
     teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
                if taught else "")
     return (f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
@@ -392,20 +453,33 @@ def section(grid, scale, page=PAGE):
     rows = rows_of(grid, scale)
     if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
+    if grid in GRIDS:
+        made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, by "
+                f"{len({row['machine'] for row in rows})} machines. Differences are taken within a "
+                f"block, which has a teacher of its own: intervals are over seeds and teachers, "
+                f"for one set of training images and one test set.")
+        command = f"`python notebooks/study.py run {grid} --scale {scale}`"
+    else:
+        some = {arm: (sum(row["arm"] == arm for row in rows), n)
+                for arm, (n, _) in FIRST[grid].items()}
+        lacking = ", ".join(f"{arm} {n} of {of}" for arm, (n, of) in some.items() if n < of)
+        made = ("Differences are paired by seed, across commits and perhaps machines; intervals "
+                "are over seeds alone, for one teacher, one set of training images and one test "
+                "set." + f" Announced and not completed, in seeds: {lacking}." * bool(lacking))
+        command = f"The first edition: `python notebooks/study.py run {grid}` at those commits"
     caption = (
-        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. Mean ± "
-        f"sample standard deviation over n seeds; differences are paired by seed, with 95 % "
-        f"t-intervals. T: the TGR-MoE paper, M: the MoDE paper, ours: a control. Met: the estimate "
-        f"is at least the threshold, its interval above 0 and p, corrected by Holm for the "
-        f"contrasts of this table, below .05; not met: the interval is below the threshold; below "
-        f"three seeds there is no verdict. Intervals are over seeds alone, for one teacher, one "
-        f"set of training images and one test set.")
+        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. {made} "
+        f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. T: the TGR-MoE paper, "
+        f"M: the MoDE paper, ours: a control. Met: the estimate is at least the threshold, its "
+        f"interval above 0 and p, corrected by Holm for the contrasts of this table, below .05; "
+        f"not met: the interval is below the threshold; below three seeds there is no verdict.")
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
+    its = [factors(title, rows, tuple(decided.cells(grid, mark)))
+           for title, of, mark in CROSSED if of == grid]
     return "\n\n".join([
-        f"### {grid}, scale {scale}", f"`python notebooks/study.py run {grid} --scale {scale}`",
-        arms_table(grid, rows), caption + unpaired(grid, rows),
-        hypotheses_table(grid, scale, rows), pictures])
+        f"### {grid}, scale {scale}", command, arms_table(grid, rows), caption
+        + unpaired(grid, rows), *filter(None, its), hypotheses_table(grid, rows), pictures])
 
 
 def link(path, page):
@@ -414,14 +488,14 @@ def link(path, page):
 
 def picture_paths(grid, scale, rows):
     routed = any(report.early_agreement(row) is not None for row in rows)
-    names = ["differences", *["agreement"] * routed, *["alpha"] * (grid == "alpha")]
+    names = ["differences", *["agreement"] * routed, *["alpha"] * (grid in ("alpha", "mutual"))]
     return {name: FIGURES / f"study-{scale}-{grid}-{name}.png" for name in names}
 
 
 def plot_differences(grid, rows):
     """A forest plot: every arm's accuracy minus that of the arm it is compared with."""
     found = {f"{arm} − {other}": decided.contrast(rows, ACC, (arm,), (other,))
-             for arm, (_, other) in GRIDS[grid].items() if other}
+             for arm, other in arms_of(grid).items() if other}
     found = {name: e for name, e in found.items() if e.mean is not None}
     sure = sum(e.low is not None and (e.low > 0 or e.high < 0) for e in found.values())
     fig, axes = report.sheet(f"{sure} of {len(found)} differences in accuracy have an interval "
@@ -476,14 +550,15 @@ def draw(grid, scale):
 
 
 def results(page):
-    """Every grid that has rows, and above them a link to each."""
-    sections = {(grid, scale): text for grid in GRIDS for scale in SCALES
+    """Every grid that has rows, the second edition first, and above them a link to each."""
+    sections = {(grid, scale): text for grid in (*GRIDS, *FIRST) for scale in SCALES
                 if (text := section(grid, scale, page))}
     if not sections:
         return "The study has no rows yet."
     links = [f"[{grid}, scale {scale}](#{grid}-scale-{scale})" for grid, scale in sections]
-    crossed = [text for scale in SCALES if (text := factors(scale))]
-    return "\n\n".join([" · ".join(links), *crossed, *sections.values()])
+    old = [row for row in read_rows() if "machine" not in row and row["scale"] == "cpu"]
+    again = factors("the first edition", old, tuple(decided.CELLS.values()))
+    return "\n\n".join(filter(None, [" · ".join(links), *sections.values(), again]))
 
 
 # The arms on the front page, at scale cpu: what they are called there, and whether router and
@@ -496,8 +571,8 @@ FRONT = {"dense": ("dense ViT", "– / no"), "moe-k1": ("V-MoE", "no / no"),
 
 def front(page):
     """What does guidance guide? A row for each of the five models that say it."""
-    rows = alike([row for row in read_rows() if row["scale"] == "cpu" and row["arm"] in FRONT],
-                 list(FRONT))
+    rows = alike([row for row in read_rows() if row["scale"] == "cpu" and row["arm"] in FRONT
+                  and "machine" not in row], list(FRONT))
     if not rows:
         return "The study has no rows yet."
     steady = "agreement adjacent, first quarter"
@@ -562,7 +637,8 @@ def tell(args):
     elif args.front:
         write("front", args.front)
     else:
-        for grid, scale in itertools.product([args.grid] if args.grid else GRIDS, SCALES):
+        grids = [args.grid] if args.grid else (*GRIDS, *FIRST)
+        for grid, scale in itertools.product(grids, SCALES):
             if text := section(grid, scale):
                 draw(grid, scale)
                 print(text, end="\n\n")
@@ -579,19 +655,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Do the papers' findings come back?")
     command = parser.add_subparsers(dest="command", required=True)
     command.add_parser("list", help="grids, arms, what is done and to do")
-    one = command.add_parser("run", help="go on with a grid")
+    one = command.add_parser("run", help="go on with a grid, block by block")
     one.add_argument("grid", choices=GRIDS)
-    one.add_argument("--scale", choices=SCALES, default="cpu")
+    one.add_argument("--scale", choices=SCALES, help="by default the grid's own, without a GPU")
     one.add_argument("--workers", type=int, help="runs side by side")
     one.add_argument("--minutes", type=float, help="how long this call may take")
     one.add_argument("--only", type=lambda text: text.split(","), help="these arms: ARM,ARM")
-    one.add_argument("--seed", type=int, help="this seed alone")
+    one.add_argument("--seed", type=int, help="the block of this seed alone")
+    one.add_argument("--anew", action="store_true", help="drop the block's rows and begin it again")
     one.add_argument("--out", default="runs/study", help="where checkpoints and logs go")
     one.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")
     one.add_argument("--dirty", action="store_true", help="a trial: write rows without a commit")
     one.add_argument("--here", action="store_true", help="in this process, as a worker does")
     two = command.add_parser("report", help="tables, verdicts and figures from the rows")
-    two.add_argument("grid", nargs="?", choices=GRIDS)
+    two.add_argument("grid", nargs="?", choices=(*GRIDS, *FIRST))
     two.add_argument("--page", help="write all grids between the study markers of this file")
     two.add_argument("--front", help="only write the short table between this file's front markers")
     two.add_argument("--check", help="only say whether this file is what the rows say")

