@@ -34,7 +34,8 @@ import torch
 
 # The fields of a configuration that say where and how a run runs, not what it is: a resumed run may
 # change them, and two runs that differ in nothing else are the same experiment.
-HOW = ("device", "data_dir", "compile", "out", "resume", "eval", "images", "export", "save_every")
+HOW = ("device", "backend", "data_dir", "compile", "out", "resume", "eval", "images", "export",
+       "save_every")
 NAME, LOCK = "checkpoint.pt", ".lock"
 SEAL, LENGTH = b"sha256:", (7 + 64).to_bytes(2, "little")      # of the comment that ends a file
 

@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 import report
 from data import Data, Sets, batches, class_names, load, split, square, steps_per_epoch
 from distill import mutual_distillation_loss
+from kernels import BACKENDS, why_not_fused
 from moe import MLP, MoE, SoftMoE, ViT
 from router import GATES, entropy_loss, load_loss
 from teacher import Guide, guidance_loss, pretrained, teacher_router_losses
@@ -133,6 +134,7 @@ class Config:
     precision: str = flag("auto", "auto: bf16 on a GPU that has it, else fp16 there; fp32 on a CPU",
                           ("auto", "fp32", "bf16", "fp16"))
     compile: bool = flag(None, "torch.compile; by default on a GPU with Triton")
+    backend: str = own("auto", "rung of kernels.py that computes the experts", ("auto", *BACKENDS))
     out: str = own(None, "folder of the run; by default a new one under runs/")
     save_every: int = flag(None, "epochs between checkpoints", at_least=1)
     probe_images: int = flag(256, "fixed training images whose routing is recorded every epoch",
@@ -156,6 +158,8 @@ PRESETS = {
                  save_every=1),
 }
 TEACHERS_SEED = 99_999_999
+# a checkpoint may be used on another machine than its own, which chooses these anew
+OF_THE_MACHINE = {"device": "auto", "backend": "auto", "compile": None}
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -216,6 +220,10 @@ def resolve(given):
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
     if cfg.compile is None:
         cfg.compile = on_gpu and find_spec("triton") is not None
+    if cfg.backend == "fused":
+        probe = torch.empty(0, device=cfg.device, dtype=AUTOCAST[cfg.precision])
+        if why := why_not_fused(probe, probe):
+            raise ValueError(f"--backend fused cannot run here: {why}; leave it out")
     check_numbers(cfg)
     return cfg
 
@@ -284,7 +292,8 @@ def build(cfg, data):
         if cfg.method == "soft":
             return SoftMoE(cfg.dim, expert_hidden, cfg.n_experts, n_tokens)
         return MoE(cfg.dim, expert_hidden, cfg.n_experts, cfg.k, "mutual" in METHODS[cfg.method],
-                   gate=cfg.gate, noise=cfg.noise, capacity_factor=cfg.capacity_factor)
+                   backend=cfg.backend, gate=cfg.gate, noise=cfg.noise,
+                   capacity_factor=cfg.capacity_factor)
 
     torch.manual_seed(cfg.seed)
     vit = ViT(cfg.dim, cfg.depth, cfg.heads, hidden, cfg.patch, len(class_names(cfg, data)), blocks,
@@ -695,7 +704,7 @@ def plan(given, own=lambda folder: None):
         state = run_in(given["out"])
         if state:
             refuse_other(given, state, f"the run in {given['out']} was started")
-            given = state["config"] | {"device": "auto", "compile": None} | given
+            given = state["config"] | OF_THE_MACHINE | given
     cfg = resolve(given)
     if cfg.out and not state:
         if not cfg.resume:
@@ -862,7 +871,7 @@ def evaluate(given):
     """
     state = checkpoint.read(given["eval"], Config)
     refuse_other(given, state, f"{given['eval']} was trained")
-    here = {"device": "auto", "data_dir": "data", "compile": False}
+    here = {"data_dir": "data"} | OF_THE_MACHINE | {"compile": False}
     cfg = resolve(state["config"] | here | given)
     data = load(cfg.data, cfg.data_dir, cfg.device, "data" in given, cfg.image_size)
     model = build(cfg, data)
@@ -886,7 +895,7 @@ def load_model(path, **given):
     """
     state = checkpoint.read(path, Config, ["shown"])
     refuse_other(given, state, f"{path} was trained")
-    cfg = resolve(state["config"] | {"device": "auto", "compile": False} | given)
+    cfg = resolve(state["config"] | OF_THE_MACHINE | {"compile": False} | given)
     data = Data(**state["shown"], note="", train=None, test=None)
     model = build(cfg, data)
     checkpoint.restore(model, state["student"], path)

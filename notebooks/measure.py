@@ -39,7 +39,7 @@ from router import expect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
-WEIGHTS = (0.3, 1.0, 3.0, 10.0)     # of the teacher's logits
+WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def about(command, seed, commit=None, device="cpu"):

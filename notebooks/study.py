@@ -2,7 +2,8 @@
 
     python notebooks/study.py list                                    what is done, what it takes
     python notebooks/study.py run factors --seed 0                    go on with one block of a grid
-    python notebooks/study.py run factors --scale gpu --workers 4 --minutes 9
+    python notebooks/study.py run factors --workers 13 --minutes 9 \
+        --how "--device cuda --backend fused --no-compile"            the same runs, on a GPU
     python notebooks/study.py report factors                          tables, verdicts, figures
     python notebooks/study.py report --page notebooks/RESULTS.md      write those of all grids there
     python notebooks/study.py report --front README.md                what guidance guides, in short
@@ -111,9 +112,9 @@ def commit_of_row(dirty):
     return commit.removesuffix("-dirty") + ("-dirty" if dirty and unclean() else "")
 
 
-def machine(scale):
-    """Which machine this is: its name and its processor, or the GPU that the scale asks for."""
-    if "cuda" in SCALES[scale]:
+def machine(scale, how=""):
+    """Which machine this is: its name and its processor, or the GPU that is asked for."""
+    if train.parse(shlex.split(f"{SCALES[scale]} {how}"))["device"].startswith("cuda"):
         return f"{platform.node()}, {checkpoint.describe('cuda')}"
     cpu = Path("/proc/cpuinfo")                             # where there is Linux
     told = re.search("model name.*: (.*)", cpu.read_text()) if cpu.exists() else None
@@ -142,17 +143,20 @@ def prepare(flags, folder, data_dir, seed=None, teacher=None):
     return train.plan(train.parse(argv))
 
 
-def train_teacher(scale, seed, folder, data_dir):
+def train_teacher(scale, seed, folder, data_dir, how=""):
     """The checkpoint of a block's dense teacher; whoever comes first trains it, the others wait."""
     with checkpoint.claim(folder, wait_for="to train the teacher"):
-        flags = f"{SCALES[scale]} {decided.TEACHER[scale]}"
+        flags = f"{SCALES[scale]} {decided.TEACHER[scale]} {how}"
         _, job = prepare(flags, folder, data_dir, decided.TEACHERS_SEED + seed)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale} --seed {seed}")
     return folder / checkpoint.NAME
 
 
-def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
-    """Train one arm with one seed and append its row, unless it is there."""
+def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
+    """Train one arm with one seed and append its row, unless it is there.
+
+    `how` are flags of train.py that say how it is computed, as the device, and not what.
+    """
     _, control, teacher = ARMS[arm]
     flags, commit = flags_of(arm, scale), commit_of_row(dirty)
     block = Path(out, scale, grid, f"seed{seed}-{commit[:8]}")
@@ -162,8 +166,8 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
             return
         taught = "tgr" in flags or control in LOSSES
         if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
-            dense = train_teacher(scale, seed, block / "teacher", data_dir)
-        planned, job = prepare(f"{SCALES[scale]} {flags}", folder, data_dir, seed, dense)
+            dense = train_teacher(scale, seed, block / "teacher", data_dir, how)
+        planned, job = prepare(f"{SCALES[scale]} {flags} {how}", folder, data_dir, seed, dense)
         guide = None
         if taught:                     # a method that needs no teacher is planned without one
             guide = guide_by(teacher, job, dense and (planned or train.teacher_of(job)))
@@ -172,8 +176,9 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False):
         if guide and job.ended:                            # then it is only read
             guide.routers.load_state_dict(job.state["routers"])
         command = f"python notebooks/study.py run {grid} --scale {scale} --seed {seed} --only {arm}"
+        command += f" --how={shlex.quote(how)}" if how else ""
         result = train.fit(job, guide, command, LOSSES.get(control))
-        row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale)} | result
+        row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
         row |= closing_look(job, guide, control)
         row["wall_seconds"] = result["seconds"] + time.monotonic() - began
@@ -263,14 +268,17 @@ def run(args):
         if args.seed is None:
             raise ValueError("--anew begins one block again: say which with --seed")
         drop_block(grid, scale, args.seed)
+    if other := set(train.parse(shlex.split(args.how))) - set(checkpoint.HOW):
+        raise ValueError(f"--how says how a run is computed, not what: leave out "
+                         f"--{', --'.join(sorted(other))}")
     runs = to_do(grid, scale, args.only, args.seed)
-    refuse_half_a_block(grid, scale, runs, (commit_of_row(args.dirty), machine(scale)))
+    refuse_half_a_block(grid, scale, runs, (commit_of_row(args.dirty), machine(scale, args.how)))
     for arm, _ in runs:
         flags_of(arm, scale)                                # speaks up before anything is trained
     print(f"{grid}, scale {scale}: {len(runs)} runs to do")
     if args.here:
         for arm, seed in runs:
-            train_one(grid, arm, seed, scale, args.out, args.data_dir, args.dirty)
+            train_one(grid, arm, seed, scale, args.out, args.data_dir, args.dirty, args.how)
         return 0
 
     def log_of(arm, seed):
@@ -282,7 +290,7 @@ def run(args):
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {log}", flush=True)
         words = ["run", grid, "--only", arm, "--seed", str(seed), "--scale", scale,
-                 "--out", args.out, "--data_dir", args.data_dir, "--here"]
+                 "--out", args.out, "--data_dir", args.data_dir, f"--how={args.how}", "--here"]
         with open(log, "a", encoding="utf-8") as file:
             return subprocess.Popen(
                 [sys.executable, __file__, *words, *(["--dirty"] if args.dirty else [])],
@@ -658,6 +666,8 @@ def main(argv=None):
     one = command.add_parser("run", help="go on with a grid, block by block")
     one.add_argument("grid", choices=GRIDS)
     one.add_argument("--scale", choices=SCALES, help="by default the grid's own, without a GPU")
+    one.add_argument("--how", default="", metavar="FLAGS",
+                     help="flags of train.py on the machine alone: '--device cuda --no-compile'")
     one.add_argument("--workers", type=int, help="runs side by side")
     one.add_argument("--minutes", type=float, help="how long this call may take")
     one.add_argument("--only", type=lambda text: text.split(","), help="these arms: ARM,ARM")

@@ -734,7 +734,7 @@ def test_a_block_that_was_begun_elsewhere_goes_on_there_or_begins_again(other, m
     if other == "commit":
         monkeypatch.setattr(checkpoint, "commit", lambda: "decade")
     else:
-        monkeypatch.setattr(study, "machine", lambda scale: "another")
+        monkeypatch.setattr(study, "machine", lambda *_: "another")
     made = len(rows())
     assert go("--only", "moe-k1-twice", "--seed", "1") == 2 and len(rows()) == made
     said = capsys.readouterr().err
@@ -913,7 +913,7 @@ def test_runs_longer_than_a_call_are_interrupted_and_carried_on_by_checkpoints()
 def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)    # or the worker would have it anyway
     started = []
-    monkeypatch.setattr(study, "machine", lambda scale: "here")
+    monkeypatch.setattr(study, "machine", lambda *_: "here")
     monkeypatch.setattr(subprocess, "Popen", lambda words, **more: started.append((words, more))
                         or Fake([9.0], 0))
     monkeypatch.setattr(study.time, "sleep", lambda s: None)
