@@ -363,8 +363,8 @@ class Fused(torch.autograd.Function):
 
 
 def over_choices(rows, K):
-    """Add up each token's K rows of (S, D) -> (T, D)."""
-    return rows if K == 1 else rows.view(-1, K, rows.shape[1]).sum(dim=1)
+    """Add up each token's K rows of (S, D) -> (T, D), in their dtype: autocast's sum is float32."""
+    return rows if K == 1 else rows.view(-1, K, rows.shape[1]).sum(dim=1, dtype=rows.dtype)
 
 
 class Tiles(NamedTuple):

@@ -219,7 +219,10 @@ def resolve(given):
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
     if cfg.compile is None:
-        cfg.compile = on_gpu and find_spec("triton") is not None
+        cfg.compile = on_gpu and cfg.backend != "fused" and find_spec("triton") is not None
+    if cfg.backend == "fused" and cfg.compile:
+        raise ValueError("--backend fused is not traced by torch.compile yet: add --no-compile, or "
+                         "leave --backend out")
     if cfg.backend == "fused":
         probe = torch.empty(0, device=cfg.device, dtype=AUTOCAST[cfg.precision])
         if why := why_not_fused(probe, probe):

@@ -462,8 +462,8 @@ def section(grid, scale, page=PAGE):
     if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
     if grid in GRIDS:
-        made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, by "
-                f"{len({row['machine'] for row in rows})} machines. Differences are taken within a "
+        made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
+                f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
                 f"block, which has a teacher of its own: intervals are over seeds and teachers, "
                 f"for one set of training images and one test set.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
@@ -506,8 +506,9 @@ def plot_differences(grid, rows):
              for arm, other in arms_of(grid).items() if other}
     found = {name: e for name, e in found.items() if e.mean is not None}
     sure = sum(e.low is not None and (e.low > 0 or e.high < 0) for e in found.values())
-    fig, axes = report.sheet(f"{sure} of {len(found)} differences in accuracy have an interval "
-                             f"without 0", 1, 1, 8, 1.4 + 0.35 * len(found))
+    title = f"{sure} of {len(found)} differences in accuracy have an interval without 0" if any(
+        e.low is not None for e in found.values()) else "One block so far: no interval yet"
+    fig, axes = report.sheet(title, 1, 1, 8, 1.4 + 0.35 * len(found))
     for y, e in enumerate(found.values()):
         if e.low is not None:
             axes[0, 0].plot([e.low, e.high], [y, y], color=report.COLOURS[0], lw=2)

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import kernels
 from kernels import BACKENDS, expert_mlp, plan_choices, plan_tiles, sliced_mlp
+from moe import MoE
 
 T, D, H, E, K = 37, 20, 45, 5, 2            # no multiple of any block
 CUDA = torch.cuda.is_available()
@@ -668,6 +670,18 @@ def test_without_triton_the_file_is_whole_and_every_other_rung_runs():
     assert refused == "backend='fused' cannot run here: Triton is not installed; choose auto"
 
 
+# --- on a GPU that is not there: tensors with a dtype, a shape and a device, but no numbers ---
+
+def test_autocast_of_a_gpu_leaves_the_sum_over_choices_in_half_precision(monkeypatch):
+    """Its own sum is float32, and so would be the gradient that two bfloat16 products wait for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with FakeTensorMode(), torch.autocast("cuda", f16):
+        rows = torch.ones(6, D, dtype=f16, device="cuda")
+        assert rows.view(3, 2, D).sum(dim=1).dtype == f32
+        assert kernels.over_choices(rows, 2).dtype == kernels.over_choices(rows, 1).dtype == f16
+
+
 # --- on a real GPU ---
 
 gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -683,6 +697,21 @@ def test_on_a_gpu_bfloat16_is_as_exact_as_a_loop(backend, sizes):
     layer = an_mlp_layer(E, chosen, bf16, D, H, "cuda")
     for asked in (False, True):
         assert_as_good_as_a_loop(backend, layer, chosen, asked)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_a_gpu_autocast_trains_two_experts_per_token_on_every_rung(backend):
+    moe = MoE(96, 192, n_experts=8, k=2, backend=backend).cuda()
+    x = torch.randn(4, 65, 96, device="cuda")
+    with torch.autocast("cuda", bf16):
+        y, *_ = moe(x)
+        loss = y.float().square().mean()
+    loss.backward()
+    assert y.dtype == bf16
+    for name, p in moe.named_parameters():
+        assert p.grad.dtype == f32 and p.grad.isfinite().all() and p.grad.any(), name
 
 
 @pytest.mark.gpu

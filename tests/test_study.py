@@ -910,6 +910,15 @@ def test_runs_longer_than_a_call_are_interrupted_and_carried_on_by_checkpoints()
     assert started == [0, 1] and interrupted == 2 and failed == []
 
 
+def test_how_a_run_is_computed_says_nothing_of_what_is_run(capsys):
+    assert study.main(["run", "factors", "--dirty", "--how", "--device cpu --epochs 3"]) == 2
+    assert "leave out --epochs" in capsys.readouterr().err
+    study.train_one("factors", "dense", 0, "whole", "runs", "data", how="--backend lean")
+    (r,) = study.read_rows()
+    assert r["config"]["backend"] == "lean" and "--how='--backend lean'" in r["command"]
+    assert report.experiment(r).keys().isdisjoint({"backend", "device"})
+
+
 def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)    # or the worker would have it anyway
     started = []
@@ -920,10 +929,10 @@ def test_a_worker_is_told_everything_its_parent_was(monkeypatch):
     monkeypatch.setattr(study, "schedule", lambda runs, start, *rest, **more: [
         start(run) for run in runs] and [])
     study.main(["run", "factors", "--only", "dense", "--seed", "4", "--data_dir", "d", "--dirty",
-                "--out", "o"])
+                "--out", "o", "--how", "--device cpu --backend lean"])
     (words, more), = started
     assert " ".join(words[2:]) == ("run factors --only dense --seed 4 --scale whole --out o "
-                                   "--data_dir d --here --dirty")
+                                   "--data_dir d --how=--device cpu --backend lean --here --dirty")
     assert more["env"]["OMP_NUM_THREADS"] == "1"
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torchvision import models
 from torchvision.transforms import v2
 
+import kernels
 import report
 import train
 from data import batches, split, square, synthetic
@@ -764,6 +765,25 @@ def test_compile_compiles_the_losses_and_is_off_on_a_cpu(monkeypatch):
     assert not compiled
     run("--compile", out="compiled")
     assert compiled == ["losses"]
+
+
+def test_the_backend_that_is_asked_for_computes_the_experts_and_a_checkpoint_runs_without_it(
+        monkeypatch, capsys):
+    asked = []
+    for name, rung in kernels.BACKENDS.items():
+        monkeypatch.setitem(kernels.BACKENDS, name, lambda *a, name=name, rung=rung: (
+            asked.append(name), rung(*a))[1])
+    run("--backend", "lean")
+    assert set(asked) == {"lean"}
+    asked.clear()
+    main(["--eval", "run/checkpoint.pt"])                   # perhaps on another machine
+    assert set(asked) == {"grouped"}
+    for flags, why in (("", "cpu"), ("--compile", "--no-compile")):
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        with pytest.raises(SystemExit) as ended:
+            run("--backend", "fused", *flags.split(), out="never")
+        assert ended.value.code == 2 and not Path("never").exists()
+        assert why in capsys.readouterr().err
 
 
 def test_save_every_counts_epochs_between_checkpoints(monkeypatch):
