@@ -119,6 +119,14 @@ def test_mean_and_std_are_those_of_the_training_pixels(drawn):
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
 
 
+def test_a_channel_that_never_changes_becomes_zero_and_not_nan():
+    grey = torch.randint(0, 256, (6, 3, 8, 8)).byte()
+    grey[:, 1] = 77
+    mean, std = D.channel_stats(grey)
+    assert std[1] == 1.0 and mean[1] == pytest.approx(77 / 255)
+    assert std[0] == pytest.approx((grey[:, 0] / 255.0).double().std(correction=0).item())
+
+
 def test_bytes_and_floats_of_the_same_picture_are_normalised_alike():
     x, data = pictures(3), D.synthetic(n_train=20, n_test=10)
     data = data._replace(mean=(0.3, 0.5, 0.7), std=(0.1, 0.2, 0.4))
@@ -606,6 +614,17 @@ def test_a_download_arrives_whole_and_is_unpacked(tiny, monkeypatch):
                                                          D.CIFAR100.base_folder}
     assert (tiny.data_dir / D.CIFAR100.filename).read_bytes() == tiny.bytes
     assert "downloaded" not in D.load("cifar100", tiny.data_dir).note      # no second time
+
+
+def test_what_another_process_brought_meanwhile_is_not_brought_again(tiny, monkeypatch):
+    """The archive's address is nobody's: a second download would fail."""
+    @contextlib.contextmanager
+    def claim(folder, *_):
+        tiny.unpack()                                       # while this one waited for its turn
+        yield
+
+    monkeypatch.setattr(D, "claim", claim)
+    assert D.load("cifar100", tiny.data_dir).train.fine.tolist() == list(range(10, 17))
 
 
 def test_an_archive_put_there_by_hand_is_unpacked_without_a_network(tiny):

@@ -586,6 +586,12 @@ def test_the_outputs_before_the_gates_teach_the_experts_and_not_the_gates(way, g
     assert leaves[1].grad is None or not leaves[1].grad.any()
 
 
+def test_in_an_export_auto_is_the_definition_which_holds_every_expert(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert kernels.choose_rung() == "reference"
+
+
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("dtype", [f64, f32, f16, bf16])
 def test_auto_is_grouped_whatever_else_could_run(dtype, compiling, monkeypatch):

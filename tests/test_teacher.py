@@ -294,6 +294,9 @@ def test_a_coarser_teachers_tokens_are_interpolated_between_their_centres():
     torch.testing.assert_close(mine[:, 5], h[:, 1:].mean(dim=1))
     torch.testing.assert_close(mine[:, 3], h[:, 2])
     assert torch.equal(mine[:, 0], h[:, 0])
+    # of 2 patches in a row, 4 centres lie at a quarter beyond, a quarter and three quarters within
+    row = on_grid(torch.tensor([9.0, 0, 8, 0, 8]).view(1, 5, 1), 17)[0, 1:5, 0]
+    assert row.tolist() == [0, 2, 6, 8]
 
 
 def test_a_vit_for_other_images_is_refused_in_a_sentence():
@@ -572,6 +575,7 @@ def offline(*args, **how):
                        ".* here and give --teacher torchvision:resnet18:FILE"),
     ("resnet18", "nowhere.pt", "nowhere.pt cannot be read .*No such file"),
     ("resnet18", "text.pt", "text.pt cannot be read as the weights of a network"),
+    ("resnet18", "code.pt", "code.pt cannot be read as the weights of a network"),
     ("resnet18", "other.pt", "other.pt does not hold the weights of resnet18"),
     ("vit_b_32", "other.pt", "other.pt does not hold the weights of vit_b_32"),
 ])
@@ -581,6 +585,7 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(name, file, sentence, tmp_
         models.ResNet18_Weights.DEFAULT), "get_state_dict", offline)
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"w": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pt")         # to load it is to run it
     with pytest.raises((ValueError, OSError), match=sentence) as error:
         pretrained(name, file, 64, SHOWN)
     assert "\n" not in str(error.value)

@@ -831,9 +831,13 @@ def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_draw
     files = shots("shots")
     monkeypatch.setattr(train, "load", no_pictures)
     capsys.readouterr()
+    seen_by, draw = [], report.plot_patches
+    monkeypatch.setattr(report, "plot_patches", lambda images, chosen, *rest: (
+        seen_by.append((images, chosen)), draw(images, chosen, *rest))[1])
     main(["--eval", "run/checkpoint.pt", "--images", "shots"])
     said = capsys.readouterr().out.splitlines()
-    model, _, data = train.load_model("run/checkpoint.pt")
+    model, cfg, data = train.load_model("run/checkpoint.pt")
+    assert not model.training
     x = torch.stack([square(file, 32) for file in files])
     with torch.no_grad():
         probs = model(data.normalise(x)).logits.softmax(dim=1)
@@ -845,6 +849,10 @@ def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_draw
         assert float(row[2]) == pytest.approx(p.max().item(), abs=1e-6)
         assert line == f"{row[0]}: {row[1]} {p.max():.1%}"
     drawn = {"0000-0.png", "0001-2.png", "0002-1.png"} if method == "tgr" else set()
+    chosen = train.look(model, x, cfg, data).chosen
+    for i, (picture, its) in enumerate(seen_by):
+        assert (picture == x[i].numpy()).all() and (its == chosen[:, i:i + 1].numpy()).all()
+    assert len(seen_by) == len(drawn)
     assert {file.name for file in Path("run/pictures").iterdir()} == {"pictures.csv", *drawn}
 
 
@@ -909,6 +917,13 @@ def test_the_snippet_in_the_readme_says_what_a_picture_shows_and_who_served_it(c
     exec(snippet.replace("runs/NAME", "run"), {})
     said = capsys.readouterr().out
     assert any(said.startswith(name) for name in SMALL.fine_names) and said.count("[") == 5 + 1
+
+
+def test_a_checkpoint_that_does_not_know_its_classes_is_refused_in_a_sentence():
+    _, _, state = run()
+    checkpoint.save(Path("old.pt"), {name: v for name, v in state.items() if name != "shown"})
+    with pytest.raises(ValueError, match=r"another version of train\.py: it has no 'shown'"):
+        train.load_model("old.pt")
 
 
 def test_a_run_is_repeated_from_its_result_but_for_the_flags_given():
