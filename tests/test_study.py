@@ -270,10 +270,9 @@ def test_an_untrained_teacher_is_frozen_and_no_other_seeds_teacher():
 
 
 def test_settled_targets_were_trained_by_their_own_two_losses_before_the_student_begins():
-    _, guide, _, (images, _) = prepared("tgr-k1-settled")
-    _, fresh, *_ = prepared("tgr-k1")
-    fresh = Guide(fresh.teacher, prepared("moe-k1")[0].model, 4)
-    torch.manual_seed(0)
+    job, guide, _, (images, _) = prepared("tgr-k1-settled")
+    torch.manual_seed(job.cfg.seed)
+    fresh = Guide(guide.teacher, job.model, 4)              # the same before it was trained
     before = sum(teacher_router_losses(fresh(images))).item()
     assert sum(teacher_router_losses(guide(images))).item() < before
     assert not any(p.requires_grad for p in guide.parameters())
@@ -565,19 +564,19 @@ def test_which_images_were_right_survives_the_row():
 
 
 def test_drawing_images_anew_widens_what_blocks_alone_leave_narrow():
-    # in every block TGR gets the same 8 images of 40 more, so that blocks alone tell no spread
-    better = torch.arange(40) < 8
-    rows = [row(arm, s, test_images=40, hits=probes.packed(better if arm == "tgr-k1"
-                                                           else torch.zeros(40, dtype=bool)))
+    # in every block TGR gets the same 80 images of 400 more, so that blocks alone tell no spread
+    better = torch.arange(400) < 80
+    rows = [row(arm, s, test_images=400, hits=probes.packed(better if arm == "tgr-k1"
+                                                           else torch.zeros(400, dtype=bool)))
             for arm in ("tgr-k1", "moe-k1") for s in range(4)]
     low, high = decided.resampled(rows, ("tgr-k1",), ("moe-k1",), draws=4_000)
-    error = 100 * (0.2 * 0.8 / 40) ** 0.5                   # of a share of 0.2 among 40, in points
-    assert low == pytest.approx(20 - 1.96 * error, abs=2.6)         # a count of images is whole
-    assert high == pytest.approx(20 + 1.96 * error, abs=2.6)
+    error = 100 * (0.2 * 0.8 / 400) ** 0.5                  # of a share of 0.2 among 400, in points
+    assert low == pytest.approx(20 - 1.96 * error, abs=0.4)         # a count of images is whole
+    assert high == pytest.approx(20 + 1.96 * error, abs=0.4)
     assert decided.resampled(rows, ("tgr-k1",), ("moe-k1",), draws=4_000) == (low, high)
     # and where images agree, blocks alone make the spread
     for r in rows:
-        all_right = torch.full((40,), r["arm"] == "tgr-k1" and r["seed"] % 2 == 0)
+        all_right = torch.full((400,), r["arm"] == "tgr-k1" and r["seed"] % 2 == 0)
         r["hits"] = probes.packed(all_right)
     assert decided.resampled(rows, ("tgr-k1",), ("moe-k1",)) == (0, 100)
     for lacking in (rows[:1] + rows[4:5], [r for r in rows if r["arm"] == "moe-k1"],
