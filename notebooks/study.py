@@ -181,10 +181,18 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
         row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
         row |= closing_look(job, guide, control)
+        row["consistency"] = {name: short(value) for name, value in row["consistency"].items()}
         row["wall_seconds"] = result["seconds"] + time.monotonic() - began
         row["terms"] = report.read_lines(folder / "metrics.jsonl")[-1]["terms"]
         row["commit"] = commit
         append(RESULTS / f"{grid}.jsonl", row)
+
+
+def short(value):
+    """Its numbers with four digits: the curves are most of a row, and rows are kept for good."""
+    if isinstance(value, list):
+        return [round(v, 4) if isinstance(v, float) else short(v) for v in value]
+    return value
 
 
 # --- many runs ---

@@ -679,6 +679,13 @@ def test_a_run_becomes_one_row_that_names_what_made_it(capsys):
     assert r["teacher_accuracy"] is not None and r["wall_seconds"] > r["seconds"]
     assert r["commit"] and r["versions"]["torch"] and -1 <= r["similarity"] <= 1
     assert decided.bits(r).mean() == pytest.approx(r["test_accuracy"])
+    result = json.loads(next(Path("runs").rglob("tgr-k1/result.json")).read_text(encoding="utf-8"))
+    for name, value in result["consistency"].items():
+        kept = r["consistency"][name]
+        if isinstance(value, float) or name == "last_fluctuation":
+            assert kept == value
+        else:                                               # a curve for each block
+            assert np.array_equal(np.array(kept, float), np.array(value, float).round(4), True)
     assert r["machine"] == study.machine("whole") and 0 <= r["followed"] <= 1
     assert 0.25 < r["mean_gate"] < 1 and r["terms"].keys() == {
         "task", "guidance", "teacher_load", "teacher_entropy"}
