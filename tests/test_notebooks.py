@@ -174,3 +174,31 @@ def test_what_an_operator_moves_is_what_it_reads_and_what_it_writes_and_a_view_m
     assert moved(lambda: torch.empty_like(a).copy_(a)) == 2 * 200
     assert moved(lambda: a.add_(a)) == 3 * 200
     assert moved(lambda: a.new_zeros(7)) == 7
+
+
+@pytest.mark.parametrize(("tokens", "K"), [((5, 2), 1), ((4, 0, 3), 2)])
+def test_experts_on_several_processes_give_the_outputs_and_gradients_of_experts_on_one(
+        tokens, K, tmp_path, monkeypatch):
+    import tempfile
+
+    import torch
+
+    import kernels
+    from notebooks import contenders, lesson_4
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    E, T = 2 * len(tokens), sum(tokens)
+    layer = contenders.draw(1, T, 5, 7, E, K, torch.float64, "cpu")
+    x, _, *weights = layer.leaves.values()
+    router = torch.randn(5, E, dtype=torch.float64)
+    # nobody visits expert 1, nor any expert of a third process
+    chosen = torch.tensor([0, 2, 3])[torch.rand(T, 3).argsort(dim=1)[:, :K]]            # (T, K)
+    one = lesson_4.step(kernels.reference, x, router, weights, chosen, layer.dy)
+    cut = zip(*(t.split(tokens) for t in (x, chosen, layer.dy)), strict=True)
+    parts = lesson_4.on_processes(lesson_4.share, [
+        (x, router, [w[2 * p:2 * p + 2] for w in weights], chosen, dy)
+        for p, (x, chosen, dy) in enumerate(cut)])
+    for name, true in one.items():
+        of_each = [part[name] for part in parts]
+        for whole in of_each if name == "router" else [torch.cat(of_each)]:
+            torch.testing.assert_close(whole, true, rtol=1e-12, atol=1e-12)
+    assert list(tmp_path.iterdir()) == []
