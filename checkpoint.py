@@ -316,18 +316,19 @@ def fingerprint(weights):
 
 def get_rng(device):
     """The states of the generators that a run draws from: the CPU's and, on a GPU, that one's."""
-    on_gpu = [torch.cuda.get_rng_state(device)] if is_cuda(device) else []
+    kind = torch.device(device).type
+    on_gpu = [torch.cuda.get_rng_state(device)] if kind == "cuda" else (
+        [torch.mps.get_rng_state()] if kind == "mps" else [])
     return [torch.get_rng_state(), *on_gpu]
 
 
 def set_rng(states, device):
     torch.set_rng_state(states[0])
-    if is_cuda(device) and len(states) > 1:         # none where the run was begun on a CPU
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def is_cuda(device):
-    return torch.device(device).type == "cuda"
+    kind, on_gpu = torch.device(device).type, states[1:]    # none where the run began on a CPU
+    if on_gpu and kind == "cuda":
+        torch.cuda.set_rng_state(*on_gpu, device)
+    elif on_gpu and kind == "mps":
+        torch.mps.set_rng_state(*on_gpu)
 
 
 # --- a request to stop ---

@@ -201,8 +201,8 @@ def use_grouped_mm(rows, w_in, few_rows=0):
     compiling, (E, _, H) = torch.compiler.is_compiling(), w_in.shape
     small = len(rows) < few_rows * E or len(rows) * H * rows.element_size() < HIDDEN_FITS
     fast = rows.is_cuda or compiling or (small and E > 1)       # one expert is a plain MLP
-    half = rows.dtype in (torch.bfloat16, torch.float16)        # all that it takes while compiling
-    return fast and aligned and (half or (rows.dtype == torch.float32 and not compiling))
+    takes = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)
+    return fast and aligned and rows.dtype in takes
 
 
 # --- 4. the same products, and a backward by hand that keeps less ---
@@ -547,7 +547,7 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
     x (T, D); chosen (T, K) int64; gates (T, K); w_in (E, D, H); b_in (E, H); w_out (E, H, D);
     b_out (E, D). Returns y (T, D), or (y, raw (T, K, D)) with return_choices=True. "auto" runs
     everywhere; a backend that cannot run raises RuntimeError and says why. torch.compile takes
-    "auto" in one graph in half precision; in torch.export "auto" is "reference".
+    "auto" in one graph in bfloat16; in torch.export "auto" is "reference".
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(BACKENDS)}")

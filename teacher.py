@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.transforms import v2
 
+from data import per_channel, standardise
 from moe import MLP, check_blocks, routers
 from router import entropy_loss, expect, load_loss
 
@@ -179,10 +180,10 @@ class Pretrained(nn.Module):
 
     @torch.no_grad()
     def features(self, images):
-        mean, std = (images.new_tensor(n).view(3, 1, 1) for n in self.shown)
+        mean, std = (per_channel(n, images) for n in self.shown)
         images = v2.functional.resize(images * std + mean, [self.pixels, self.pixels],
                                       self.interpolation, antialias=True)
-        found = self.network(v2.functional.normalize(images, *self.own))
+        found = self.network(standardise(images, *self.own))
         return {int(block): self.tokens(h) for block, h in found.items()}
 
     def tokens(self, h):

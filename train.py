@@ -23,6 +23,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,7 +134,7 @@ class Config:
     device: str = flag("auto", "cuda, cpu, ...; auto: cuda where there is one")
     precision: str = flag("auto", "auto: bf16 on a GPU that has it, else fp16 there; fp32 on a CPU",
                           ("auto", "fp32", "bf16", "fp16"))
-    compile: bool = flag(None, "torch.compile; by default on a GPU with Triton")
+    compile: bool = flag(None, "torch.compile; by default on a GPU with Triton and bf16")
     backend: str = own("auto", "rung of kernels.py that computes the experts", ("auto", *BACKENDS))
     out: str = own(None, "folder of the run; by default a new one under runs/")
     save_every: int = flag(None, "epochs between checkpoints", at_least=1)
@@ -219,7 +220,14 @@ def resolve(given):
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
     if cfg.compile is None:
-        cfg.compile = on_gpu and cfg.backend != "fused" and find_spec("triton") is not None
+        # routed experts are one graph in bfloat16 alone
+        one_graph = cfg.precision == "bf16" or cfg.method in ("dense", "soft")
+        cfg.compile = on_gpu and one_graph and cfg.backend != "fused" and (
+            find_spec("triton") is not None)
+    if cfg.compile and on_gpu and torch.cuda.get_device_capability(cfg.device) < (7, 0):
+        print(f"not compiled, for torch.compile needs a GPU of compute capability 7.0 or newer: "
+              f"{checkpoint.describe(cfg.device)} is older", flush=True)
+        cfg.compile = False
     if cfg.backend == "fused" and cfg.compile:
         raise ValueError("--backend fused is not traced by torch.compile yet: add --no-compile, or "
                          "leave --backend out")
@@ -236,7 +244,8 @@ def is_torchvision(teacher):
 
 
 def check_device(name):
-    """ValueError where the device cannot be had; a build of torch without CUDA is told apart."""
+    """ValueError where the device cannot be had; a build of torch without CUDA is told apart, and
+    so is one that was not made for a card as old as this."""
     try:
         kind = torch.device(name).type
     except RuntimeError:
@@ -246,6 +255,19 @@ def check_device(name):
         raise ValueError(("there is no CUDA device here" if built else
                           "this build of torch has no CUDA (pytorch.org says how to get one)")
                          + ": leave --device out or give --device cpu")
+    if kind == "cuda":
+        if (torch.device(name).index or 0) >= (count := torch.cuda.device_count()):
+            raise ValueError(f"there is no {name}, for they are counted from 0 and this machine "
+                             f"has {count}: leave --device out or give --device cuda")
+        its = torch.cuda.get_device_capability(name)
+        made_for = [divmod(int(re.sub(r"\D", "", arch)), 10)           # of sm_75, sm_90a, sm_120
+                    for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+        if made_for and its < min(made_for):
+            raise ValueError(
+                "this build of torch was made for GPUs of compute capability {}.{} and newer, and "
+                "{} has {}.{}".format(*min(made_for), checkpoint.describe(name), *its)
+                + ": install one that was made for it (pytorch.org lists them), or give "
+                  "--device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("there is no MPS device here: leave --device out or give --device cpu")
     if kind not in ("cpu", "cuda", "mps"):
@@ -431,7 +453,8 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
     or gradient stop being finite, before that step is taken.
     """
     cfg, data, sets, model, _ = job
-    epoch, steps, on_gpu = progress.epoch + 1, steps_per_epoch(cfg, sets), cfg.device != "cpu"
+    epoch, steps = progress.epoch + 1, steps_per_epoch(cfg, sets)
+    on_gpu = torch.device(cfg.device).type != "cpu"
     # a check makes the host wait for a GPU, which should find its next work waiting instead
     check_every = 50 if on_gpu else 1
     torch.manual_seed(cfg.seed * 100_003 + epoch)      # of stochastic depth and router noise
@@ -460,7 +483,8 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if step % check_every == 0 or step == steps - 1:
-            stop_unless_finite(loss, norm, scaler, model, cfg, f"epoch {epoch}, step {step + 1}")
+            stop_unless_finite(loss, norm, scaler, model, images, cfg,
+                               f"epoch {epoch}, step {step + 1}")
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip, norm)
         scaler.step(optimizer)
         scaler.update()
@@ -485,10 +509,15 @@ def learning_rate(cfg, progress):
     return cfg.lr * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def stop_unless_finite(loss, norm, scaler, model, cfg, where):
+def stop_unless_finite(loss, norm, scaler, model, images, cfg, where):
     # under a loss scaler an infinite gradient is routine: that step is skipped and the scale halved
     if torch.isfinite(loss) and (scaler.is_enabled() or torch.isfinite(norm)):
         return
+    try:
+        with torch.no_grad(), autocast(cfg, images):
+            model.eval()(images)    # only here would a router that is compiled, or on a GPU, speak
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{where}: {error}; {way_on(cfg)}") from None
     bad = [name for name, p in model.named_parameters()
            if p.grad is not None and not torch.isfinite(p.grad).all()]
     raise FloatingPointError(
@@ -499,6 +528,18 @@ def stop_unless_finite(loss, norm, scaler, model, cfg, where):
 def way_on(cfg):
     other = "" if cfg.precision == "fp32" else " or with --precision fp32"
     return (f"the last checkpoint is kept. Start another run, with another --out, at a lower --lr "
+            f"than {cfg.lr:g}{other}")
+
+
+def less_memory(job):
+    """What to do where there was not enough of it."""
+    if job is None:
+        return "give another --device, or end what else uses the memory of this one"
+    cfg, other = job.cfg, ""
+    if is_torchvision(cfg.teacher):
+        other = f"; or at --teacher_pixels {max(32, cfg.teacher_pixels // 2)}"
+    return (f"the last checkpoint is kept. Start another run, with another --out, at --batch_size "
+            f"{max(1, cfg.batch_size // 2)}, which halves what a step needs, and at a lower --lr "
             f"than {cfg.lr:g}{other}")
 
 
@@ -547,10 +588,8 @@ def fit(job, guide=None, command="", own_losses=None):
     optimizer = torch.optim.AdamW(parameter_groups(model, guide, cfg.weight_decay),
                                   fused=cfg.device.startswith("cuda"))
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
-    compute = own_losses or losses
-    compute = torch.compile(compute) if cfg.compile else compute
-
     progress = resume(job, guide, optimizer, scaler)
+    compute = rehearsed(job, guide, own_losses or losses, progress)
     begun = progress.epoch
     with checkpoint.until_asked_to_stop() as asked:
         while progress.epoch < cfg.epochs:
@@ -570,6 +609,61 @@ def fit(job, guide=None, command="", own_losses=None):
         keep(job, progress, guide, optimizer, scaler, result)
         write_files(job, progress, result)
     return result
+
+
+def rehearsed(job, guide, losses, progress):
+    """`losses`, compiled if cfg says so, once forward and backward have gone well.
+
+    Where torch.compile or a kernel of ours fails, this is said, and cfg and the model are changed
+    to what is used instead. No step is taken here, and an epoch seeds its own generators and begins
+    without gradients.
+    """
+    cfg, data, sets, model, _ = job
+    guided = guide if progress.epoch < cfg.guide_until * cfg.epochs else None
+    while cfg.compile or cfg.backend == "fused":
+        began, compute = time.perf_counter(), torch.compile(losses) if cfg.compile else losses
+        images, targets = next(batches(cfg, data, sets, progress.epoch + 1))
+        model.train()
+        try:
+            sum(compute(cfg, model, guided, images, targets).values()).backward()
+            return compute
+        except Exception as error:
+            if not of_a_compiler(error):
+                raise
+            failed, instead = ("torch.compile", "not compiled") if cfg.compile else (
+                "--backend fused", "with --backend grouped")
+            why = " ".join(str(error).split("\n\n")[0].split())[:300]
+            print(f"{failed} failed ({type(error).__name__}: {why}; torch {torch.__version__}, "
+                  f"{checkpoint.describe(cfg.device)}): please report it with this line. Nothing "
+                  f"is lost, and the run goes on {instead}", flush=True)
+        finally:
+            progress.spent += time.perf_counter() - began
+        if cfg.compile:
+            cfg.compile = False
+        else:
+            cfg.backend = "grouped"
+            for layer in model.modules():
+                if isinstance(layer, MoE):
+                    layer.backend = cfg.backend
+    return losses
+
+
+def of_a_compiler(error):
+    """Is it torch.compile or Triton that failed, and not our code, a number or the memory?"""
+    if isinstance(error, FloatingPointError) or out_of_memory(error):
+        return False
+    inside = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(
+        error.__traceback__)]
+    # not dynamo's frames, which lie between ours wherever a function of ours is compiled
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")) or any(
+        name.startswith(("torch._inductor", "triton")) for name in inside)
+
+
+def out_of_memory(error):
+    # of torch's own class on some devices alone: a CPU's allocator raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(
+            words in str(error) for words in ("out of memory", "can't allocate memory")))
 
 
 def look_and_note(job, progress, terms, lr):
@@ -849,6 +943,8 @@ def announce(teacher, job):
                      f"{teacher.cfg.out}" + (f" ({begun} epochs are there)" if begun else ""))
     sparse = "" if cfg.method == "dense" else f", E={cfg.n_experts} in blocks {cfg.moe_blocks}"
     sparse += f", K={cfg.k}" if cfg.method not in ("dense", "soft") else ""
+    if "mutual" in METHODS[cfg.method] and cfg.k == 1:      # a compiled loss cannot warn of it
+        sparse += " (one expert alone has nobody to learn from: its mutual distillation is 0)"
     steps.append(f"the {cfg.method} model for {cfg.epochs} epochs of {len(job.sets.train[0]):,} "
                  f"images{sparse}, in {cfg.out}")
     print("plan: " + "; then ".join(steps), flush=True)
@@ -992,6 +1088,11 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"train.py: out of memory; {less_memory(job)}", file=sys.stderr)
+        sys.exit(1)
     except (checkpoint.Stopped, KeyboardInterrupt) as stop:
         begun = job and Path(job.cfg.out, checkpoint.NAME).exists()
         again = shlex.join(["python", "train.py", "--resume", "--out", job.cfg.out]) if begun \

@@ -6,9 +6,9 @@
     python tests/mutants.py --stale          # only: does every mutant still fit the code?
 
 A mutant replaces `old` by `new` in one file of a temporary copy of the repository and runs
-tests/test_<file> there, or what TESTS names instead. It is killed if a test fails and has SURVIVED
-if all pass; the command fails if one survives. `old` must occur exactly once in its file: else the
-mutant is stale.
+tests/test_<file> there, or what its fourth part or TESTS names instead. It is killed if a test
+fails and has SURVIVED if all pass; the command fails if one survives. `old` must occur exactly once
+in its file: else the mutant is stale.
 """
 import os
 import shutil
@@ -448,7 +448,7 @@ MUTANTS = [
     ("teacher.py", "copy.deepcopy(network).eval()", "network.eval()"),
     ("teacher.py", "images * std + mean", "images"),
     ("teacher.py", "self.interpolation, antialias=True)", "antialias=True)"),
-    ("teacher.py", "v2.functional.normalize(images, *self.own)", "images"),
+    ("teacher.py", "standardise(images, *self.own)", "images"),
     ("teacher.py", "h = torch.cat([h.mean(dim=1, keepdim=True), h], dim=1)",
                    "h = torch.cat([h[:, :1], h], dim=1)"),
     ("teacher.py", "return F.layer_norm(h, h.shape[-1:])", "return h"),
@@ -1006,6 +1006,56 @@ MUTANTS = [
     ("notebooks/study.py", 'if row["method"] == "mode" else 0.0', ''),
     ("notebooks/study.py", 'if not any(row["grid"] == grid for row in rows):', 'if not rows:'),
 
+    # on a GPU: what waits, what mixes, what is one graph, what fails softly
+    ("router.py", 'waits = self.training and logits.device.type != "cpu"', "waits = False",
+     "test_device.py"),
+    ("router.py", 'waits = self.training and logits.device.type != "cpu"',
+     'waits = logits.device.type != "cpu"', "test_device.py"),
+    ("router.py", 'waits = self.training and logits.device.type != "cpu"',
+     "waits = self.training"),
+    ("router.py", 'and x.device.type == "cpu" and may_look()', "and may_look()", "test_device.py"),
+    ("data.py", "images.new_full((1, 1), number) for number in numbers]",
+     "images.new_tensor([[number]]) for number in numbers]", "test_device.py"),
+    ("data.py", "images.new_full((1, 1), number) for number in numbers]",
+     "torch.full((1, 1), number) for number in numbers]", "test_device.py"),
+    ("data.py", "images.sub(per_channel(mean, images)).div_(per_channel(std, images))",
+     "images.sub(per_channel(mean, images)).mul_(1 / per_channel(std, images))"),
+    ("data.py", "generator=generator, device=images.device)", "generator=None)",
+     "test_device.py"),
+    ("data.py", "torch.arange(S, device=cy.device)", "torch.arange(S)", "test_device.py"),
+    ("teacher.py", "(per_channel(n, images) for n in self.shown)",
+     "(images.new_tensor(n).view(3, 1, 1) for n in self.shown)", "test_device.py"),
+    ("distill.py", "if not torch.compiler.is_compiling():", "if True:", "test_device.py"),
+    ("kernels.py", "takes = (torch.bfloat16,) if compiling else", "takes ="),
+    ("kernels.py", "at_hand = not (rows.is_cuda or", "at_hand = not (", "test_device.py"),
+    ("checkpoint.py", "elif on_gpu and kind == \"mps\":", "elif False:", "test_device.py"),
+    ("train.py", "check_every = 50 if on_gpu else 1", "check_every = 1", "test_device.py"),
+    ("train.py", "progress.sums.get(name, 0) + term.detach()",
+     "progress.sums.get(name, 0) + torch.tensor(term.item())", "test_device.py"),
+    ("train.py", "fused=cfg.device.startswith(\"cuda\")", "fused=False", "test_device.py"),
+    ("train.py", 'cfg.precision == "bf16" or cfg.method in ("dense", "soft")', "True",
+     "test_device.py"),
+    ("train.py", "torch.cuda.get_device_capability(cfg.device) < (7, 0)", "False",
+     "test_device.py"),
+    ("train.py", "if made_for and its < min(made_for):", "if False:", "test_device.py"),
+    ("train.py", "if made_for and its < min(made_for):", "if made_for and its > min(made_for):",
+     "test_device.py"),
+    ("train.py", "(torch.device(name).index or 0) >=", "(torch.device(name).index or 0) >",
+     "test_device.py"),
+    ("train.py", "            model.eval()(images)    #", "            pass    #"),
+    ("train.py", "            if not of_a_compiler(error):\n                raise\n", ""),
+    ("train.py", "            cfg.compile = False\n        else:",
+     "            return losses\n        else:"),
+    ("train.py", "                    layer.backend = cfg.backend\n", "                    pass\n"),
+    ("train.py", "            progress.spent += time.perf_counter() - began", "            pass"),
+    ("train.py", "if isinstance(error, FloatingPointError) or out_of_memory(error):",
+     "if out_of_memory(error):"),
+    ("train.py", "if isinstance(error, FloatingPointError) or out_of_memory(error):",
+     "if isinstance(error, FloatingPointError):"),
+    ("train.py", 'for words in ("out of memory", "can\'t allocate memory")', 'for words in ("",)'),
+    ("train.py", '"out of memory", "can\'t allocate memory")', '"out of memory",)'),
+    ("train.py", "max(1, cfg.batch_size // 2)", "cfg.batch_size"),
+
     # controls.py: what a control takes away
     ("notebooks/controls.py",
      'F.kl_div(s, t, reduction="batchmean", log_target=True)',
@@ -1044,7 +1094,7 @@ def stale(file, old):
 
 def killer(mutant):
     """The first test that fails on a mutant, or None if it survives."""
-    file, old, new = mutant
+    file, old, new, *tests = mutant
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         tracked = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -1057,7 +1107,7 @@ def killer(mutant):
         try:
             run = subprocess.run(
                 [sys.executable, "-m", "pytest", "-x", "-q",
-                 f"tests/{TESTS.get(file, f'test_{Path(file).name}')}"],
+                 f"tests/{(tests or [TESTS.get(file, f'test_{Path(file).name}')])[0]}"],
                 cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"},
                 capture_output=True, encoding="utf-8", timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -1071,13 +1121,13 @@ def main(words):
     sys.stdout.reconfigure(errors="replace")
     mutants = [m for m in MUTANTS if not set(words) - {"--list", "--stale"} or m[0] in words]
     if "--list" in words:
-        return print(*(f"{file}: {old!r} -> {new!r}" for file, old, new in mutants), sep="\n")
-    if errors := [error for file, old, _ in mutants if (error := stale(file, old))]:
+        return print(*("{}: {!r} -> {!r}".format(*mutant) for mutant in mutants), sep="\n")
+    if errors := [error for file, old, *_ in mutants if (error := stale(file, old))]:
         return "\n".join(errors)
     if "--stale" in words:
         return print(f"all {len(mutants)} mutants fit the code")
-    for file in dict.fromkeys(file for file, _, _ in mutants):
-        if test := killer((file, "", "")):
+    for file, *tests in dict.fromkeys((file, *tests) for file, _, _, *tests in mutants):
+        if test := killer((file, "", "", *tests)):
             return f"{file}: {test} fails without any mutant"
     survivors = 0
     with ThreadPoolExecutor(max_workers=2) as pool:

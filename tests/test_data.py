@@ -142,6 +142,14 @@ def test_a_byte_is_divided_by_255_to_its_last_bit():
     assert not torch.equal(D.v2.functional.to_dtype(x, scale=True), D.unit(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_standardising_is_torchvisions_normalize_to_its_last_bit(dtype):
+    x = (torch.arange(256) / 255).to(dtype).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    for mean, std in ((D.synthetic(n_train=20, n_test=10)[7:]), ((0.485, 0.456, 0.406), (1, 3, 7))):
+        assert torch.equal(D.standardise(x, mean, std), D.v2.functional.normalize(x, mean, std))
+        assert torch.equal(D.per_channel(std, x), x.new_tensor(std).view(3, 1, 1))
+
+
 # --- augmentation ---
 
 def test_no_augmentation_changes_nothing():

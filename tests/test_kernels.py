@@ -356,6 +356,7 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     assert not kernels.use_grouped_mm(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
     assert not kernels.use_grouped_mm(x, odd) and not kernels.use_grouped_mm(x.double(), w)
     assert not kernels.use_grouped_mm(x, w)                      # float32 compiles to slices
+    assert not kernels.use_grouped_mm(torch.zeros(T, 24).half(), torch.zeros(E, 24, 48))  # so this
 
 
 def test_small_layers_are_multiplied_in_one_call(monkeypatch):

@@ -404,6 +404,154 @@ def test_a_router_that_is_not_finite_is_named(monkeypatch, capsys):
     assert "the router of block 2" in capsys.readouterr().err
 
 
+def test_a_compiled_router_that_is_not_finite_is_named_where_the_loss_is_checked(
+        monkeypatch, capsys):
+    """So is one on a GPU, where no router waits to look."""
+    def broken(losses, compile=torch.compile):
+        compiled = compile(losses, backend="eager")
+
+        def spoilt(cfg, student, *rest):
+            student.blocks[1].mlp.router.weight.data[0, 0] = torch.inf
+            return compiled(cfg, student, *rest)
+        return spoilt
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(SystemExit) as stop:
+        run("--compile", "--precision", "bf16")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "epoch 1, step 1: the router of block 2: the logits of" in said
+    assert "the last checkpoint is kept" in said and "lower --lr than 0.002" in said
+    assert checkpoint.read("run/checkpoint.pt", Config)["epoch"] == 0
+
+
+# --- a machine that cannot do what is asked ---
+
+HARD = ["--epochs", "2", "--noise", "1", "--drop_path", "0.2", "--augment", "heavy"]
+
+
+def test_where_torch_compile_fails_it_is_said_and_the_run_is_the_one_that_is_not_compiled(
+        monkeypatch, capsys):
+    _, whole_lines, whole = run(*HARD, out="whole")
+
+    def no_compiler(graph, inputs):
+        raise OSError("there is no C compiler\n\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda f, compile=torch.compile: compile(
+        f, backend=no_compiler))
+    capsys.readouterr()
+    result, lines, state = run(*HARD, "--compile")
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert len(said) == 1 and said[0].startswith("torch.compile failed (BackendCompilerFailed: ")
+    assert "there is no C compiler; torch 2." in said[0] and "much more" not in said[0]
+    assert "report it with this line" in said[0] and said[0].endswith("goes on not compiled")
+    assert result["config"]["compile"] is state["config"]["compile"] is False
+    assert [line["terms"] for line in lines] == [line["terms"] for line in whole_lines]
+    assert same(whole["student"], state["student"])
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_where_a_kernel_fails_it_is_said_and_the_run_is_the_one_of_the_grouped_rung(
+        monkeypatch, capsys):
+    from triton.runtime.errors import OutOfResources
+    _, whole_lines, whole = run(*HARD, "--backend", "grouped", method="tgr", out="whole")
+
+    def too_large(*args, **how):                            # in the backward pass
+        raise OutOfResources(300_000, 200_000, "shared memory")
+
+    monkeypatch.setattr(kernels, "gemm_dw", too_large)
+    capsys.readouterr()
+    result, lines, state = run(*HARD, "--backend", "fused", method="tgr")
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert len(said) == 1 and said[0].startswith("--backend fused failed (OutOfResources: out of")
+    assert said[0].endswith("goes on with --backend grouped")
+    assert result["config"]["backend"] == state["config"]["backend"] == "grouped"
+    assert [line["terms"] for line in lines] == [line["terms"] for line in whole_lines]
+    assert same(whole["student"], state["student"]) and same(whole["routers"], state["routers"])
+
+
+def raised(error, module):
+    """The error after it was raised in a function of the module of that name."""
+    space = {"__name__": module, "error": error}
+    exec("def launch():\n    raise error", space)
+    try:
+        space["launch"]()
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize("error, module, theirs", [
+    (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "triton.runtime", True),
+    (OSError("no space left for the cache"), "torch._inductor.codecache", True),
+    (FloatingPointError("nan"), "torch._inductor.codecache", False),
+    (torch.OutOfMemoryError("CUDA out of memory"), "torch._inductor.codecache", False),
+    (ValueError("T must be more"), "torch._dynamo.eval_frame", False),
+    (RuntimeError("our own"), "moe", False)])
+def test_a_failure_of_a_compiler_is_told_from_one_of_ours(error, module, theirs):
+    assert train.of_a_compiler(raised(error, module)) == theirs
+
+
+def test_a_failure_of_ours_is_raised_as_it_is_and_not_blamed_on_a_compiler(monkeypatch, capsys):
+    def wrong(*args):
+        raise ValueError("there are no targets")
+
+    monkeypatch.setattr(train, "losses", wrong)
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    assert "there are no targets" in refusal(capsys, "--compile", "--method", "moe")
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_too_little_memory_is_one_sentence_that_says_what_to_halve(where, monkeypatch, capsys):
+    calls, original = [], train.losses
+
+    def greedy(*args):
+        calls.append(1)
+        if len(calls) == 6:                                 # in the second epoch
+            if where == "gpu":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            torch.empty(2 ** 60, dtype=torch.uint8)
+        return original(*args)
+
+    monkeypatch.setattr(train, "losses", greedy)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", "3")
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(said) == 1
+    assert said[0].startswith("train.py: out of memory; the last checkpoint is kept")
+    assert "--batch_size 8, which halves" in said[0] and "lower --lr than 0.002" in said[0]
+    assert "teacher_pixels" not in said[0]
+    assert checkpoint.read("run/checkpoint.pt", Config)["epoch"] == 1
+
+
+def test_a_torchvision_teacher_can_see_fewer_pixels_where_there_is_too_little_memory(
+        monkeypatch, capsys):
+    torch.save(models.get_model("resnet18", weights=None).state_dict(), "w.pt")
+
+    def greedy(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "losses", greedy)
+    with pytest.raises(SystemExit) as stop:
+        run("--teacher", "torchvision:resnet18:w.pt", "--teacher_pixels", "96", method="tgr")
+    assert stop.value.code == 1 and "or at --teacher_pixels 48" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_the_images_alone_asks_for_another_device(monkeypatch, capsys):
+    monkeypatch.setattr(train, "load", lambda *args, **how: torch.empty(2 ** 60))
+    with pytest.raises(SystemExit) as stop:
+        run()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "out of memory; give another --device" in said
+
+
+def test_another_error_of_torch_is_not_taken_for_too_little_memory(monkeypatch):
+    def wrong(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(train, "losses", wrong)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run()
+
+
 # --- the teacher ---
 
 def test_a_teacher_is_trained_first_kept_and_not_trained_again(monkeypatch, capsys):
@@ -762,9 +910,13 @@ def test_compile_compiles_the_losses_and_is_off_on_a_cpu(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or f)
     run()
+    run(method="dense", out="dense")
     assert not compiled
-    run("--compile", out="compiled")
-    assert compiled == ["losses"]
+    clock = itertools.count(step=30.0)                      # every look at it is 30 s later
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    result, *_ = run("--compile", out="compiled")
+    assert compiled == ["losses"] and result["config"]["compile"]
+    assert result["seconds"] == 60                          # compiling takes its time too
 
 
 def test_the_backend_that_is_asked_for_computes_the_experts_and_a_checkpoint_runs_without_it(
@@ -1103,7 +1255,7 @@ def test_the_help_names_every_flag_with_a_line_of_help(capsys):
                for f in fields(Config))
 
 
-def test_one_expert_per_token_and_mutual_distillation_warns_once():
+def test_one_expert_per_token_and_mutual_distillation_warns_once_and_the_plan_says_so(capsys):
     import distill
     distill._warn_that_one_expert_is_alone.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
@@ -1111,3 +1263,6 @@ def test_one_expert_per_token_and_mutual_distillation_warns_once():
         _, lines, _ = run("--k", "1", "--epochs", "2", method="mode")
     assert sum("nobody to learn from" in str(w.message) for w in caught) == 1
     assert all(line["terms"]["mutual"] == 0 for line in lines)
+    assert "its mutual distillation is 0" in capsys.readouterr().out
+    run(method="mode", out="two")
+    assert "is 0" not in capsys.readouterr().out
