@@ -5,13 +5,13 @@
 
 A dense ViT of torchvision and one of timm (where it is installed) have the width, depth, heads,
 patches and classes of ours and take the same images, loss, clipping and AdamW. The steps take
-turns. A contender's memory is measured in a process of its own.
+turns. Peak memory is what a step holds beyond the weights and the optimiser.
 """
 import argparse
 import json
 import statistics
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,6 +20,7 @@ import checkpoint
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torchvision.models import VisionTransformer
 
 import data
@@ -83,16 +84,20 @@ def a_step(name, size, device):
     return step, len(images), sum(p.numel() for p in model.parameters())
 
 
-def memory(name, size, device):
-    """Peak bytes that a contender's steps need beyond those of an empty process."""
-    import resource  # Windows has none
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, *_ = a_step(name, size, device)
-    for _ in range(3):
-        step()
+def memory(step, device):
+    """Bytes that a step holds at its peak beyond weights and optimiser."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    held = [e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]"]
+    return max(held) - min(held)         # least after zero_grad, when only what stays is there
 
 
 def measure(device, rounds):
@@ -104,10 +109,9 @@ def measure(device, rounds):
             except ImportError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue
-            said = subprocess.run([sys.executable, __file__, "--memory", name, size, "--device",
-                                   device], stdout=subprocess.PIPE, check=True).stdout
+            steps[name]()                           # from now on the optimiser has its moments
             rows[name] = {"size": size, "name": name, "parameters": n, "images": images[name],
-                          "peak_bytes": json.loads(said)}
+                          "peak_bytes": memory(steps[name], device)}
         samples = bench.clock(steps, rounds, 60, device != "cpu")
         first = next(iter(steps))
         for name, row in rows.items():
@@ -137,14 +141,11 @@ def main():
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--memory", nargs=2, metavar=("NAME", "SIZE"), help="of one contender")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.page:
         return report.put_between(args.page, BEGIN, END, lambda: table(args.path),
                                   f"python notebooks/steps.py --page {args.page} {args.path}")
-    if args.memory:
-        return print(json.dumps(memory(*args.memory, args.device)))
     rows = []
     for row in measure(args.device, args.rounds):
         print(row, flush=True)
