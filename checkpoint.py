@@ -345,16 +345,17 @@ class Stopped(Exception):
 def until_asked_to_stop(what="stopping after this step"):
     """Catch Ctrl-C and SIGTERM: the list in `as` is empty until one has come, and then names it.
 
-    So a training step is never cut in two. A second request ends the process at once. `what` is
-    what the caller does about the first one.
+    So a training step is never cut in two. The same request once more ends the process at once;
+    torchrun follows Ctrl-C by a SIGTERM of its own. `what` is what the caller does about the first.
     """
     asked, earlier = [], {}
 
     def note(number, frame):
-        if asked:
+        if number in asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print(f"\n{what}; once more to stop at once", file=sys.stderr, flush=True)
+        if what:
+            print(f"\n{what}; once more to stop at once", file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):       # only a process's main thread may listen

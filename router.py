@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 GATES = ("softmax_topk", "topk_softmax", "sigmoid")
 
@@ -151,7 +152,7 @@ def load_loss(probs):
     (std / mean)^2, the same number would have a NaN gradient at perfect balance.
     """
     expect("probs", probs, "T", "E")
-    importance = probs.mean(dim=0)                                      # (E,)
+    importance = over_all_tokens(probs.mean(dim=0))                     # (E,)
     return importance.var(correction=0) / importance.mean().square()
 
 
@@ -173,11 +174,34 @@ def balance_loss(probs, chosen):
     """
     T, E = expect("probs", probs, "T", "E")
     expect("chosen", chosen, T, "K", below=E)
-    f = F.one_hot(chosen, E).sum(dim=(0, 1)) / chosen.numel()           # (E,)
-    return E * (f * probs.mean(dim=0)).sum()
+    f = over_all_tokens(F.one_hot(chosen, E).sum(dim=(0, 1)) / chosen.numel())      # (E,)
+    return E * (f * over_all_tokens(probs.mean(dim=0))).sum()
 
 
 def z_loss(logits):
     """Mean squared log-sum-exp of logits (T, E) (ST-MoE, arXiv:2202.08906, eq. 5)."""
     expect("logits", logits, "T", "E")
     return logits.logsumexp(dim=-1).square().mean()
+
+
+# --- one process among several ---
+
+def processes():
+    """How many train together, as torchrun started them."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def averaged(x):
+    """The mean of x over all processes, without a gradient."""
+    total = x.detach().clone()
+    if processes() > 1:
+        dist.all_reduce(total)
+    return total / processes()
+
+
+def over_all_tokens(mean):
+    """A mean over the tokens of this process -> over those of all, of which each has as many.
+
+    The gradient is that of the own tokens, for training averages the gradients of all processes.
+    """
+    return mean + (averaged(mean) - mean).detach() if processes() > 1 else mean

@@ -6,9 +6,10 @@
     python train.py --resume --out runs/NAME        go on where an interrupted run stopped
     python train.py --eval runs/NAME/checkpoint.pt  test a checkpoint, class by class; with
                                                     --images DIR ask it, with --export FILE take it
+    torchrun --nproc-per-node=2 train.py            the same on two GPUs, half of each batch on each
 
 From top to bottom: what can be set, what is minimised, how a model is looked at, one epoch, the
-whole run, what the flags ask for, what a trained model is asked, the command.
+whole run, what the flags ask for, what a trained model is asked, several processes, the command.
 """
 import argparse
 import contextlib
@@ -25,6 +26,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch import distributed as dist
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
@@ -43,7 +46,7 @@ from data import Data, Sets, batches, class_names, load, split, square, steps_pe
 from distill import mutual_distillation_loss
 from kernels import BACKENDS, why_not_fused
 from moe import MLP, MoE, SoftMoE, ViT
-from router import GATES, entropy_loss, load_loss
+from router import GATES, averaged, entropy_loss, load_loss, processes
 from teacher import Guide, guidance_loss, pretrained, teacher_router_losses
 
 # --- what can be set: every field is a flag, a help line and a part of every result ---
@@ -202,9 +205,9 @@ def resolve(given):
     cuda = torch.cuda.is_available()
     if cfg.device == "auto":
         cfg.device = "cuda" if cuda else "cpu"
+    if processes() > 1:
+        cfg.device = device_of_this_process(cfg.device)
     check_device(cfg.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("train.py runs in one process on one device: start it without torchrun")
     on_gpu = cfg.device.startswith("cuda")
     cfg.preset = cfg.preset or ("small" if on_gpu else "tiny")
     for name, value in PRESETS[cfg.preset].items():
@@ -290,6 +293,9 @@ def check_numbers(cfg):
         if cfg.warmup_epochs >= epochs and teaches:
             raise ValueError(f"--warmup_epochs {cfg.warmup_epochs:g} must be below --{name} "
                              f"{epochs}: the learning rate would end before its peak")
+    if cfg.batch_size % processes():
+        raise ValueError(f"--batch_size {cfg.batch_size} does not divide among {processes()} "
+                         f"processes: choose a multiple of that")
     for name in ("mlp_ratio", "expert_ratio"):
         if int(cfg.dim * getattr(cfg, name)) < 1:
             raise ValueError(f"--{name} {getattr(cfg, name)} times --dim {cfg.dim} leaves no "
@@ -458,17 +464,20 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
     # a check makes the host wait for a GPU, which should find its next work waiting instead
     check_every = 50 if on_gpu else 1
     torch.manual_seed(cfg.seed * 100_003 + epoch)      # of stochastic depth and router noise
-    if progress.rng:
+    if progress.rng and processes() == 1:
         checkpoint.set_rng(progress.rng, cfg.device)
     model.train()
     bar = tqdm(batches(cfg, data, sets, epoch), total=steps, leave=False, ascii=True,
-               desc=f"epoch {epoch}/{cfg.epochs}", disable=not sys.stderr.isatty())
+               desc=f"epoch {epoch}/{cfg.epochs}", disable=rank() > 0 or not sys.stderr.isatty())
     for step, (images, targets) in enumerate(bar):
         if step < progress.step:                       # trained on before the run was interrupted
             continue
         now = epoch - 1 + step / steps                 # in epochs
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, now)
+        images, targets = own_share(images, targets)
+        if processes() > 1:
+            torch.manual_seed(hash((cfg.seed, epoch, step, rank())))
 
         # forward; once guidance has ended, the teacher is not even asked
         guided = guide if now < cfg.guide_until * cfg.epochs else None
@@ -478,13 +487,16 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
         # backward; in fp16 the loss is scaled up, or small gradients would round to 0
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if processes() > 1:
+            average_gradients(optimizer)
         scaler.unscale_(optimizer)
         # the student's gradient alone is clipped: its teacher's routers must not slow it down
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        if step % check_every == 0 or step == steps - 1:
-            stop_unless_finite(loss, norm, scaler, model, images, cfg,
-                               f"epoch {epoch}, step {step + 1}")
+        check = step % check_every == 0 or step == steps - 1
+        if check:
+            first(stop_unless_finite, averaged(loss), norm, scaler, model, images, cfg,
+                  f"epoch {epoch}, step {step + 1}")
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip, norm)
         scaler.step(optimizer)
         scaler.update()
@@ -493,10 +505,12 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
         for name, term in terms.items():
             progress.sums[name] = progress.sums.get(name, 0) + term.detach()
         progress.step = step + 1
-        if asked and progress.step < steps:
+        # processes would have to wait for each other's answer, so these ask seldom
+        if (check or processes() == 1) and agreed(asked) and progress.step < steps:
             progress.rng = checkpoint.get_rng(cfg.device)
+            progress.sums = {name: averaged(total) for name, total in progress.sums.items()}
             return None
-    means = {name: (total / steps).item() for name, total in progress.sums.items()}
+    means = {name: averaged(total / steps).item() for name, total in progress.sums.items()}
     progress.epoch, progress.step, progress.sums, progress.rng = epoch, 0, {}, []
     return means
 
@@ -549,7 +563,7 @@ def begin(job, command):
     """The job with its first checkpoint, of epoch 0: from then on its folder knows what it is."""
     if job.state:
         return job
-    Path(job.cfg.out).mkdir(parents=True, exist_ok=True)
+    first(Path(job.cfg.out).mkdir, parents=True, exist_ok=True)
     return job._replace(state=keep(job, Progress(command=command)))
 
 
@@ -563,7 +577,7 @@ def keep(job, progress, guide=None, optimizer=None, scaler=None, result=None):
              "teacher": checkpoint.fingerprint(guide.teacher.state_dict()) if guide else None,
              "result": result}
     try:
-        checkpoint.save(Path(job.cfg.out, checkpoint.NAME), state)
+        first(checkpoint.save, Path(job.cfg.out, checkpoint.NAME), state)
     except FloatingPointError as error:
         where = f"epoch {progress.epoch + 1}, after step {progress.step}" if progress.step else \
             f"after the last step of epoch {progress.epoch}"
@@ -582,7 +596,7 @@ def fit(job, guide=None, command="", own_losses=None):
     job = begin(job, command)
     cfg, model = job.cfg, job.model
     if job.ended:
-        if mended := write_files(job, progress_of(job.state), job.state["result"]):
+        if mended := first(write_files, job, progress_of(job.state), job.state["result"]):
             print(f"made again from the checkpoint in {cfg.out}: {', '.join(mended)}")
         return job.state["result"]
     optimizer = torch.optim.AdamW(parameter_groups(model, guide, cfg.weight_decay),
@@ -591,23 +605,25 @@ def fit(job, guide=None, command="", own_losses=None):
     progress = resume(job, guide, optimizer, scaler)
     compute = rehearsed(job, guide, own_losses or losses, progress)
     begun = progress.epoch
-    with checkpoint.until_asked_to_stop() as asked:
+    if processes() > 1:
+        same_everywhere(optimizer)
+    with checkpoint.until_asked_to_stop("" if rank() else "stopping after this step") as asked:
         while progress.epoch < cfg.epochs:
             started = time.perf_counter()
             terms = one_epoch(job, guide, compute, optimizer, scaler, progress, asked)
             progress.spent += time.perf_counter() - started
             if terms is not None:
-                look_and_note(job, progress, terms, optimizer.param_groups[0]["lr"])
-                say(cfg, progress.lines[-1], left=(cfg.epochs - progress.epoch) * (
-                    time.perf_counter() - started) if progress.epoch == begun + 1 else 0)
-            if asked or progress.epoch % cfg.save_every == 0 or progress.epoch == cfg.epochs:
+                first(look_and_note, job, progress, terms, optimizer.param_groups[0]["lr"])
+                first(say, cfg, progress, begun, time.perf_counter() - started)
+            stop = agreed(asked)
+            if stop or progress.epoch % cfg.save_every == 0 or progress.epoch == cfg.epochs:
                 keep(job, progress, guide, optimizer, scaler)
-            write_files(job, progress)
-            if asked:
-                raise checkpoint.Stopped(asked[0])
-        result = conclude(job, guide, progress)
+            first(write_files, job, progress)
+            if stop:
+                raise checkpoint.Stopped(stop)
+        result = first(conclude, job, guide, progress)
         keep(job, progress, guide, optimizer, scaler, result)
-        write_files(job, progress, result)
+        first(write_files, job, progress, result)
     return result
 
 
@@ -622,7 +638,7 @@ def rehearsed(job, guide, losses, progress):
     guided = guide if progress.epoch < cfg.guide_until * cfg.epochs else None
     while cfg.compile or cfg.backend == "fused":
         began, compute = time.perf_counter(), torch.compile(losses) if cfg.compile else losses
-        images, targets = next(batches(cfg, data, sets, progress.epoch + 1))
+        images, targets = own_share(*next(batches(cfg, data, sets, progress.epoch + 1)))
         model.train()
         try:
             sum(compute(cfg, model, guided, images, targets).values()).backward()
@@ -743,8 +759,10 @@ def progress_of(state):
     return Progress(**{f.name: state[f.name] for f in fields(Progress)})
 
 
-def say(cfg, line, left):
-    """Print an epoch's line; `left` seconds, measured in the first epoch, are the rest."""
+def say(cfg, progress, begun, took):
+    """Print an epoch's line. The first after epoch `begun`, which took so many seconds, also says
+    how long the rest will take."""
+    line, left = progress.lines[-1], (cfg.epochs - progress.epoch) * took
     terms = "  ".join(f"{name} {value:.4f}" for name, value in line["terms"].items())
     seen = f"probe {line['probe_accuracy']:.1%}"
     if "val_accuracy" in line:
@@ -752,8 +770,10 @@ def say(cfg, line, left):
     if "dropped" in line:
         seen += f"  dropped {line['dropped']:.1%}"
     rest = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} minutes"
-    took = f"{line['seconds']:.1f} s" + (f"  about {rest} left" if left else "")
-    print(f"  epoch {line['epoch']:3d}/{cfg.epochs}  {terms}  {seen}  {took}", flush=True)
+    spent = f"{line['seconds']:.1f} s"
+    if left and progress.epoch == begun + 1:
+        spent += f"  about {rest} left"
+    print(f"  epoch {line['epoch']:3d}/{cfg.epochs}  {terms}  {seen}  {spent}", flush=True)
 
 
 def conclude(job, guide, progress):
@@ -769,7 +789,7 @@ def conclude(job, guide, progress):
     return {
         "method": cfg.method, "preset": cfg.preset, "data": data.name, "data_md5": data.md5,
         "labels": cfg.labels, "seed": cfg.seed, "command": progress.command,
-        **checkpoint.provenance(cfg.device),
+        **checkpoint.provenance(cfg.device), "processes": processes(),
         "epochs": cfg.epochs, "train_images": len(sets.train[0]), "test_images": len(exam[0]),
         "test_accuracy": None if sets.val else reached,
         "val_accuracy": reached if sets.val else None,
@@ -797,16 +817,16 @@ def plan(given, own=lambda folder: None):
     if given.get("resume"):
         if not given.get("out"):
             raise ValueError("--resume continues the run in --out: name its folder")
-        own(given["out"])
-        state = run_in(given["out"])
+        first(own, given["out"])
+        state = first(run_in, given["out"])
         if state:
             refuse_other(given, state, f"the run in {given['out']} was started")
             given = state["config"] | OF_THE_MACHINE | given
     cfg = resolve(given)
     if cfg.out and not state:
         if not cfg.resume:
-            own(cfg.out)
-        refuse_to_overwrite(cfg)
+            first(own, cfg.out)
+        first(refuse_to_overwrite, cfg)
     data = load(cfg.data, cfg.data_dir, cfg.device, size=cfg.image_size)
     cfg.data = data.name
     sets = split(cfg, data)
@@ -820,8 +840,8 @@ def plan(given, own=lambda folder: None):
     teacher = teacher_of(job) if "guide" in METHODS[cfg.method] else None
     if cfg.out is None:
         name = f"{cfg.method}-{cfg.preset}-{label(data)}-seed{cfg.seed}"
-        cfg.out = checkpoint.free_folder(f"runs/{name}")
-        own(cfg.out)
+        cfg.out = first(checkpoint.free_folder, f"runs/{name}")
+        first(own, cfg.out)
     return teacher, job
 
 
@@ -876,7 +896,7 @@ def teacher_of(job):
         model = pretrained(name, *file or [None], cfg.teacher_pixels, (data.mean, data.std))
         return Job(None, data, sets, model.to(cfg.device), None)
     if cfg.teacher:
-        state = checkpoint.read(cfg.teacher, Config)
+        state = first(checkpoint.read, cfg.teacher, Config)
         if state["config"]["method"] != "dense":
             raise ValueError(f"{cfg.teacher} is a {state['config']['method']} run: a teacher is "
                              f"dense (python train.py --method dense)")
@@ -897,18 +917,18 @@ def teacher_of(job):
     key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
     its.out = str(Path("runs", "teachers", f"{cfg.preset}-{label(data)}-{key}"))
     model, path = build(its, data), Path(its.out, checkpoint.NAME)
-    state = None
-    if checkpoint.exists(path):
-        state = checkpoint.read(path, Config, RESUMABLE)
+    state = first(checkpoint.exists, path) and first(checkpoint.read, path, Config, RESUMABLE)
+    if state:
         checkpoint.restore(model, state["student"], path)
-    return Job(its, data, sets, model, state)
+    return Job(its, data, sets, model, state or None)
 
 
 def trained(teacher, job, command):
     """The teacher of a job, trained unless it is; of several runs that need it one trains it."""
     if job.cfg.teacher or teacher.ended:
         return teacher
-    with checkpoint.claim(teacher.cfg.out, wait_for="to train the teacher"):
+    with contextlib.nullcontext() if rank() else checkpoint.claim(
+            teacher.cfg.out, wait_for="to train the teacher"):
         teacher = teacher_of(job)                           # another run may have trained it now
         if not teacher.ended:
             print(f"teacher: dense, {teacher.cfg.out}")
@@ -926,8 +946,9 @@ def announce(teacher, job):
     """Print what will be done, and on what."""
     cfg = job.cfg
     demo = " (a demonstration: the full recipe is preset small, on a GPU)"
+    several = f" in {processes()} processes" if processes() > 1 else ""
     print(f"{cfg.method}, preset {cfg.preset}{demo if cfg.preset == 'tiny' else ''} on "
-          f"{checkpoint.describe(cfg.device)}, {cfg.precision}, "
+          f"{checkpoint.describe(cfg.device)}{several}, {cfg.precision}, "
           f"{'compiled' if cfg.compile else 'not compiled'}. Data: {job.data.note}")
     steps = []
     if teacher and is_torchvision(cfg.teacher):
@@ -1061,14 +1082,113 @@ class Standalone(torch.nn.Module):
         return self.model(self.data.normalise(images)).logits
 
 
+# --- several processes, as torchrun starts them ---
+#
+# Each has a copy of the model and a share of every batch. Their gradients are averaged, so a step
+# is that of one process with the whole batch; load_loss sees all tokens (router.over_all_tokens).
+# Per process are the capacity of an expert, router noise and stochastic depth. Files are read and
+# written by process 0 alone.
+
+def rank():
+    return dist.get_rank() if processes() > 1 else 0
+
+
+@contextlib.contextmanager
+def joined(given):
+    """Be one of torchrun's processes, if it has started several; only process 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if "eval" in given:
+        raise ValueError("--eval needs one process: start it without torchrun")
+    cards = torch.cuda.is_available() and given.get("device", "auto") != "cpu"
+    # so long may one run wait for another that trains the teacher
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", timeout=timedelta(hours=12))
+    with contextlib.redirect_stdout(None if rank() else sys.stdout):
+        yield
+    dist.destroy_process_group()
+
+
+def device_of_this_process(name):
+    """The GPU of this process's number on its machine; ValueError where there are too few."""
+    if name == "cpu":
+        return name
+    if name != "cuda":
+        raise ValueError(f"--device {name} is one device, and torchrun started {processes()} "
+                         f"processes: leave the flag out, or give --device cpu")
+    here, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if here >= cards:
+        raise ValueError(f"torchrun started more processes on this machine than it has GPUs: give "
+                         f"it --nproc-per-node={cards}")
+    torch.cuda.set_device(here)
+    return f"cuda:{here}"
+
+
+def first(do, *args, **named):
+    """What process 0 gets when it does this, for all of them; its error is raised in all."""
+    if processes() == 1:
+        return do(*args, **named)
+    said = [None, None]
+    if rank() == 0:
+        try:
+            said[0] = do(*args, **named)
+        except (ValueError, OSError, FloatingPointError) as error:
+            said[1] = error
+    dist.broadcast_object_list(said, device="cpu")
+    if said[1]:
+        said[1].elsewhere = rank() > 0
+        raise said[1]
+    return said[0]
+
+
+def agreed(asked):
+    """The number of the signal that asked any process to stop, the same in all, or 0."""
+    number = torch.tensor(asked[0] if asked else 0)
+    if processes() > 1:
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+def own_share(*batch):
+    """This process's part of a batch, which all processes have drawn alike."""
+    return [x.chunk(processes())[rank()] for x in batch]
+
+
+def same_everywhere(optimizer):
+    """Give all processes the weights of process 0."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            dist.broadcast(p.data, 0)
+
+
+def average_gradients(optimizer):
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]
+             if p.grad is not None]
+    mean = averaged(torch.nn.utils.parameters_to_vector(grads))
+    torch.nn.utils.vector_to_parameters(mean, grads)
+
+
+def typed(argv):
+    """The command of this run, as a user types it."""
+    starter = f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE')}"
+    return f"{starter if processes() > 1 else 'python'} {shlex.join(['train.py', *argv])}"
+
+
+def lost(error):
+    """Is this how the connection to another process ends?"""
+    said = str(error)
+    return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in said
+                                or "NCCL" in said)
+
+
 # --- the command ---
 
 def main(argv=None):
     checkpoint.printable()
     argv = sys.argv[1:] if argv is None else argv
-    given, command, job = parse(argv), shlex.join(["python", "train.py", *argv]), None
+    given, job = parse(argv), None
     try:
-        with contextlib.ExitStack() as owned:
+        with joined(given), contextlib.ExitStack() as owned:
             for name in ("images", "export"):
                 if name in given and "eval" not in given:
                     raise ValueError(f"--{name} needs --eval: name a checkpoint with it")
@@ -1078,6 +1198,7 @@ def main(argv=None):
                 return export(given)
             if "eval" in given:
                 return evaluate(given)
+            command = typed(argv)
             teacher, job = plan(given, lambda out: owned.enter_context(checkpoint.claim(out)))
             announce(teacher, job)
             job, guide = begin(job, command), None
@@ -1086,19 +1207,27 @@ def main(argv=None):
                 print(f"student: {job.cfg.method}, {job.cfg.out}")
             print(report.closing_table(fit(job, guide, command)))
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if not getattr(error, "elsewhere", False):          # then process 0 says it
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"train.py: out of memory; {less_memory(job)}", file=sys.stderr)
-        sys.exit(1)
     except (checkpoint.Stopped, KeyboardInterrupt) as stop:
-        begun = job and Path(job.cfg.out, checkpoint.NAME).exists()
-        again = shlex.join(["python", "train.py", "--resume", "--out", job.cfg.out]) if begun \
-            else command
-        print(f"stopped; to go on: {again}", file=sys.stderr)
+        if rank() == 0:
+            print(f"stopped; to go on: {go_on(job, argv)}", file=sys.stderr)
         sys.exit(getattr(stop, "exit_code", 130))
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            print(f"train.py: out of memory; {less_memory(job)}", file=sys.stderr)
+            sys.exit(1)
+        if not lost(error):
+            raise
+        print(f"train.py: process {rank()} of {processes()} has lost another one, whose own "
+              f"message says why; to go on: {go_on(job, argv)}", file=sys.stderr, flush=True)
+        os._exit(1)                    # to leave the group as usual would be to wait for the others
+
+
+def go_on(job, argv):
+    begun = job and Path(job.cfg.out, checkpoint.NAME).exists()
+    return typed(["--resume", "--out", job.cfg.out] if begun else argv)
 
 
 if __name__ == "__main__":
