@@ -175,7 +175,8 @@ def balance_loss(probs, chosen):
     T, E = expect("probs", probs, "T", "E")
     expect("chosen", chosen, T, "K", below=E)
     f = over_all_tokens(F.one_hot(chosen, E).sum(dim=(0, 1)) / chosen.numel())      # (E,)
-    return E * (f * over_all_tokens(probs.mean(dim=0))).sum()
+    P = over_all_tokens(probs.mean(dim=0))                              # (E,)
+    return E * (f * P).sum()
 
 
 def z_loss(logits):

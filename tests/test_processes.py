@@ -21,6 +21,7 @@ import torch
 import report
 import train
 from data import synthetic
+from router import balance_loss, load_loss
 
 ROOT = Path(__file__).parent.parent
 SMALL = synthetic(seed=5, n_train=64, n_test=40)
@@ -135,6 +136,24 @@ def test_a_compiled_step_averages_over_the_processes_too():
         "from functools import partial; torch.compile = partial(torch.compile, backend='eager')"
     ))
     assert_the_same_run("one", "two")
+
+
+def test_the_balance_of_the_experts_is_that_over_the_tokens_of_all_processes():
+    torch.manual_seed(1)
+    logits, chosen = 3 * torch.randn(12, 4), torch.randint(3, (12, 2))
+    whole = logits.clone().requires_grad_()
+    loss = load_loss(whole.softmax(dim=1)) + 7 * balance_loss(whole.softmax(dim=1), chosen)
+    loss.backward()
+    torch.save((logits, chosen, loss.detach(), whole.grad), "whole.pt")
+    go(2, [*BASE, "--method", "moe", "--out", "run"], at_each_step="""
+logits, chosen, loss, grad = torch.load("whole.pt")
+part = slice(0, 6) if rank == 0 else slice(6, 12)
+own = logits[part].clone().requires_grad_()
+here = load_loss(own.softmax(dim=1)) + 7 * balance_loss(own.softmax(dim=1), chosen[part])
+here.backward()
+torch.testing.assert_close(here.detach(), loss)
+torch.testing.assert_close(own.grad / 2, grad[part])        # training averages over the two
+""")
 
 
 def test_noise_is_drawn_by_each_process_for_itself_and_anew_at_each_step():

@@ -262,9 +262,9 @@ def test_what_an_interrupted_run_has_spent_and_will_is_counted_over_all_its_part
     clock = itertools.count(step=30.0)                      # every look at it is 30 s later
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
 
-    def stop(cfg, line, left, original=train.say):
-        original(cfg, line, left)
-        if line["epoch"] == 1:
+    def stop(cfg, progress, *rest, original=train.say):
+        original(cfg, progress, *rest)
+        if progress.epoch == 1:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -594,9 +594,9 @@ def test_a_given_teacher_is_used_as_it_is_and_learns_nothing(monkeypatch):
 
 
 def test_a_teacher_that_was_half_trained_is_trained_to_its_end(monkeypatch, capsys):
-    def stop(cfg, line, left, original=train.say):
-        original(cfg, line, left)
-        if line["epoch"] == 1:
+    def stop(cfg, progress, *rest, original=train.say):
+        original(cfg, progress, *rest)
+        if progress.epoch == 1:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -1158,11 +1158,6 @@ def test_every_number_has_bounds_and_what_lies_outside_is_refused_by_name(field,
 def test_every_number_that_can_be_given_has_bounds():
     assert [f.name for f in fields(Config) if f.type in (int, float) and not f.metadata["bounds"]
             ] == []
-
-
-def test_several_processes_of_one_run_are_refused(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without torchrun" in refusal(capsys)
 
 
 def test_a_build_of_torch_without_cuda_is_told_apart_from_a_machine_without_a_gpu(
