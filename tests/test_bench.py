@@ -1,4 +1,4 @@
-"""Tests of bench.py and contenders.py: is what is printed true, and what is wrong not timed?
+"""Tests of bench.py, contenders.py, steps.py: is what is printed true, and what is wrong not timed?
 
 Nothing here looks at how long something takes, and no peer need be installed.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import kernels
-from notebooks import bench, contenders
+from notebooks import bench, contenders, steps
 
 IMAGES, TOKENS, D, H = 2, 9, 8, 16
 FLAGS = ["--device=cpu", "--shapes=2x9x8x16", "--experts=4", "--k=2", "--repeats=2", "--threads=1"]
@@ -262,3 +262,23 @@ def test_a_goal_is_judged_by_its_worst_case():
 def test_goal_of_lean_bytes_is_the_formula_of_the_issue():
     # D=384, H=1536, K=1 in float32: (384 + 1536) * 4 + 64 = 7744 bytes are allowed
     assert bench.lean_bytes({"lean": a_row("lean", 1, 1, bytes_kept_per_token=3872)}) == 0.5
+
+
+# --- steps.py: whole training steps ---
+
+def test_a_steps_memory_is_what_it_holds_at_once():
+    def step():
+        a = torch.ones(1000, 1000)                          # 4 MB
+        b = a + 1                                           # two of them
+        del a
+        return b.exp() + 1                                  # b, its exp and the sum: three
+
+    assert steps.memory(step, "cpu") == pytest.approx(12e6, rel=1e-3)
+
+
+def test_the_dense_steps_of_all_libraries_train_models_of_one_size_on_one_batch():
+    made = {name: steps.a_step(name, "tiny", "cpu")[1:] for name in (
+        "torchvision, dense", "ours, dense", "ours, V-MoE", "ours, TGR")}
+    images, parameters = made.pop("torchvision, dense")
+    assert made["ours, dense"] == (images, parameters) and images == 128
+    assert made["ours, V-MoE"] == made["ours, TGR"] > (images, parameters)

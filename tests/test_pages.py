@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import report
-from notebooks import bench, study
+from notebooks import bench, steps, study
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,11 @@ def test_the_results_table_is_what_its_rows_say():
 def test_the_table_of_speeds_is_what_its_rows_say():
     _, between, _ = report.cut(RESULTS, bench.BEGIN, bench.END)
     assert bench.table(ROOT / "notebooks/results/kernels_cpu.json") in between
+
+
+def test_the_table_of_steps_is_what_its_rows_say():
+    _, between, _ = report.cut(RESULTS, steps.BEGIN, steps.END)
+    assert steps.table(ROOT / "notebooks/results/steps_cpu.json") in between
 
 
 @each
