@@ -54,11 +54,14 @@ class PretendedGPU(TorchDispatchMode):
         kwargs = kwargs or {}
         to = kwargs.get("device")
         to_cpu, to_gpu = to is not None and to.type == "cpu", to is not None and to.type == "cuda"
-        if not to_gpu and not any(isinstance(v, FakeTensor) for v in tree_leaves((args, kwargs))):
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        if not to_gpu and not any(isinstance(v, FakeTensor) for v in tensors):
             with unset_fake_temporarily():
                 return op(*args, **kwargs)
         moved = args[0].is_cuda != to_gpu if op == aten._to_copy.default and (to_cpu or to_gpu) \
             else op == aten.copy_.default and args[0].device.type != args[1].device.type
+        # where devices may be mixed, as in x[i], torch moves what lies on the CPU, but not a scalar
+        moved = moved or (to is None and any(v.ndim and not v.is_cuda for v in tensors))
         if moved or op == aten._local_scalar_dense.default:
             self.note(self.waits)
         if op == aten._local_scalar_dense.default or (moved and to_cpu):
@@ -161,6 +164,7 @@ def train_on(gpu, monkeypatch, *flags):
     lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x.tolist(), lambda x: x.cpu(),
     lambda x: float(x[0]), lambda x: x.to("cpu", torch.float16), lambda x: x.new_tensor([1.0, 2]),
     lambda x: torch.tensor([1.0, 2], device=x.device), lambda x: x[[0, 2]],
+    lambda x: x[torch.tensor([0, 2])],
     lambda x: x.copy_(torch.ones(3)), lambda x: torch.ones(3).copy_(x)])
 def test_what_the_host_would_wait_for_is_noticed(read, gpu):
     x = torch.zeros(3, device="cuda")

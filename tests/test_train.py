@@ -496,7 +496,10 @@ def test_a_failure_of_ours_is_raised_as_it_is_and_not_blamed_on_a_compiler(monke
 
     monkeypatch.setattr(train, "losses", wrong)
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    assert "there are no targets" in refusal(capsys, "--compile", "--method", "moe")
+    with pytest.raises(SystemExit) as stop:
+        run("--compile")
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "there are no targets" in said.err and "failed" not in said.out
 
 
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
