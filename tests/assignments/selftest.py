@@ -105,9 +105,12 @@ def other_solution(a, path):
 
 
 def mutants_of(a):
-    """The mutants of the repository's list that lie in a blanked body: (file, old, new)."""
+    """The mutants of the repository's list that lie in a blanked body: (file, old, new).
+
+    One that names its own test is about more than an assignment asks for.
+    """
     found = []
-    for file, old, new in MUTANTS:
+    for file, old, new in (mutant for mutant in MUTANTS if len(mutant) == 3):
         source = (ROOT / file).read_text(encoding="utf-8")
         for name in a.blanks.get(file, {}):
             start, end = body_span(source, functions(source)[name])
