@@ -47,11 +47,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def one_process(rank, n, port, runs, before, at_each_step):
+def one_process(rank, n, ports, runs, before, at_each_step):
     """Run one `train.main` after the other; the code is run once, and at each training step."""
     sys.stdout, sys.stderr = (open(f"{name}{rank}", "w") for name in ("out", "err"))  # noqa: SIM115
     os.environ |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "RANK": str(rank),
-                   "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                   "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     train.load, report.figures = lambda *args, **how: SMALL, lambda out: {}
     names, compute, steps = globals() | {"rank": rank}, train.losses, itertools.count(1)
@@ -62,13 +62,14 @@ def one_process(rank, n, port, runs, before, at_each_step):
 
     train.losses = losses
     exec(before, names)
-    for argv in runs:
+    for argv, port in zip(runs, ports, strict=True):        # the one before may not be closed yet
+        os.environ["MASTER_PORT"] = str(port)
         train.main(argv)
 
 
 def start(n, *runs, before="", at_each_step=""):
     """Start n processes on these argument lists."""
-    shared = n, free_port(), runs, before, at_each_step
+    shared = n, [free_port() for _ in runs], runs, before, at_each_step
     started = [FORKED.Process(target=one_process, args=(rank, *shared)) for rank in range(n)]
     for process in started:
         process.start()
@@ -79,6 +80,7 @@ def ended(processes):
     """[(exit code, stdout, stderr)] of each."""
     for process in processes:
         process.join(timeout=240)
+        process.kill()                                      # in vain where all is well
     return [(process.exitcode, Path(f"out{rank}").read_text(), Path(f"err{rank}").read_text())
             for rank, process in enumerate(processes)]
 
@@ -119,7 +121,8 @@ def test_several_processes_train_the_model_that_one_trains_and_only_the_first_on
              "soft": ("--method", "soft", "--mixup", "0.8", "--cutmix", "1")}
     for name, flags in kinds.items():
         alone(f"one-{name}", *flags)
-    first, *others = go(n, *([*BASE, *flags, "--out", name] for name, flags in kinds.items()))
+    first, *others = go(n, *([*BASE, *flags, "--out", name] for name, flags in kinds.items()),
+                        at_each_step=f"assert len(images) == {18 // n}")
     for name in kinds:
         assert_the_same_run(f"one-{name}", name)
         result = json.loads(Path(name, "result.json").read_text())
