@@ -21,6 +21,7 @@ Letters: T tokens, D width, H hidden, E experts, K experts per token. There are 
 choice s = t*K + k is the k-th of token t.
 """
 import os
+import time
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -304,62 +305,98 @@ def fused(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """What must still pass through memory? What six products read and write, and 3*S*H more.
 
     Notebook 4 counts them. `fused` keeps for its backward what `lean` keeps, and it has no second
-    derivatives either.
+    derivatives either. torch.compile sees two operations, and nothing of what happens inside.
     """
+    x = x if x.stride(1) == 1 else x.contiguous()           # a row's numbers lie side by side
+    chosen = chosen.contiguous()        # the router's are a view into all E, which would be kept
     weights = w_in, b_in, w_out, b_out
     if not return_choices:
-        return Fused.apply(x, chosen, gates, *weights)
-    return gated_sum(Fused.apply(x, chosen, None, *weights), gates, True)
+        return fused_forward(x, chosen, gates, *weights)[0]
+    return gated_sum(fused_forward(x, chosen, None, *weights)[0], gates, True)
 
 
-class Fused(torch.autograd.Function):
-    """`Lean` by two kernels.
+@torch.library.custom_op(f"{__name__}::fused", mutates_args=())
+def fused_forward(
+        x: Tensor, chosen: Tensor, gates: Tensor | None, w_in: Tensor, b_in: Tensor, w_out: Tensor,
+        b_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (T, D), or raw (T, K, D) where gates is None, and what the backward reads: z (S, H), a
+    Plan's order and offsets, and its Tiles.
 
     The host never reads how many rows an expert has, so one CUDA graph serves every routing.
     """
+    (T, K), (E, D, H), S = chosen.shape, w_in.shape, chosen.numel()
+    block, plan = choose_block_sizes(S, E, x.dtype), plan_choices(chosen, E)
+    tiles = plan_tiles(plan.offsets, S, block.rows)
+    z, a = x.new_empty(S, H), x.new_empty(S, H)             # two tensors: z is kept, a is freed
+    raw = x.new_empty(S, D)                                 # row s is choice s, not sorted
+    gemm("up", block, plan, tiles, x, w_in, a, shared_by=K, bias=b_in, z=z)
+    gemm("down", block, plan, tiles, a, w_out, raw, bias=b_out, gates=gates)
+    y = raw.view(T, K, D) if gates is None else over_choices(raw, K)
+    return y, z, *plan[1:], *tiles
 
-    @staticmethod
-    def forward(ctx, x, chosen, gates, w_in, b_in, w_out, b_out):
-        (T, K), (E, D, H), S = chosen.shape, w_in.shape, chosen.numel()
-        block, plan = choose_block_sizes(S, E, x.dtype), plan_choices(chosen, E)
-        tiles = plan_tiles(plan.offsets, S, block.rows)
-        x = x if x.stride(1) == 1 else x.contiguous()       # a row's numbers lie side by side
-        z, a = x.new_empty(S, H), x.new_empty(S, H)         # two tensors: z is kept, a is freed
-        raw = x.new_empty(S, D)                             # row s is choice s, not sorted
-        gemm("up", block, plan, tiles, x, w_in, a, shared_by=K, bias=b_in, z=z)
-        gemm("down", block, plan, tiles, a, w_out, raw, bias=b_out, gates=gates)
-        # contiguous: the router's choices are a view into all E, which would be kept whole
-        ctx.save_for_backward(x, chosen.contiguous(), gates, z, *plan[1:], *tiles,
-                              w_in, w_out, b_out)
-        return raw.view(T, K, D) if gates is None else over_choices(raw, K)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        x, chosen, gates, z, *indices, w_in, w_out, b_out = ctx.saved_tensors
-        plan, tiles = Plan(None, *indices[:2]), Tiles(*indices[2:])
-        (T, K), (S, H) = chosen.shape, z.shape
-        block = choose_block_sizes(S, len(w_in), x.dtype)
-        dout = dout.reshape(-1, x.shape[1]).contiguous()    # .sum()'s gradient has strides 0
-        shared = 1 if gates is None else K                  # choices per row of dout
-        dz, a, dx = (x.new_empty(S, n) for n in (H, H, x.shape[1]))
-        dgates = z.new_empty(S, -(-H // block.narrow), dtype=torch.float32)
-        db = z.new_zeros(len(tiles.expert), H, dtype=torch.float32)
-        gemm("da", block, plan, tiles, dout, w_out.mT, dz, shared_by=shared, gates=gates, z=z,
-             gated_a=a, dgates=dgates, db=db)
-        gemm("dx", block, plan, tiles, dz, w_in.mT, dx)
-        dw_in = gemm_dw(block, plan, x, dz, a_shared_by=K)
-        dw_out = gemm_dw(block, plan, a, dout, b_shared_by=shared)
-        # the gradients of biases are products with a side of E, small enough for torch in float32
-        every, dout = torch.arange(len(w_in), device=x.device), dout.float()
-        db_in = (every[:, None] == tiles.expert).float() @ db           # (E, tiles) @ (tiles, H)
-        weight = (chosen[..., None] == every).float()                   # (T, K, E)
-        if gates is not None:
-            dgates = dgates.sum(dim=1).view(T, K) + (dout @ b_out.float().mT).gather(1, chosen)
-            weight = weight * gates[..., None]
-        db_out = weight.view(-1, shared, len(w_in)).sum(dim=1).mT @ dout            # (E, D)
-        return (over_choices(dx, K), None, None if gates is None else dgates.to(gates.dtype),
-                dw_in, db_in.to(x.dtype), dw_out, db_out.to(x.dtype))
+@fused_forward.register_fake
+def _(x, chosen, gates, w_in, b_in, w_out, b_out):
+    (T, K), (E, D, H), S = chosen.shape, w_in.shape, chosen.numel()
+    tiles = -(-S // choose_block_sizes(S, E, x.dtype).rows) + E
+    y = x.new_empty((T, K, D) if gates is None else (T, D))
+    return y, x.new_empty(S, H), *(chosen.new_empty(n) for n in (S, E + 1, tiles, tiles))
+
+
+@torch.library.custom_op(f"{__name__}::fused_backward", mutates_args=())
+def fused_backward(
+        dout: Tensor, x: Tensor, chosen: Tensor, gates: Tensor | None, w_in: Tensor, w_out: Tensor,
+        b_out: Tensor, z: Tensor, order: Tensor, offsets: Tensor, expert: Tensor, start: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, gates, w_in, b_in, w_out and b_out; that of gates that are None is empty.
+    """
+    plan, tiles = Plan(None, order, offsets), Tiles(expert, start)
+    (T, K), (S, H) = chosen.shape, z.shape
+    block = choose_block_sizes(S, len(w_in), x.dtype)
+    dout = dout.reshape(-1, x.shape[1]).contiguous()        # .sum()'s gradient has strides 0
+    shared = 1 if gates is None else K                      # choices per row of dout
+    dz, a, dx = (x.new_empty(S, n) for n in (H, H, x.shape[1]))
+    dgates = z.new_empty(S, -(-H // block.narrow), dtype=torch.float32)
+    db = z.new_zeros(len(tiles.expert), H, dtype=torch.float32)
+    gemm("da", block, plan, tiles, dout, w_out.mT, dz, shared_by=shared, gates=gates, z=z,
+         gated_a=a, dgates=dgates, db=db)
+    gemm("dx", block, plan, tiles, dz, w_in.mT, dx)
+    dw_in = gemm_dw(block, plan, x, dz, a_shared_by=K)
+    dw_out = gemm_dw(block, plan, a, dout, b_shared_by=shared)
+    # the gradients of biases are products with a side of E, small enough for torch in float32
+    every, dout = torch.arange(len(w_in), device=x.device), dout.float()
+    db_in = (every[:, None] == tiles.expert).float() @ db               # (E, tiles) @ (tiles, H)
+    weight = (chosen[..., None] == every).float()                       # (T, K, E)
+    if gates is None:
+        dgates = dgates.new_empty(0)
+    else:
+        dgates = dgates.sum(dim=1).view(T, K) + (dout @ b_out.float().mT).gather(1, chosen)
+        dgates, weight = dgates.to(gates.dtype), weight * gates[..., None]
+    db_out = weight.view(-1, shared, len(w_in)).sum(dim=1).mT @ dout    # (E, D)
+    return over_choices(dx, K), dgates, dw_in, db_in.to(x.dtype), dw_out, db_out.to(x.dtype)
+
+
+@fused_backward.register_fake
+def _(dout, x, chosen, gates, w_in, w_out, b_out, z, order, offsets, expert, start):
+    E, D, H = w_in.shape
+    dgates = z.new_empty(0, dtype=torch.float32) if gates is None else torch.empty_like(gates)
+    return (x.new_empty(x.shape), dgates, w_in.new_empty(E, D, H), x.new_empty(E, H),
+            w_out.new_empty(E, H, D), x.new_empty(E, D))
+
+
+def keep_for_backward(ctx, inputs, output):
+    x, chosen, gates, w_in, _, w_out, b_out = inputs
+    ctx.set_materialize_grads(False)                        # no gradient of zeros for z
+    ctx.save_for_backward(x, chosen, gates, w_in, w_out, b_out, *output[1:])
+
+
+@once_differentiable
+def backward_of_fused(ctx, dy, *_):
+    dx, dgates, *dw = fused_backward(dy, *ctx.saved_tensors)
+    return dx, None, dgates if ctx.needs_input_grad[2] else None, *dw
+
+
+fused_forward.register_autograd(backward_of_fused, setup_context=keep_for_backward)
 
 
 def over_choices(rows, K):
@@ -547,7 +584,8 @@ def expert_mlp(x, chosen, gates, w_in, b_in, w_out, b_out, backend="auto", retur
     x (T, D); chosen (T, K) int64; gates (T, K); w_in (E, D, H); b_in (E, H); w_out (E, H, D);
     b_out (E, D). Returns y (T, D), or (y, raw (T, K, D)) with return_choices=True. "auto" runs
     everywhere; a backend that cannot run raises RuntimeError and says why. torch.compile takes
-    "auto" in one graph in bfloat16; in torch.export "auto" is "reference".
+    "auto" in one graph in bfloat16 and "fused" in any precision; in torch.export "auto" is
+    "reference".
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
@@ -585,6 +623,50 @@ def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):
         expect(name, v, *sizes)
     if chosen.dtype != torch.int64 or not x.dtype == w_in.dtype == w_out.dtype:
         raise TypeError(f"chosen must be int64, not {chosen.dtype}, and the weights {x.dtype} as x")
+
+
+# --- on a GPU that we have never seen: is `fused` right there, and is it the faster? ---
+
+def contest(T, D, H, E, K, dtype, device, compiled=False, rounds=3, steps=10):
+    """What is `fused` worth beside `grouped`, for a layer of these sizes? Returns two ratios to it.
+
+    The first is of errors, by float64 on 64*E tokens: the largest among y and all gradients. The
+    second is a list of one ratio of times per round, each of some forward and backward passes of T
+    tokens, compiled or not.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def layer(T):
+        sizes = ((T, D), 1), ((T, K), 1), ((E, D, H), D), ((E, H), 1), ((E, H, D), H), ((E, D), 1)
+        tensors = [torch.randn(size, generator=generator, device=device) / of ** 0.5
+                   for size, of in sizes]
+        tensors = [t if i == 1 else t.to(dtype) for i, t in enumerate(tensors)]     # but the gates
+        chosen = torch.rand(T, E, generator=generator, device=device).argsort(dim=1)[:, :K]
+        return chosen, [t.requires_grad_() for t in tensors]
+
+    def results(rung, chosen, tensors, mlp=expert_mlp):
+        y = mlp(tensors[0], chosen, *tensors[1:], rung)
+        return y, *torch.autograd.grad(y, tensors, tensors[0].detach())
+
+    chosen, tensors = layer(min(T, 64 * E))                     # the same block sizes as with T
+    truth = results("reference", chosen, [t.detach().double().requires_grad_() for t in tensors])
+    off = [[((a.double() - t).abs().max() / t.abs().max()).item()
+            for a, t in zip(results(rung, chosen, tensors), truth, strict=True)]
+           for rung in ("fused", "grouped")]
+    tiny = 8 * torch.finfo(torch.float32).eps                   # float32 sums in another order
+    error = max(ours / (its + tiny) for ours, its in zip(*off, strict=True))
+
+    chosen, tensors = layer(T)
+    mlp = torch.compile(expert_mlp, dynamic=False) if compiled else expert_mlp
+    times = {"fused": [], "grouped": []}
+    for i in range(rounds + 1):                                 # the first one warms up
+        for rung, seconds in times.items():
+            began = time.perf_counter()
+            for _ in range(steps):
+                dx = results(rung, chosen, tensors, mlp)[1]
+            dx.sum().item()                                     # waits for the GPU
+            seconds += [time.perf_counter() - began] if i else []
+    return error, [ours / its for ours, its in zip(*times.values(), strict=True)]
 
 
 def why_not_fused(x, w_in):

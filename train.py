@@ -41,6 +41,7 @@ from torch import distributed as dist
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
+import kernels
 import report
 from data import Data, Sets, batches, class_names, load, split, square, steps_per_epoch
 from distill import mutual_distillation_loss
@@ -223,23 +224,24 @@ def resolve(given):
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = ("bf16" if native else "fp16") if on_gpu else "fp32"
     if cfg.compile is None:
-        # routed experts are one graph in bfloat16 alone
-        one_graph = cfg.precision == "bf16" or cfg.method in ("dense", "soft")
-        cfg.compile = on_gpu and one_graph and cfg.backend != "fused" and (
-            find_spec("triton") is not None)
+        # by `grouped`, routed experts are one graph in bfloat16 alone
+        one_graph = (cfg.precision == "bf16" or cfg.backend == "fused"
+                     or cfg.method in ("dense", "soft"))
+        cfg.compile = on_gpu and one_graph and find_spec("triton") is not None
     if cfg.compile and on_gpu and torch.cuda.get_device_capability(cfg.device) < (7, 0):
         print(f"not compiled, for torch.compile needs a GPU of compute capability 7.0 or newer: "
               f"{checkpoint.describe(cfg.device)} is older", flush=True)
         cfg.compile = False
-    if cfg.backend == "fused" and cfg.compile:
-        raise ValueError("--backend fused is not traced by torch.compile yet: add --no-compile, or "
-                         "leave --backend out")
-    if cfg.backend == "fused":
-        probe = torch.empty(0, device=cfg.device, dtype=AUTOCAST[cfg.precision])
-        if why := why_not_fused(probe, probe):
-            raise ValueError(f"--backend fused cannot run here: {why}; leave it out")
+    if cfg.backend == "fused" and (why := no_fused_run(cfg)):
+        raise ValueError(f"--backend fused cannot run here: {why}; leave it out")
     check_numbers(cfg)
     return cfg
+
+
+def no_fused_run(cfg):
+    """Why can a run on this device and in this precision not use the fused rung? None if it can."""
+    probe = torch.empty(0, device=cfg.device, dtype=AUTOCAST[cfg.precision])
+    return why_not_fused(probe, probe)
 
 
 def is_torchvision(teacher):
@@ -631,8 +633,8 @@ def rehearsed(job, guide, losses, progress):
     """`losses`, compiled if cfg says so, once forward and backward have gone well.
 
     Where torch.compile or a kernel of ours fails, this is said, and cfg and the model are changed
-    to what is used instead. No step is taken here, and an epoch seeds its own generators and begins
-    without gradients.
+    to what is used instead; several processes end with it. No step is taken here, and an epoch
+    seeds its own generators and begins without gradients.
     """
     cfg, data, sets, model, _ = job
     guided = guide if progress.epoch < cfg.guide_until * cfg.epochs else None
@@ -646,33 +648,45 @@ def rehearsed(job, guide, losses, progress):
         except Exception as error:
             if not of_a_compiler(error):
                 raise
-            failed, instead = ("torch.compile", "not compiled") if cfg.compile else (
-                "--backend fused", "with --backend grouped")
+            ours = cfg.backend == "fused" and (not cfg.compile or "kernels" in modules_of(error))
+            what, instead = ("--backend fused", "--backend grouped") if ours else (
+                "torch.compile", "--no-compile")
             why = " ".join(str(error).split("\n\n")[0].split())[:300]
-            print(f"{failed} failed ({type(error).__name__}: {why}; torch {torch.__version__}, "
-                  f"{checkpoint.describe(cfg.device)}): please report it with this line. Nothing "
-                  f"is lost, and the run goes on {instead}", flush=True)
+            said = (f"{what} failed ({type(error).__name__}: {why}; torch {torch.__version__}, "
+                    f"{checkpoint.describe(cfg.device)}): please report it with this line")
+            if processes() > 1:             # where it has not failed, the step waits for this one
+                raise ValueError(f"{said}, and add {instead}") from error
+            print(f"{said}. Nothing is lost, and the run goes on with {instead}", flush=True)
         finally:
             progress.spent += time.perf_counter() - began
-        if cfg.compile:
-            cfg.compile = False
+        if ours:
+            use_backend("grouped", cfg, model)
         else:
-            cfg.backend = "grouped"
-            for layer in model.modules():
-                if isinstance(layer, MoE):
-                    layer.backend = cfg.backend
+            cfg.compile = False
     return losses
+
+
+def use_backend(name, cfg, model):
+    cfg.backend = name
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            layer.backend = name
 
 
 def of_a_compiler(error):
     """Is it torch.compile or Triton that failed, and not our code, a number or the memory?"""
     if isinstance(error, FloatingPointError) or out_of_memory(error):
         return False
-    inside = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(
-        error.__traceback__)]
+    inside = modules_of(error)
     # not dynamo's frames, which lie between ours wherever a function of ours is compiled
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")) or any(
         name.startswith(("torch._inductor", "triton")) for name in inside)
+
+
+def modules_of(error):
+    """The names of the modules through which an error came, the innermost last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(
+        error.__traceback__)]
 
 
 def out_of_memory(error):
@@ -942,8 +956,58 @@ def guide_of(teacher, job):
     return Guide(teacher.model, job.model, job.cfg.n_experts).to(job.cfg.device)
 
 
-def announce(teacher, job):
-    """Print what will be done, and on what."""
+def try_fused(job):
+    """Let "auto" be `fused` on a GPU where that is right and the faster rung in every round of
+    `kernels.contest`; returns a clause that says so, or "" where nothing is to be chosen.
+
+    A card and the code that it ran meet once: what came out is kept in torch's cache folder.
+    """
+    cfg, experts = job.cfg, [m.experts for m in job.model.modules() if isinstance(m, MoE)]
+    if cfg.backend != "auto" or not experts or not cfg.device.startswith("cuda"):
+        return ""
+    E, D, H = experts[0].w_in.shape
+    T = cfg.batch_size // processes() * job.model.n_tokens
+    dtype = AUTOCAST[cfg.precision] or torch.float32
+    if why := no_fused_run(cfg):
+        return f" by the rung grouped (fused cannot run here: {why})"
+    try:
+        error, times = first(contest_once, T, D, H, E, cfg.k, dtype, cfg.device, cfg.compile)
+    except ValueError as failure:
+        return f" by the rung grouped ({failure})"
+    if not error <= 2:                                      # not a number is wrong as well
+        return (f" by the rung grouped (fused is wrong here, with {error:.3g} times the error: "
+                f"please report this line, with torch {torch.__version__})")
+    spans = f"{min(times):.2f} to {max(times):.2f} of "
+    if max(times) >= 1:
+        return f" by the rung grouped (fused is right here but takes {spans}its time)"
+    use_backend("fused", cfg, job.model)
+    return f" by the rung fused (right here, and it takes {spans}grouped's time)"
+
+
+def contest_once(*layer):
+    """`kernels.contest` for a layer, or what it returned here before; ValueError if it failed."""
+    source = Path(kernels.__file__).read_bytes()
+    of = [checkpoint.describe(layer[6]), torch.__version__, kernels.triton.__version__,
+          hashlib.md5(source).hexdigest(), *map(str, layer)]
+    name = hashlib.md5(json.dumps(of).encode()).hexdigest()
+    kept = Path(torch.hub.get_dir(), "guided_moe", f"{name}.json")
+    try:
+        return json.loads(kept.read_text(encoding="utf-8"))["came_out"]
+    except (OSError, ValueError, KeyError):
+        pass                                                # never held, or the note is damaged
+    try:
+        came_out = kernels.contest(*layer)
+    except Exception as error:                              # whatever a card unknown to us can do
+        raise ValueError(f"fused failed here, {type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:300]}") from error
+    with contextlib.suppress(OSError):                      # then the next run holds it again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(kept, json.dumps({"of": of, "came_out": came_out}))
+    return came_out
+
+
+def announce(teacher, job, rung=""):
+    """Print what will be done, on what, and by which `rung` of kernels.py."""
     cfg = job.cfg
     demo = " (a demonstration: the full recipe is preset small, on a GPU)"
     several = f" in {processes()} processes" if processes() > 1 else ""
@@ -967,7 +1031,7 @@ def announce(teacher, job):
     if "mutual" in METHODS[cfg.method] and cfg.k == 1:      # a compiled loss cannot warn of it
         sparse += " (one expert alone has nobody to learn from: its mutual distillation is 0)"
     steps.append(f"the {cfg.method} model for {cfg.epochs} epochs of {len(job.sets.train[0]):,} "
-                 f"images{sparse}, in {cfg.out}")
+                 f"images{sparse}{rung}, in {cfg.out}")
     print("plan: " + "; then ".join(steps), flush=True)
 
 
@@ -1200,7 +1264,7 @@ def main(argv=None):
                 return evaluate(given)
             command = typed(argv)
             teacher, job = plan(given, lambda out: owned.enter_context(checkpoint.claim(out)))
-            announce(teacher, job)
+            announce(teacher, job, try_fused(job))
             job, guide = begin(job, command), None
             if teacher:
                 guide = guide_of(trained(teacher, job, command), job)

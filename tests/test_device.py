@@ -9,6 +9,7 @@ grouped_mm may read its offsets), the Triton kernels, and speed.
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoint
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision import models
 
+import kernels
 import report
 import teacher
 import train
@@ -107,6 +109,7 @@ def a_card(monkeypatch, **differs):
              "get_arch_list": ["sm_75", "sm_90a", "sm_120"]}
     for name, value in (there | differs).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
 
 
 @pytest.fixture
@@ -192,8 +195,8 @@ CASES = [
     "moe --gate sigmoid --augment heavy --mixup 0.8 --cutmix 1 --split val --labels coarse",
     "moe --k 1 --noise 1 --drop_path 0.1 --depth 2 --capacity_factor 1.2 --label_smoothing 0.1",
     "tgr --guide_tokens class --mixup 0.8", "tgr --k 1 --guide_tokens patches --guide_until 0.5",
-    "mode --backend lean", "mode --k 1 --cutmix 1", "tgr+mode", "tgr+mode --k 1 --precision fp32",
-    "tgr+mode --precision fp16 --gate topk_softmax",
+    "mode --backend lean", "moe --backend fused", "mode --k 1 --cutmix 1", "tgr+mode",
+    "tgr+mode --k 1 --precision fp32", "tgr+mode --precision fp16 --gate topk_softmax",
     "tgr --teacher torchvision:resnet18 --teacher_pixels 32"]
 
 
@@ -256,6 +259,111 @@ def test_the_backward_pass_is_one_graph_too():
     assert all(p.grad.isfinite().all() for p in student.parameters())
 
 
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_the_fused_rung_is_in_that_graph_whole_in_every_precision_that_it_has():
+    graphs = []
+    for precision in ("fp32", "fp16"):                          # the interpreter has no bfloat16
+        cfg, student, guide, *batch = a_step("--method", "tgr+mode", "--backend", "fused",
+                                             "--precision", precision)
+        losses = torch.compile(train.losses, backend=lambda graph, _: graphs.append(graph) or graph)
+        losses(cfg, student, guide, *batch)
+    assert [graph.code.count("kernels.fused") for graph in graphs] == [1, 1]
+
+
+# --- on a card that nobody has tried, which rung is "auto"? ---
+
+def a_plan(*flags):
+    """A job on the pretended card, and the clause of its plan about the rung."""
+    _, job = train.plan(train.parse([*BASE, "--device", "cuda", *flags]))
+    return job, train.try_fused(job)
+
+
+@pytest.fixture
+def contests(monkeypatch, tmp_path):
+    """The layers of the contests that were held; `came_out` is what each returns, or raises."""
+    held = SimpleNamespace(layers=[], came_out=(1.1, [0.8, 0.7, 0.9]))
+
+    def contest(*layer):
+        held.layers.append(layer)
+        if isinstance(held.came_out, Exception):
+            raise held.came_out
+        return held.came_out
+
+    monkeypatch.setattr(kernels, "contest", contest)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return held
+
+
+@pytest.mark.parametrize("came_out, rung, said", [
+    ((1.1, [0.8, 0.7, 0.9]), "fused", "right here, and it takes 0.70 to 0.90 of grouped's time"),
+    ((2.0, [0.8, 0.7, 0.99]), "fused", "0.70 to 0.99"),
+    ((1.1, [0.8, 0.7, 1.0]), "auto", "right here but takes 0.70 to 1.00 of its time"),
+    ((2.1, [0.1, 0.1, 0.1]), "auto", "wrong here, with 2.1 times the error: please report"),
+    ((float("nan"), [0.1, 0.1, 0.1]), "auto", "wrong here, with nan times"),
+    (RuntimeError("no kernel\nimage"), "auto", "failed here, RuntimeError: no kernel image")])
+def test_auto_is_fused_where_that_is_right_and_faster_in_every_round(
+        came_out, rung, said, gpu, contests):
+    contests.came_out = came_out
+    job, clause = a_plan("--method", "moe")
+    assert job.cfg.backend == rung == job.model.blocks[0].mlp.backend and said in clause
+    assert clause.startswith(f" by the rung {'fused' if rung == 'fused' else 'grouped'} (")
+    # 16 images of 5 tokens; D, H, E and K of the experts
+    assert contests.layers == [(80, 16, 32, 4, 2, torch.bfloat16, "cuda", True)]
+
+
+@pytest.mark.parametrize("flags", ["--method dense", "--method soft", "--backend grouped",
+                                   "--backend fused"])
+def test_no_contest_is_held_where_nothing_is_to_be_chosen(flags, gpu, contests):
+    job, clause = a_plan("--method", "moe", *flags.split())
+    assert clause == "" and not contests.layers
+    assert job.cfg.backend == (flags.split()[1] if "backend" in flags else "auto")
+
+
+def test_no_contest_is_held_on_a_card_that_the_kernels_are_not_compiled_for(
+        gpu, contests, monkeypatch):
+    a_card(monkeypatch, get_device_capability=(7, 5), is_bf16_supported=False)
+    _, clause = a_plan("--method", "moe")
+    assert "older than compute capability 8.0" in clause and not contests.layers
+
+
+def test_a_contest_is_held_once_per_card_layer_and_code(gpu, contests, monkeypatch, tmp_path):
+    first = a_plan("--method", "moe")[1]
+    assert a_plan("--method", "moe")[1] == first and len(contests.layers) == 1
+    differ = [lambda: a_card(monkeypatch, get_device_name="another"),
+              lambda: monkeypatch.setattr(torch, "__version__", "3.0"),
+              lambda: monkeypatch.setattr(kernels.triton, "__version__", "4.0"),
+              lambda: monkeypatch.setattr(kernels, "__file__", train.__file__)]
+    for n, change in enumerate(differ, start=2):
+        change()
+        assert a_plan("--method", "moe")[1] == first and len(contests.layers) == n
+    for n, flags in enumerate(["--k 1", "--precision fp32", "--no-compile"], start=6):
+        a_plan("--method", "moe", *flags.split())
+        assert len(contests.layers) == n
+    for note in (tmp_path / "hub" / "guided_moe").iterdir():
+        note.write_text("{")
+    assert a_plan("--method", "moe")[1] == first and len(contests.layers) == 9
+
+
+def test_a_contest_that_cannot_be_noted_is_held_again(gpu, contests, tmp_path):
+    (tmp_path / "hub").write_text("no folder")
+    for n in (1, 2):
+        assert "by the rung fused" in a_plan("--method", "moe")[1] and len(contests.layers) == n
+
+
+def test_a_contest_that_failed_is_held_again(gpu, contests):
+    contests.came_out = RuntimeError("another process has the memory")
+    for n in (1, 2):
+        assert "failed here" in a_plan("--method", "moe")[1] and len(contests.layers) == n
+
+
+def test_the_plan_says_which_rung_and_why(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", lambda *_, **__: SMALL)
+    monkeypatch.setattr(train, "try_fused", lambda job: " by the rung fused (of course)")
+    train.main([*BASE, "--device", "cpu", "--method", "moe"])
+    assert "K=2 by the rung fused (of course), in run" in capsys.readouterr().out
+
+
 # --- which card is it? ---
 
 def test_routed_experts_are_compiled_where_they_are_one_graph(monkeypatch):
@@ -265,6 +373,11 @@ def test_routed_experts_are_compiled_where_they_are_one_graph(monkeypatch):
             cfg = train.resolve(train.parse([*BASE, "--method", method]))
             assert (cfg.device, cfg.precision) == ("cuda", precision)
             assert cfg.compile == (bf16 or method in ("dense", "soft"))
+        if bf16:                        # the fused rung is one graph in every precision
+            with NoNumbers():
+                assert all(train.resolve(train.parse(
+                    [*BASE, "--backend", "fused", "--precision", precision])).compile
+                    for precision in ("fp32", "fp16"))
         assert train.resolve(train.parse([*BASE, "--compile"])).compile
 
 

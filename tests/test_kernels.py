@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -378,16 +379,21 @@ def test_small_layers_are_multiplied_in_one_call(monkeypatch):
     assert calls(2 * few - 1) == ("grouped_mm_mlp", 1) and calls(2 * few) == ("sliced_mlp", E)
 
 
-def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_sizes():
-    def twenty_losses(layer_of):
+@pytest.mark.parametrize("rung, dtype, tolerance, steps", [
+    ("auto", bf16, 0.02, 20), pytest.param("fused", f32, 1e-4, 4, marks=needs_triton)])
+def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_sizes(
+        rung, dtype, tolerance, steps):
+    device = DEVICE if rung == "fused" else "cpu"
+
+    def losses_of(layer_of):
         torch.manual_seed(3)
-        layer = an_mlp_layer(E, distinct(T, E, K), bf16, D=24, H=48)
+        layer = an_mlp_layer(E, distinct(T, E, K), dtype, D=24, H=48, device=device)
         x, gates, *weights = layer.values()
         weights = [w.requires_grad_() for w in weights]
         optimizer, losses = torch.optim.SGD(weights, lr=0.1), []
-        for _ in range(20):
-            chosen = distinct(T, E, K)                             # other group sizes every time
-            loss = (layer_of(x, chosen, gates, *weights).float() - 1).square().mean()
+        for _ in range(steps):
+            chosen = distinct(T, E, K).to(device)                  # other group sizes every time
+            loss = (layer_of(x, chosen, gates, *weights, rung).float() - 1).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -402,10 +408,27 @@ def test_a_compiled_layer_learns_as_an_eager_one_in_one_graph_for_any_group_size
 
     aot_eager = torch._dynamo.lookup_backend("aot_eager")
     torch._dynamo.reset()
-    compiled = twenty_losses(torch.compile(expert_mlp, backend=count, fullgraph=True))
+    compiled = losses_of(torch.compile(expert_mlp, backend=count, fullgraph=True))
     assert len(graphs) == 1                                         # no break, no recompilation
-    assert_close(compiled, twenty_losses(expert_mlp), rtol=0.02, atol=0)
-    assert compiled[-1] < 0.8 * compiled[0]
+    assert ("kernels.fused" in graphs[0].code) == (rung == "fused")
+    assert_close(compiled, losses_of(expert_mlp), rtol=tolerance, atol=0)
+    assert compiled[-1] < 0.99 ** steps * compiled[0]
+
+
+@needs_triton
+@pytest.mark.parametrize("K, gated", [(1, False), (3, True)])
+def test_torch_finds_the_two_operations_of_fused_to_be_what_they_are_registered_as(K, gated):
+    # their schemas, shapes, strides and dtypes, their gradients, and both inside torch.compile
+    layer = an_mlp_layer(E, chosen := distinct(T, E, K).to(DEVICE), f32, device=DEVICE)
+    x, gates, *weights = (t.requires_grad_() for t in layer.values())
+    gates = gates if gated else None
+    torch.library.opcheck(kernels.fused_forward, (x, chosen, gates, *weights))
+    with torch.no_grad():
+        y, *kept = kernels.fused_forward(x, chosen, gates, *weights)
+        w_in, _, w_out, b_out = (w.detach() for w in weights)
+        torch.library.opcheck(kernels.fused_backward, (
+            torch.randn_like(y), x.detach(), chosen, gates if gates is None else gates.detach(),
+            w_in, w_out, b_out, *kept))
 
 
 # --- lean and fused: what is kept, and the plan ---
@@ -689,6 +712,47 @@ def test_autocast_of_a_gpu_leaves_the_sum_over_choices_in_half_precision(monkeyp
         assert kernels.over_choices(rows, 2).dtype == kernels.over_choices(rows, 1).dtype == f16
 
 
+# --- is fused right here, and is it the faster? ---
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [f32, f16])
+def test_a_contest_finds_fused_as_exact_as_grouped_and_leaves_no_trace(dtype):
+    before = torch.get_rng_state()
+    error, times = kernels.contest(*CONTEST, dtype, DEVICE, rounds=2, steps=1)
+    assert 0 < error <= 2 and len(times) == 2 and all(t > 0 for t in times)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+CONTEST = 40, 20, 45, 3, 2          # T, D, H, E, K
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda y, gates: y * 1.01, lambda y, gates: y * torch.nan,
+    lambda y, gates: y + (gates - gates.detach()).sum()])           # right, but not its gradient
+def test_a_contest_finds_what_is_wrong(wrong, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "fused", lambda x, chosen, gates, *rest: wrong(
+        kernels.sliced(x, chosen, gates, *rest), gates))
+    monkeypatch.setattr(kernels, "why_not_fused", lambda *_: None)
+    error, _ = kernels.contest(*CONTEST, f32, "cpu", rounds=1, steps=1)
+    assert not error <= 2
+
+
+@pytest.mark.parametrize("slow, compiled", [("fused", False), ("grouped", False), ("fused", True)])
+def test_a_contest_finds_the_faster_in_every_round(slow, compiled, monkeypatch):
+    def delayed(*args):
+        time.sleep(0.05)
+        return kernels.sliced(*args)
+
+    for rung in ("fused", "grouped"):
+        monkeypatch.setitem(BACKENDS, rung, delayed if rung == slow else kernels.sliced)
+    monkeypatch.setattr(kernels, "why_not_fused", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how) or f)
+    _, times = kernels.contest(*CONTEST, f32, "cpu", compiled=compiled, steps=2)
+    assert len(times) == 3 and len(asked) == compiled
+    assert min(times) > 1 if slow == "fused" else max(times) < 1
+
+
 # --- on a real GPU ---
 
 gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -719,6 +783,30 @@ def test_on_a_gpu_autocast_trains_two_experts_per_token_on_every_rung(backend):
     assert y.dtype == bf16
     for name, p in moe.named_parameters():
         assert p.grad.dtype == f32 and p.grad.isfinite().all() and p.grad.any(), name
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [f32, f16, bf16])
+def test_on_a_gpu_fused_holds_its_own_in_a_contest(dtype, compiled):
+    error, times = kernels.contest(4160, 192, 384, 8, 2, dtype, "cuda", compiled)
+    assert 0 < error <= 2 and len(times) == 3
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [f32, f16, bf16])
+def test_on_a_gpu_a_compiled_layer_of_the_fused_rung_is_the_eager_one(dtype):
+    chosen = distinct(999, 8, K).cuda()
+    layer = an_mlp_layer(8, chosen, dtype, 96, 192, "cuda")
+    leaves = [t.requires_grad_() for t in layer.values()]
+    results = []
+    for mlp in (expert_mlp, torch.compile(expert_mlp, fullgraph=True)):
+        y = mlp(leaves[0], chosen, *leaves[1:], "fused")
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager)
 
 
 @pytest.mark.gpu

@@ -141,6 +141,18 @@ def test_a_compiled_step_averages_over_the_processes_too():
     assert_the_same_run("one", "two")
 
 
+def test_where_one_process_cannot_compile_all_end_and_that_one_says_what_to_add():
+    found = ended(start(2, [*BASE, "--method", "moe", "--compile", "--out", "two"], before="""
+def compile(f, compile=torch.compile):
+    def never(graph, inputs):
+        raise OSError("no compiler here")
+    return compile(f, backend=never if rank else "eager")
+torch.compile = compile
+"""))
+    assert all(code for code, *_ in found)
+    assert "no compiler here" in found[1][2] and found[1][2].endswith("and add --no-compile\n")
+
+
 def test_the_balance_of_the_experts_is_that_over_the_tokens_of_all_processes():
     torch.manual_seed(1)
     logits, chosen = 3 * torch.randn(12, 4), torch.randint(3, (12, 2))

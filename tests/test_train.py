@@ -443,7 +443,7 @@ def test_where_torch_compile_fails_it_is_said_and_the_run_is_the_one_that_is_not
     said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
     assert len(said) == 1 and said[0].startswith("torch.compile failed (BackendCompilerFailed: ")
     assert "there is no C compiler; torch 2." in said[0] and "much more" not in said[0]
-    assert "report it with this line" in said[0] and said[0].endswith("goes on not compiled")
+    assert "report it with this line" in said[0] and said[0].endswith("with --no-compile")
     assert result["config"]["compile"] is state["config"]["compile"] is False
     assert [line["terms"] for line in lines] == [line["terms"] for line in whole_lines]
     assert same(whole["student"], state["student"])
@@ -467,6 +467,27 @@ def test_where_a_kernel_fails_it_is_said_and_the_run_is_the_one_of_the_grouped_r
     assert result["config"]["backend"] == state["config"]["backend"] == "grouped"
     assert [line["terms"] for line in lines] == [line["terms"] for line in whole_lines]
     assert same(whole["student"], state["student"]) and same(whole["routers"], state["routers"])
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_where_a_kernel_fails_in_a_compiled_step_the_rung_is_given_up_and_not_the_compiler(
+        monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda f, compile=torch.compile: compile(
+        f, backend="aot_eager"))
+    torch._dynamo.reset()
+
+    def too_large(*args, **how):
+        from triton.runtime.errors import OutOfResources
+        raise OutOfResources(300_000, 200_000, "shared memory")
+
+    monkeypatch.setattr(kernels, "gemm_dw", too_large)
+    cfg = config("--backend", "fused", "--compile", "--device", "cpu")
+    job = train.Job(cfg, SMALL, split(cfg, SMALL), train.build(cfg, SMALL), None)
+    train.rehearsed(job, None, train.losses, train.Progress())
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert len(said) == 1 and said[0].startswith("--backend fused failed (OutOfResources: out of")
+    assert (cfg.backend, cfg.compile) == ("grouped", True)
+    assert job.model.blocks[1].mlp.backend == "grouped"
 
 
 def raised(error, module):
@@ -933,12 +954,11 @@ def test_the_backend_that_is_asked_for_computes_the_experts_and_a_checkpoint_run
     asked.clear()
     main(["--eval", "run/checkpoint.pt"])                   # perhaps on another machine
     assert set(asked) == {"grouped"}
-    for flags, why in (("", "cpu"), ("--compile", "--no-compile")):
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
-        with pytest.raises(SystemExit) as ended:
-            run("--backend", "fused", *flags.split(), out="never")
-        assert ended.value.code == 2 and not Path("never").exists()
-        assert why in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(SystemExit) as ended:
+        run("--backend", "fused", out="never")
+    assert ended.value.code == 2 and not Path("never").exists()
+    assert "the tensors are on the cpu" in capsys.readouterr().err
 
 
 def test_save_every_counts_epochs_between_checkpoints(monkeypatch):

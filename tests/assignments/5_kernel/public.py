@@ -328,7 +328,7 @@ def each_expert_gets_a_transposed_times_b_over_its_rows(student, g):
         same(f"DW of {of}", got, expected.float())
 
 
-@check(points=3, hint="the parts are right alone? Then look at what Fused hands to them")
+@check(points=3, hint="the parts are right alone? Then look at what fused_forward hands to them")
 def forward_and_backward_are_those_of_the_loop(student, g):
     module, world = kernels(student), a_world(g, (5, 0, 12, 1))
     same("y of fused", module.fused(*world), loop(*doubles(world))[0].float())
