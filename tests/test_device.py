@@ -259,6 +259,19 @@ def test_the_backward_pass_is_one_graph_too():
     assert all(p.grad.isfinite().all() for p in student.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_elsewhere_than_in_bfloat16_grouped_is_many_graphs_and_the_next_steps_compile_no_more(
+        precision):
+    graphs = []
+    cfg, student, guide, *batch = a_step("--method", "tgr", "--precision", precision)
+    losses = torch.compile(train.losses, backend=lambda graph, _: graphs.append(1) or graph)
+    losses(cfg, student, guide, *batch)
+    first = len(graphs)
+    for images, targets in (batch, [t.flip(0) for t in batch]):     # other groups of tokens
+        losses(cfg, student, guide, images, targets)
+        assert 2 < len(graphs) == first
+
+
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 def test_the_fused_rung_is_in_that_graph_whole_in_every_precision_that_it_has():
     graphs = []

@@ -469,6 +469,18 @@ def test_only_x_the_preactivations_the_gates_and_the_plan_are_kept(rung, dtype, 
     assert kept(rung, False, K, dtype) < 0.6 * kept("grouped", False, K, dtype)
 
 
+@needs_triton
+def test_no_gradient_of_zeros_is_made_for_the_preactivations_that_fused_returns():
+    chosen = distinct(T, E, K).to(DEVICE)
+    x, *rest = an_mlp_layer(E, chosen, f32, device=DEVICE).values()
+    y = expert_mlp(x.requires_grad_(), chosen, *rest, "fused")
+    with torch.profiler.profile(profile_memory=True) as seen:
+        y.sum().backward()
+    bytes_of = [max(e.cpu_memory_usage, e.device_memory_usage) for e in seen.events()
+                if e.name == "aten::zeros"]
+    assert T * K * H * 4 not in bytes_of
+
+
 def test_the_plan_worked_by_hand():
     ids, order, offsets = plan_choices(torch.tensor([[2, 0], [0, 3], [2, 2]]), E=5)
     assert ids.tolist() == [0, 0, 2, 2, 2, 3] and order.tolist() == [1, 2, 0, 4, 5, 3]
