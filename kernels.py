@@ -636,13 +636,14 @@ def contest(T, D, H, E, K, dtype, device, compiled=False, rounds=3, steps=10):
     """
     generator = torch.Generator(device).manual_seed(0)
 
+    def randn(*size, of=1, dtype=dtype):
+        t = torch.randn(size, generator=generator, device=device) / of ** 0.5
+        return t.to(dtype).requires_grad_()
+
     def layer(T):
-        sizes = ((T, D), 1), ((T, K), 1), ((E, D, H), D), ((E, H), 1), ((E, H, D), H), ((E, D), 1)
-        tensors = [torch.randn(size, generator=generator, device=device) / of ** 0.5
-                   for size, of in sizes]
-        tensors = [t if i == 1 else t.to(dtype) for i, t in enumerate(tensors)]     # but the gates
         chosen = torch.rand(T, E, generator=generator, device=device).argsort(dim=1)[:, :K]
-        return chosen, [t.requires_grad_() for t in tensors]
+        return chosen, [randn(T, D), randn(T, K, dtype=torch.float32), randn(E, D, H, of=D),
+                        randn(E, H), randn(E, H, D, of=H), randn(E, D)]
 
     def results(rung, chosen, tensors, mlp=expert_mlp):
         y = mlp(tensors[0], chosen, *tensors[1:], rung)
