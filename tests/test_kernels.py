@@ -749,6 +749,16 @@ def test_a_contest_finds_what_is_wrong(wrong, monkeypatch):
     assert not error <= 2
 
 
+@pytest.mark.parametrize("T", [50, 500])
+def test_what_a_contest_finds_right_is_what_the_run_will_use(T, monkeypatch):
+    seen = []
+    monkeypatch.setitem(BACKENDS, "fused", lambda x, chosen, *rest: seen.append(
+        kernels.choose_block_sizes(chosen.numel(), 3, f16)) or kernels.sliced(x, chosen, *rest))
+    monkeypatch.setattr(kernels, "why_not_fused", lambda *_: None)
+    kernels.contest(T, 20, 45, 3, 2, f32, "cpu", rounds=1, steps=1)
+    assert set(seen) == {kernels.choose_block_sizes(T * 2, 3, f16)}
+
+
 @pytest.mark.parametrize("slow, compiled", [("fused", False), ("grouped", False), ("fused", True)])
 def test_a_contest_finds_the_faster_in_every_round(slow, compiled, monkeypatch):
     def delayed(*args):
