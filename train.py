@@ -820,12 +820,13 @@ def conclude(job, guide, progress):
 
 # --- what the flags ask for ---
 
-def plan(given, own=lambda folder: None):
+def plan(given, own=lambda folder: None, change=lambda job: None):
     """What the flags ask for, checked before anything long begins: (teacher, student) jobs.
 
     teacher is None where the method needs none. `own` is called with the run's folder before its
-    content is looked at; by default the caller owns it. Raises ValueError or OSError with one
-    sentence.
+    content is looked at; by default the caller owns it. `change` is called with the student's job
+    before a checkpoint is read into its model: this is how a study adds a layer. Raises ValueError
+    or OSError with one sentence.
     """
     state = None
     if given.get("resume"):
@@ -845,12 +846,13 @@ def plan(given, own=lambda folder: None):
     cfg.data = data.name
     sets = split(cfg, data)
     model = build(cfg, data)
+    job = Job(cfg, data, sets, model, state)
+    change(job)
     if state:
         if state["data_md5"] != data.md5:
             raise ValueError(f"the run in {cfg.out} was started on other images: its data had the "
                              f"md5 {state['data_md5']}, {data.name} has {data.md5}")
         checkpoint.restore(model, state["student"], cfg.out)
-    job = Job(cfg, data, sets, model, state)
     teacher = teacher_of(job) if "guide" in METHODS[cfg.method] else None
     if cfg.out is None:
         name = f"{cfg.method}-{cfg.preset}-{label(data)}-seed{cfg.seed}"

@@ -1,0 +1,426 @@
+"""Tests of notebooks/remedies.py: each remedy obeys the law that its paper promises.
+
+What a router's gradient should be is computed by enumeration: all experts, all draws. The layers
+are small and float64 where a law is exact.
+"""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import report
+import train
+from data import synthetic
+from moe import MoE
+from notebooks import remedies
+from notebooks.probes import closing_look
+from notebooks.remedies import REMEDIES, hashed
+
+T, D, H, E = 13, 6, 10, 5
+SMALL = synthetic(seed=5, n_train=64, n_test=40)
+BASE = ["--method", "moe", "--k", "1", "--epochs", "2", "--batch_size", "16", "--dim", "16",
+        "--depth", "2", "--heads", "2", "--patch", "16", "--moe_blocks", "1,2", "--n_experts", "4",
+        "--probe_images", "8", "--train_images", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", lambda *_, **__: SMALL)
+    monkeypatch.setattr(report, "figures", lambda out: {})
+    torch.manual_seed(1)
+
+
+def a_layer(name, k=1, **job):
+    """A remedied layer in float64 whose router has an opinion, in training."""
+    moe = MoE(D, H, E, k).double()
+    torch.nn.init.normal_(moe.router.weight)
+    torch.nn.init.normal_(moe.experts.b_out)
+    return REMEDIES[name](moe, SimpleNamespace(**job)).double().train()
+
+
+def tokens(n=T):
+    return torch.randn(n, D, dtype=torch.float64)
+
+
+def plan(name, *flags, out="run"):
+    return train.plan(train.parse([*BASE, *flags, "--out", out]), change=remedies.remedy(name))[1]
+
+
+def outputs_of(layer, x):
+    """(T, E, D): what each expert makes of each token."""
+    e = layer.experts
+    return torch.stack([F.gelu(x @ e.w_in[i] + e.b_in[i]) @ e.w_out[i] + e.b_out[i]
+                        for i in range(len(e.w_in))], dim=1)
+
+
+def dense_gradient(layer, x, dy):
+    """The router's gradient (E, D) if all experts were chosen and dL/dy is dy."""
+    p = (x @ layer.router.weight.T).softmax(dim=1)
+    q = (outputs_of(layer, x).detach() * dy[:, None]).sum(dim=2)        # (T, E)
+    return torch.autograd.grad((p * q).sum(), layer.router.weight)[0]
+
+
+# --- select otherwise ---
+
+def test_a_bias_changes_who_is_chosen_and_never_what_a_gate_is_worth():
+    layer, x = a_layer("loss-free bias", k=2), tokens()
+    plain = layer.router(x)
+    layer.bias[3] = 5.0
+    y, routing, _ = layer(x)
+    assert (routing.chosen[:, 0] == 3).all() and (plain.chosen[:, 0] != 3).any()
+    assert torch.equal(routing.gates, plain.probs.gather(1, routing.chosen))
+    raw = outputs_of(layer, x).gather(1, routing.chosen[..., None].expand(-1, -1, D))
+    assert_close(y, (routing.gates[..., None] * raw).sum(dim=1))
+
+
+def test_a_bias_moves_against_the_load_by_hand_and_in_training_alone():
+    # one-hot tokens: three go to expert 0, one to 1, one to 4; the mean load is 1
+    layer = a_layer("loss-free bias")
+    with torch.no_grad():
+        layer.router.weight.copy_(9 * torch.eye(E, D))
+    x = torch.eye(D, dtype=torch.float64)[[0, 0, 0, 1, 4]]
+    layer(x)
+    assert_close(layer.bias, torch.tensor([-1.0, 0, 1, 1, 0], dtype=torch.float64) / 1000)
+    layer.eval()(x)
+    layer.train()(x)
+    assert_close(layer.bias, torch.tensor([-2.0, 0, 2, 2, 0], dtype=torch.float64) / 1000)
+
+
+def test_biases_even_out_a_load_that_is_not():
+    layer, x = a_layer("loss-free bias"), tokens(500)
+
+    def spread():
+        return layer(x)[1].chosen.flatten().bincount(minlength=E).double().std()
+
+    before, layer.u = spread(), 0.005
+    for _ in range(300):
+        layer(x)
+    assert spread() < 0.1 * before
+
+
+@pytest.mark.parametrize("k, C", [(1, 3), (2, 6)])          # ceil(13 / 5), ceil(26 / 5)
+def test_experts_that_choose_have_exactly_the_same_load(k, C):
+    layer, x = a_layer("expert choice", k), tokens()
+    y, routing, _ = layer(x)
+    p, f, expected = routing.probs, outputs_of(layer, x), torch.zeros(T, D, dtype=torch.float64)
+    takers = [[] for _ in range(T)]
+    for e in range(E):
+        for t in sorted(range(T), key=lambda t: -p[t, e])[:C]:
+            expected[t] += p[t, e] * f[t, e]
+            takers[t].append(e)
+    assert_close(y, expected)
+    rows = layer.takes(p)
+    assert rows.shape == (E, C) and all(len(set(own)) == C for own in rows.tolist())
+    assert len({len(own) for own in takers}) > 1            # but tokens are not served alike
+    for t, own in enumerate(takers):
+        wanted = sorted(range(E), key=lambda e: (e not in own, -p[t, e]))[:k]
+        assert routing.chosen[t].tolist() == wanted
+        assert [g > 0 for g in routing.gates[t].tolist()] == [e in own for e in wanted]
+
+
+# --- estimate the gradient that is blocked ---
+
+def test_a_default_output_is_the_running_mean_of_an_experts_own_tokens():
+    layer, x = a_layer("default outputs", k=2), tokens()
+    layer.mean = before = torch.randn(E, D, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight[4] = 0                          # one expert may be idle: its mean stays
+        layer.router.weight[4, 0] = -50 * x[:, 0].sign().mean()
+    y, routing, _ = layer(x)
+    f, p = outputs_of(layer, x), routing.probs
+    for e in range(E):
+        own = [t for t in range(T) if e in routing.chosen[t]]
+        expected = before[e] * 0.99 + 0.01 * f[own, e].mean(dim=0) if own else before[e]
+        assert_close(layer.mean[e], expected)
+    on = F.one_hot(routing.chosen, E).sum(dim=1)[..., None].bool()
+    assert_close(y, (p[..., None] * torch.where(on, f, before)).sum(dim=1))
+    kept = layer.mean
+    layer.eval()(x)
+    assert layer.mean is kept
+
+
+def test_where_experts_are_constant_default_outputs_give_the_routers_dense_gradient():
+    layer, x, dy = a_layer("default outputs"), tokens(), tokens()
+    torch.nn.init.zeros_(layer.experts.w_out)
+    layer.mean = layer.experts.b_out.detach()
+    y, *_ = layer(x)
+    assert_close(torch.autograd.grad(y, layer.router.weight, dy)[0], dense_gradient(layer, x, dy))
+
+
+def test_a_drawn_expert_gives_the_gradient_of_the_draw_for_every_loss_of_third_degree(monkeypatch):
+    # E[gradient] over all draws = d/dz sum_e p_e L(p_e f_e) with L held fixed, by enumeration
+    layer, x = a_layer("sparse mixer"), tokens(1)
+    layer.router.weight.data *= 0.3                                     # no draw is a rare one
+    a, b, c = (torch.randn(*[D] * n, dtype=torch.float64) for n in (1, 2, 3))
+
+    def loss(y):
+        return y @ a + y @ b @ y + torch.einsum("i,j,k,ijk->", y, y, y, c)
+
+    p = (x @ layer.router.weight.T).softmax(dim=1)
+    f = outputs_of(layer, x).detach()[0]                                # (E, D)
+    favourite = p.argmax().item()
+    worth = torch.stack([loss(p[0, e].detach() * f[e]) for e in range(E)])
+    expected = torch.zeros(E, D, dtype=torch.float64)
+    found = torch.zeros_like(expected)
+    for e in range(E):
+        monkeypatch.setattr(torch, "multinomial", lambda probs, n, e=e: torch.full((1, 1), e))
+        for draw, chance in ((0.5, 0.75), (0.9, 0.25)):
+            monkeypatch.setattr(torch, "rand_like", lambda t, draw=draw: torch.full_like(t, draw))
+            y, routing, _ = layer(x)
+            scale = 1 if e == favourite or draw > 0.75 else 1 / 3
+            assert_close(routing.gates, p[:, e:e + 1] * scale)
+            if e != favourite:
+                g, = torch.autograd.grad(loss(y[0]), layer.router.weight)
+                found += chance * p[0, e].item() * g
+    held = sum(worth[e] * p[0, e] for e in range(E) if e != favourite)  # L(0) = 0
+    expected, = torch.autograd.grad(held, layer.router.weight)
+    assert_close(found, expected)
+    assert expected.abs().max() > 0.1
+
+
+def test_the_sparse_mixer_draws_in_proportion_to_the_probabilities_and_in_training_alone():
+    layer, x = a_layer("sparse mixer"), tokens(1).expand(20_000, D)
+    p = layer.router(x[:1]).probs[0]
+    share = layer(x)[1].chosen.flatten().bincount(minlength=E) / len(x)
+    assert ((share - p).abs() < 5 * (p * (1 - p) / len(x)).sqrt()).all()
+    layer.eval()
+    plain = layer.router(x)
+    assert torch.equal(layer(x)[1].chosen, plain.chosen)
+    assert torch.equal(layer(x)[1].gates, plain.gates)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_dense_mixer_has_the_oracles_gradient_and_all_else_as_v_moe_has_it(k):
+    layer, x, dy = a_layer("dense mixer", k), tokens().requires_grad_(), tokens()
+    y, routing, _ = layer(x)
+    plain, its, _ = MoE.forward(layer, x, layer.router(x))
+    assert torch.equal(y, plain) and torch.equal(routing.gates, its.gates)
+    weight, experts = layer.router.weight, list(layer.experts.parameters())
+    got, *ours = torch.autograd.grad(y, [weight, *experts], dy)
+    assert_close(got, dense_gradient(layer, x.detach(), dy))
+    sparse, *theirs = torch.autograd.grad(plain, [weight, *experts], dy)
+    assert F.cosine_similarity(got.flatten(), sparse.flatten(), dim=0) < 0.99
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+def test_relu_gates_ask_the_experts_that_are_on_and_no_others():
+    layer, x, dy = a_layer("relu"), tokens(), tokens()
+    y, routing, _ = layer(x)
+    z = routing.logits
+    gates = z.clamp(min=0)
+    assert_close(y, (gates[..., None] * outputs_of(layer, x)).sum(dim=1))
+    assert torch.equal(routing.gates[:, 0], gates.max(dim=1).values)
+    dz, = torch.autograd.grad(y, z, dy)
+    assert ((dz != 0) == (z > 0)).all() and (z < 0).any() and ((z > 0).sum(dim=1) > 1).any()
+
+
+def test_the_relu_penalty_by_hand():
+    # two tokens; expert 0 is on for both, expert 1 for one: on = 1, 1/2, K = 1, E = 5
+    layer = a_layer("relu")
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[0, 0], layer.router.weight[1, 1] = 2.0, 3.0
+        layer.strength.fill_(0.5)
+    layer(torch.eye(D, dtype=torch.float64)[[0, 0]] + torch.tensor([[0.0, 1, 0, 0, 0, 0],
+                                                                     [0.0, -1, 0, 0, 0, 0]]))
+    assert_close(layer.penalty.item(), 0.5 * 5 * ((1 * 2 + 0.5 * 3) + (1 * 2)) / 2)
+    assert_close(layer.strength.item(), 0.5 * 1.2)          # 1.5 of 5 are on, and 1 is wanted
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_relu_gates_become_as_sparse_as_they_should(k):
+    # a task that wants half of the gates open, against the penalty
+    layer, x = a_layer("relu", k), tokens(400)
+    wanted = (x @ torch.randn(D, E, dtype=torch.float64)).relu()
+    optimizer, shares = torch.optim.SGD([layer.router.weight], lr=0.2), []
+    for _ in range(800):
+        z = layer(x + 1)[1].logits
+        optimizer.zero_grad()
+        (layer.penalty + (z.relu() - wanted).square().mean()).backward()
+        optimizer.step()
+        shares.append((z > 0).double().mean())
+    assert shares[0] > k / E + 0.1
+    assert torch.stack(shares[-200:]).mean().item() == pytest.approx(k / E, abs=0.02)
+
+
+# --- fix the routing, sooner or later ---
+
+def test_the_light_router_is_frozen_bit_for_bit_after_a_tenth_of_training():
+    job = plan("stable", "--epochs", "5")                   # 4 steps each: 2 steps are stage one
+    layer = job.model.blocks[1].mlp
+    images, labels = SMALL.normalise(SMALL.train.images[:16]), SMALL.train.fine[:16]
+    optimizer = torch.optim.AdamW(job.model.parameters(), lr=0.05)
+    seen = []
+    for _ in range(6):
+        job.model.train()
+        terms = remedies.losses(job.cfg, job.model, None, images,
+                                F.one_hot(labels, 100).float())
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        output = job.model.eval()(images)
+        seen.append((layer.pixels.detach().clone(), layer.place.detach().clone(),
+                     output.layers[2].routing.chosen, output.layers[2].h, terms["remedy"].item()))
+    assert int(layer.steps) == layer.learning == 2
+    assert not torch.equal(seen[0][0], seen[1][0]) and seen[1][4] > 0
+    for pixels, place, chosen, _, penalty in seen[2:]:
+        assert torch.equal(pixels, seen[1][0]) and torch.equal(place, seen[1][1]) and penalty == 0
+        assert torch.equal(chosen, seen[2][2])              # while what the router sees moves on
+    assert not torch.allclose(seen[2][3], seen[5][3])
+
+
+def test_the_light_router_sees_a_patch_and_its_place_and_nothing_else():
+    job = plan("stable")
+    layer, model = job.model.blocks[0].mlp, job.model.eval()
+    torch.nn.init.normal_(layer.pixels)
+    torch.nn.init.normal_(layer.place)
+    layer.steps.fill_(layer.learning)
+    images = torch.randn(2, 3, 32, 32)
+    light = (layer.patches if hasattr(layer, "patches") else None)
+    model(images)
+    light = layer.patches @ layer.pixels.T + layer.place                # (B, N, E)
+    changed = images.clone()
+    changed[:, :, :16, :16] += 1                                        # the first patch alone
+    chosen = model(changed).layers[1].routing.chosen
+    again = layer.patches @ layer.pixels.T + layer.place
+    assert (light != again).any(dim=2).tolist() == [[False, True, False, False, False]] * 2
+    assert torch.equal(chosen[:, 0].view(2, 5), again.argmax(dim=2))
+
+
+def test_a_hash_gives_the_same_expert_on_every_machine():
+    assert [hashed(n, 8) for n in range(17)] == [
+        0, 4, 1, 6, 3, 0, 5, 2, 7, 4, 1, 6, 3, 0, 5, 2, 7]
+    for n_experts in (3, 8, 32):
+        shares = torch.tensor([hashed(n, n_experts) for n in range(10_000)]).bincount() / 10_000
+        assert (shares - 1 / n_experts).abs().max() < 0.1 / n_experts
+
+
+@pytest.mark.parametrize("name", ["hash", "random fixed"])
+def test_a_floor_has_gates_of_1_and_a_router_that_never_learns(name):
+    job = plan(name, "--load_weight", "0", "--entropy_weight", "0")
+    before = job.model.blocks[1].mlp.router.weight.clone()
+    train.fit(job, own_losses=remedies.losses)
+    layer = job.model.blocks[1].mlp
+    assert torch.equal(layer.router.weight, before)
+    routing = job.model(torch.randn(3, 3, 32, 32)).layers[2].routing
+    assert (routing.gates == 1).all()
+    if name == "hash":
+        assert routing.chosen.view(3, 5).tolist() == [[hashed(n, 4) for n in range(5)]] * 3
+
+
+# --- couple router and experts by a loss ---
+
+def test_the_coupling_by_hand(monkeypatch):
+    # rows r_0 = (1, 0), r_1 = (0, 2); W^0 stretches the axes by (1, 3), W^1 by (2, 1):
+    # M = |r_i W^j| = [[1, 2], [6, 2]]; relu(2-1) + relu(6-1) for i=0, relu(6-2) + relu(2-2) for 1
+    layer = REMEDIES["coupled"](MoE(2, 2, 2, 1).double(), None)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.tensor([[1.0, 0], [0, 2]]))
+        layer.experts.w_in.copy_(torch.stack([torch.diag(torch.tensor(d)) for d in (
+            [1.0, 3.0], [2.0, 1.0])]))
+    monkeypatch.setattr(torch, "rand_like", lambda t: torch.full_like(t, 0.5))      # no noise
+    layer(torch.randn(3, 2, dtype=torch.float64))
+    assert_close(layer.penalty.item(), (1 + 5 + 4 + 0) / 4)
+
+
+def test_the_coupling_is_0_where_every_expert_answers_its_own_row_most_and_noise_stays_near():
+    layer = a_layer("coupled")
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(E, D))
+        layer.experts.w_in.zero_()
+        layer.experts.w_in[range(E), range(E)] = 1.0
+    layer(tokens())
+    assert layer.penalty == 0
+    torch.nn.init.normal_(layer.router.weight)
+    layer(tokens())
+    assert layer.penalty > 0 and all(
+        g.any() for g in torch.autograd.grad(layer.penalty, [layer.router.weight,
+                                                             layer.experts.w_in]))
+    seen = []
+    original = torch.einsum
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "einsum", lambda how, a, b: seen.append(a) or original(how, a, b))
+        for _ in range(50):
+            layer(tokens(1))
+    R = layer.router.weight.detach()
+    assert len(seen) == 50 and len({tuple(a.flatten().tolist()) for a in seen}) == 50
+    for a in seen:
+        assert torch.cdist(a.detach(), R).argmin(dim=1).tolist() == list(range(E))
+
+
+def test_rows_alike_are_penalised_and_orthonormal_ones_are_not():
+    layer = a_layer("similar")
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(E, D))
+    layer(tokens())
+    assert layer.penalty == 0
+    with torch.no_grad():
+        layer.router.weight[1, 0] = 0.5     # |r_1|^2 - 1 = .25, r_0 r_1 = .5 twice
+    layer(tokens())
+    assert_close(layer.penalty.item(), remedies.SimBal.weight * 1.25)
+
+
+# --- all of them, in training ---
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_remedied_model_begins_as_v_moe_learns_and_resumes_to_the_bit(name, monkeypatch):
+    plain = train.build(plan(name, out="plain").cfg, SMALL).state_dict()
+    job = plan(name, out="whole")
+    assert all(torch.equal(job.model.state_dict()[key], v) for key, v in plain.items())
+    whole = train.fit(job, own_losses=remedies.losses)
+    assert all((job.model.state_dict()[key] != v).any() for key, v in plain.items()
+               if "experts.w" in key)
+    stopped, epochs = [], train.one_epoch
+
+    def interrupted(*args):
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(1)
+        return epochs(*args)
+
+    monkeypatch.setattr(train, "one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(plan(name, out="half"), own_losses=remedies.losses)
+    monkeypatch.setattr(train, "one_epoch", epochs)
+    again = plan(name, "--resume", out="half")
+    assert again.state["epoch"] == 1
+    result = train.fit(again, own_losses=remedies.losses)
+    for key, v in job.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], v), key
+    assert result["test_accuracy"] == whole["test_accuracy"]
+    lines = [json.loads(line) for line in Path("half/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all("remedy" in line["terms"] for line in lines)
+    json.dumps(closing_look(job, None, None))               # what a row of the study asks
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_routing_that_is_given_is_followed_as_in_v_moe(name):
+    job = plan(name)
+    layer, x = job.model.blocks[0].mlp, torch.randn(3, 5, 16)
+    routing = MoE.forward(layer, x)[1]
+    forced = routing._replace(chosen=(routing.chosen + 1) % 4, gates=routing.gates + 0.5)
+    assert torch.equal(layer(x, forced)[0], MoE.forward(layer, x, forced)[0])
+
+
+def test_what_a_remedy_cannot_do_it_says():
+    for flags, sentence in ((["--gate", "sigmoid"], "leave --gate"),
+                            (["--capacity_factor", "1"], "leave --gate and --capacity_factor")):
+        with pytest.raises(ValueError, match=sentence):
+            plan("relu", *flags)
+    for name in ("sparse mixer", "hash"):
+        with pytest.raises(ValueError, match="--k cannot be 2, give 1"):
+            plan(name, "--k", "2")
+
+
+def test_dense_work_is_counted():
+    plain, dense = plan("hash").model.flops(), plan("dense mixer", out="b").model.flops()
+    H, per_layer = 32, 2 * 5 * 16 * 4 + 4 * 5 * 16 * 32     # the router's, one expert's
+    assert plan("hash", out="c").model.blocks[0].mlp.experts.w_in.shape[2] == H
+    assert dense - plain == 2 * 3 * 4 * 5 * 16 * 32 and plain > 2 * per_layer
+    assert plan("relu", out="d").model.flops() == dense
