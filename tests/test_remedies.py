@@ -239,14 +239,14 @@ def test_relu_gates_become_as_sparse_as_they_should(k):
     layer, x = a_layer("relu", k), tokens(400)
     wanted = (x @ torch.randn(D, E, dtype=torch.float64)).relu()
     optimizer, shares = torch.optim.SGD([layer.router.weight], lr=0.2), []
-    for _ in range(800):
+    for _ in range(450):
         z = layer(x + 1)[1].logits
         optimizer.zero_grad()
         (layer.penalty + (z.relu() - wanted).square().mean()).backward()
         optimizer.step()
         shares.append((z > 0).double().mean())
     assert shares[0] > k / E + 0.1
-    assert torch.stack(shares[-200:]).mean().item() == pytest.approx(k / E, abs=0.02)
+    assert torch.stack(shares[-150:]).mean().item() == pytest.approx(k / E, abs=0.02)
 
 
 # --- fix the routing, sooner or later ---
