@@ -240,13 +240,18 @@ def test_each_later_page_marks_its_own_part_of_the_picture():
     assert marked == [[""], *([f'"{part}"'] for part in lesson.ABOUT)]
 
 
-def test_the_parts_of_the_picture_look_and_read_unlike_each_other(monkeypatch):
+def test_each_part_of_the_picture_is_marked_in_it_and_told_in_its_alt_text(monkeypatch):
     from notebooks import lesson
-    shown = []
+    shown, parts = [], list(lesson.ABOUT)
     monkeypatch.setattr(lesson, "display", shown.append)
-    for part in (None, *lesson.ABOUT):
+    for part in parts:
         lesson.picture(part)
-    assert len({image.data for image in shown}) == len({image.alt for image in shown}) == 5
+        assert lesson.ABOUT[part] in shown[-1].alt
+    monkeypatch.setattr(lesson, "ABOUT", dict.fromkeys([*parts, "nothing"], "one title for all"))
+    shown.clear()
+    for part in lesson.ABOUT:
+        lesson.picture(part)
+    assert len({image.data for image in shown}) == 5
 
 
 def test_every_measured_file_says_who_measured_it():
