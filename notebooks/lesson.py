@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from PIL import Image as Picture
 from torchvision.transforms import v2
 from tqdm.auto import tqdm as bar
 
+import report
 import train
 from data import unit
 from notebooks import decided, study
@@ -89,6 +91,67 @@ def show(fig, alt):
     # 256 colours are enough for a figure and halve its file
     Picture.open(drawn).convert("RGB").quantize(256).save(small, "png", optimize=True)
     display(Image(small.getvalue(), alt=alt))
+
+
+ABOUT = {       # the parts of the picture below, and what the page that marks one of them is about
+    "router": "which experts does the router hear of?",
+    "teacher": "what can a teacher tell the router?",
+    "experts": "what do experts learn from each other?",
+    "dispatch": "how do tokens get to their experts, and back?",
+}
+
+
+def picture(part=None):
+    """Put on the page how a sparse layer serves one token, with E = 4 experts and K = 2.
+
+    On a later page it is small, and `part` marks in black what that page is about.
+    """
+    width, size = (6, 10) if part else (9, 13)
+    title = (f"This page: {ABOUT[part]}" if part else
+             "A token visits the K = 2 experts that its router likes best, and no others")
+    fig, [[axis]] = report.sheet(title, 1, 1, width, 0.46 * width)
+
+    def look(*names):
+        return {"color": "black", "lw": 3} if part in names else {"color": "0.6", "lw": 1.5}
+
+    def arrow(x, y, to_x, to_y, look, style="-|>"):
+        axis.annotate("", (to_x, to_y), (x, y), arrowprops=look | {
+            "arrowstyle": style, "mutation_scale": size, "shrinkA": 0, "shrinkB": 0})
+
+    def box(x, y, width, text, look, fill="0.5"):
+        axis.add_patch(Rectangle((x, y), width, 0.9, fc=(*to_rgb(fill), 0.3), ec=look["color"],
+                                 lw=look["lw"]))
+        axis.text(x + width / 2, y + 0.45, text, ha="center", va="center", fontsize=size)
+
+    box(0, 3.7, 2, "token x", look())
+    arrow(1, 4.6, 2.6, 6.3, look())
+    box(2.6, 6, 2.4, "router", look("router", "teacher"))
+    arrow(5, 6.3, 7.2, 5.4, look())
+    for e, p in enumerate((0.4, 0.3, 0.2, 0.1)):            # as in the first example of notebook 1
+        y, used = 4.5 - 1.5 * e, e < 2
+        box(6, y, 2.4, f"expert {e}", look("experts") if used else look(),
+            COLOURS[e] if used else "white")
+        if used:
+            arrow(2, 4.15, 6, y + 0.45, look("dispatch"))
+            arrow(8.4, y + 0.45, 11.2, 4.15, look("dispatch"))
+            axis.text(9.8, (5.2, 2.8)[e], f"$f_{e}$ times $p_{e}$ = {p}", fontsize=size)
+        else:
+            axis.text(8.6, y + 0.3, f"$p_{e}$ = {p}: not chosen, computes nothing", fontsize=size)
+    axis.text(11.5, 4.15, "+", ha="center", va="center", fontsize=2 * size)
+    arrow(11.9, 4.15, 13.4, 4.15, look())
+    box(13.4, 3.7, 2.2, "output y", look())
+    if part == "router":
+        axis.plot([14.5, 14.5], [4.6, 6.45], **look("router"))
+        arrow(14.57, 6.45, 5, 6.45, look("router"))
+        axis.text(6.6, 6.65, "a gradient, from what was added up", fontsize=size)
+    if part == "teacher":
+        box(9.6, 6, 4.2, "a dense teacher", look("teacher"))
+        arrow(9.6, 6.45, 5, 6.45, look("teacher"))
+    if part == "experts":
+        arrow(7.2, 4.5, 7.2, 3.9, look("experts"), "<|-|>")
+    axis.set(xlim=(-0.1, 15.7), ylim=(-0.1, 7.3))
+    axis.axis("off")
+    show(fig, f"A token, its router, four experts of which two are at work, their sum. {title}")
 
 
 def dots(axis, at, rows, metric, plus, minus=(), colour="black"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -17,10 +18,10 @@ from nbclient import NotebookClient
 pytestmark = pytest.mark.notebook
 
 HERE = Path(__file__).parent.parent / "notebooks"
-NAMES = ("01_gradient_blocking", "02_teacher_guided_routing", "03_mutual_distillation",
-         "04_fast_dispatch")
+NAMES = ("00_a_sparse_layer", "01_gradient_blocking", "02_teacher_guided_routing",
+         "03_mutual_distillation", "04_fast_dispatch")
 NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
-EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 4), strict=True))
+EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins
 
@@ -149,6 +150,108 @@ def test_a_page_loads_no_file_twice_and_asks_for_nothing_that_windows_lacks(path
     ours = [file for file in map(Path, said.splitlines()) if file.parent in (HERE, HERE.parent)]
     assert HERE / "lesson.py" in ours
     assert sorted(ours) == sorted(set(ours))
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """All names of notebook 0 after a full run of its cells, exercises left as they are."""
+    from notebooks import lesson
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lesson, "SMOKE", False)
+        patch.chdir(HERE)
+        for cell in cells(NOTEBOOKS[0], "code"):
+            exec(cell.source, names)
+    return SimpleNamespace(**names)
+
+
+def test_the_loop_of_notebook_0_is_the_layer_of_moe_py_and_learns_by_its_gates_alone(layers):
+    import torch
+    x, moe = layers.x, layers.moe
+    for K in range(1, 9):
+        moe.router.k, leaves = K, (x, *moe.parameters())
+        both = moe(x)[0], layers.sparse_layer(x, *moe.parameters(), K=K)
+        torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
+        dy = torch.randn_like(x)
+        for true, ours in zip(*(torch.autograd.grad(y, leaves, dy) for y in both), strict=True):
+            torch.testing.assert_close(true, ours, rtol=1e-5, atol=1e-6)
+    assert layers.found[True].abs().min() > 0 and layers.found[False] is None
+    assert 1 <= layers.learning.sum() <= 6
+
+
+def test_what_notebook_0_counts_is_what_a_layer_has_and_what_it_multiplies(layers):
+    for D, H, E, K in ((6, 10, 4, 1), (5, 7, 3, 2), (6, 10, 4, 4)):
+        expert, moe = 2 * D * H + H + D, layers.MoE(D, H, E, k=K)
+        assert layers.counted(D, H, E, K) == (
+            sum(p.numel() for p in moe.parameters()), E * D + K * expert, moe.flops(1) // 2)
+    assert layers.times(1, 2, 1)[-1] == pytest.approx(1 + 64 / (2 * 192))
+
+
+def test_what_notebook_0_says_of_collapse_and_balance_is_so(layers):
+    """Wider by a little than the page's words, for another machine rounds otherwise."""
+    def end(curves):
+        return curves[:, -20:].mean(dim=1)
+
+    alone, balanced = layers.curves[0], layers.curves[layers.WITH]      # (SEEDS, STEPS)
+    assert alone.shape == balanced.shape == (8, 250)
+    assert alone[:, 0].equal(balanced[:, 0])                            # the same first weights
+    assert alone[:, 0].max() < 6.5                                      # uneven from the start
+    assert end(alone).min() > 1.8 and end(alone).max() < 3.2
+    assert 2 <= min(layers.alive) < max(layers.alive) <= 6
+    assert len({tuple(s.topk(2).indices.sort().values.tolist()) for s in layers.end[0]}) > 4
+    assert (end(balanced) > end(alone) + 1).all() and end(balanced).max() < 7.8
+    assert layers.worse > 4 and layers.error.keys() == layers.runs.keys()
+    dark, bright = sorted(sorted(layers.groups.values(), key=len)[-2:], key=lambda x: x.mean())
+    assert dark.mean() < -0.3 and bright.mean() > 0.3
+
+
+def test_what_notebook_0_says_of_a_trained_vit_is_so(layers):
+    def of(arm, what):
+        return layers.contrast(layers.found_rows, what, (arm,)).mean
+
+    assert len(layers.found_rows) == 2                                  # "one run each"
+    assert 0.5 < of("moe-k1-no-aux", "load entropy") < of("moe-k1", "load entropy") - 0.1
+    assert of("moe-k1-no-aux", "accuracy") >= of("moe-k1", "accuracy")
+
+
+def test_notebook_0_needs_nothing_that_a_student_writes_but_the_load_loss(tmp_path, monkeypatch):
+    sys.path.append(str(HERE.parent / "tests/assignments"))
+    import course
+    tree, _ = course.released()
+    for name, content in tree.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("SMOKE_TEST", "1")
+    page = nbformat.read(tmp_path / "notebooks" / NOTEBOOKS[0].name, as_version=4)
+    NotebookClient(page, timeout=300, kernel_name="python3", allow_errors=True,
+                   resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
+    failed = {c.id: out.evalue for c in page.cells if c.cell_type == "code" for out in c.outputs
+              if out.output_type == "error"}
+    assert list(failed) == ["load-run", "price"], failed
+    assert "assignment 1, load_loss" in failed["load-run"]
+    same = next(c for c in page.cells if c.id == "same-run")
+    assert set(verdicts(same)) == {"not yet"}
+
+
+def test_each_later_page_marks_its_own_part_of_the_picture():
+    from notebooks import lesson
+    code = ["".join(c.source for c in cells(path, "code")) for path in NOTEBOOKS]
+    marked = [re.findall(r"picture\((.*?)\)", source) for source in code]
+    assert marked == [[""], *([f'"{part}"'] for part in lesson.ABOUT)]
+
+
+def test_each_part_of_the_picture_is_marked_in_it_and_told_in_its_alt_text(monkeypatch):
+    from notebooks import lesson
+    shown, parts = [], list(lesson.ABOUT)
+    monkeypatch.setattr(lesson, "display", shown.append)
+    for part in parts:
+        lesson.picture(part)
+        assert lesson.ABOUT[part] in shown[-1].alt
+    monkeypatch.setattr(lesson, "ABOUT", dict.fromkeys([*parts, "nothing"], "one title for all"))
+    shown.clear()
+    for part in lesson.ABOUT:
+        lesson.picture(part)
+    assert len({image.data for image in shown}) == 5
 
 
 def test_every_measured_file_says_who_measured_it():
