@@ -29,11 +29,12 @@ from teacher import Guide
 
 RESULTS = Path(__file__).parent / "results"
 SMOKE = bool(os.environ.get("SMOKE_TEST"))      # set by the tests: live cells stay small
+KEPT = bool(os.environ.get("KEPT_PAGE"))        # set where a page's outputs will be committed
 
 
 def tqdm(items, **kwargs):
     """A progress bar, shown to a person who watches and not on a page that is kept."""
-    return bar(items, leave=False, disable=not os.isatty(2), **kwargs)
+    return bar(items, leave=False, disable=SMOKE or KEPT, **kwargs)
 
 
 # --- predict, then run ---
@@ -60,7 +61,7 @@ def check(claim, answer, expected=True, hint="read the cell above once more"):
     if same(got, expected):
         return print(f"yes: {claim}")
     print(f"no: {claim}\n    expected {brief(expected)}\n    got      {brief(got)}\n"
-          f"    hint: {hint}")
+          f"{first_difference(got, expected)}    hint: {hint}")
 
 
 def same(got, expected):
@@ -72,6 +73,20 @@ def same(got, expected):
         return got == expected
     return got.shape == expected.shape and torch.allclose(
         got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def first_difference(got, expected):
+    """A line that says where two tensors of one shape first differ, or "" for anything else."""
+    try:
+        got, expected = (torch.as_tensor(v).detach().double() for v in (got, expected))
+    except (TypeError, ValueError, RuntimeError):
+        return ""
+    if got.ndim == 0 or got.shape != expected.shape:
+        return ""
+    apart = ~torch.isclose(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    at = tuple(apart.nonzero()[0].tolist())
+    return (f"    {int(apart.sum())} of {apart.numel()} differ, first at {list(at)}: expected "
+            f"{expected[at]:.6g}, got {got[at]:.6g}\n")
 
 
 def brief(value):

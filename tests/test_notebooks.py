@@ -85,6 +85,19 @@ def test_it_runs_and_its_checks_refuse_the_stub_and_a_wrong_answer_and_accept_th
         assert len(said["right"]) == len(said["stub"]) and set(said["right"]) == {"yes"}, where
 
 
+def test_a_wrong_answer_is_told_where_it_first_differs(capsys):
+    import torch
+
+    from notebooks import lesson
+    right = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    lesson.check("a table", lambda: right + torch.tensor([[0.0, 0.0], [0.0, 1.5]]), right)
+    assert "1 of 4 differ, first at [1, 1]: expected 4, got 5.5\n" in capsys.readouterr().out
+    for other in (right[0], 5.0, "four"):
+        lesson.check("a table", lambda other=other: other, right)
+        said = capsys.readouterr().out
+        assert said.startswith("no: a table") and "differ" not in said
+
+
 @each
 def test_what_is_committed_was_run_once_from_top_to_bottom_without_an_error(path):
     code = cells(path, "code")
