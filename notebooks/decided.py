@@ -53,7 +53,7 @@ WORDS = {
 
 class Arm(NamedTuple):
     flags: str                      # of train.py
-    control: str | None = None      # a name in controls.py, for what no flag can say
+    control: str | None = None      # a name in controls.py or remedies.py, for what no flag can say
     teacher: str = "dense"          # a name in controls.TEACHERS
 
 
@@ -68,6 +68,11 @@ CELLS = {("free", "free"): "moe-k1", ("guided", "free"): "tgr-k1-router-alone",
          ("free", "guided"): "moe-k1-features-alone", ("guided", "guided"): "tgr-k1"}
 CELL_ARMS = {"moe-k1": Arm(MOE), "tgr-k1-router-alone": Arm(TGR, "router alone"),
              "moe-k1-features-alone": Arm(MOE, "features alone"), "tgr-k1": Arm(TGR)}
+# a name in remedies.py: does it keep V-MoE's own two losses? The others have their own balance
+REMEDIES = {"loss-free bias": False, "expert choice": False, "default outputs": True,
+            "sparse mixer": True, "dense mixer": True, "relu": False, "stable": True,
+            "coupled": True, "similar": False, "random fixed": False, "hash": False}
+REMEDIED = {name: f"moe-k1-{name.replace(' ', '-')}" for name in REMEDIES}
 ARMS = {
     "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
     **CELL_ARMS,
@@ -81,6 +86,8 @@ ARMS = {
        for arm in CELLS.values() if arm != "moe-k1"},
     **{f"tgr-k1-router-alone-{teacher}": Arm(TGR, "router alone", teacher)
        for teacher in ("untrained", "random", "k-means")},
+    # what others do about blocking and fluctuation, and the floor
+    **{arm: Arm(MOE if REMEDIES[name] else NO_AUX, name) for name, arm in REMEDIED.items()},
     # the cells where the paper's experts are
     **{f"{arm}-late": a._replace(flags=f"{a.flags} --moe_blocks LATE")
        for arm, a in CELL_ARMS.items()},
@@ -123,12 +130,12 @@ GRIDS = {
     "placement": Grid("cpu", 5, {
         **{arm: "moe-k1" if arm != "moe-k1" else None for arm in CELL_ARMS},
         **{f"{arm}-late": "moe-k1-late" if arm != "moe-k1" else "moe-k1" for arm in CELL_ARMS}}),
-    # does guided routing alone help? Features are free in every arm
+    # does guided routing alone help, and do other remedies? Features are free in every arm
     "routing": Grid("cpu", 10, {
         "moe-k1": None, "moe-k1-no-aux": "moe-k1", "tgr-k1-router-alone": "moe-k1",
         **{f"tgr-k1-router-alone-{teacher}": "moe-k1"
            for teacher in ("lite0", "untrained", "random", "k-means")},
-        "tgr-k1-oracle-alone": "moe-k1"}),
+        "tgr-k1-oracle-alone": "moe-k1", **dict.fromkeys(REMEDIED.values(), "moe-k1")}),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (
@@ -196,9 +203,11 @@ METRICS = {
 
 # what a grid's table shows beside the accuracy
 COLUMNS = {
-    **dict.fromkeys(("factors", "placement", "routing", "schedule"), (
+    **dict.fromkeys(("factors", "placement", "schedule"), (
         "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
         "mean gate", "follows the teacher")),
+    "routing": ("accuracy, dispatched as in training", "agreement with the end at 1/2",
+                "load entropy", "oracle cosine", "follows the teacher"),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
                "gate accuracy"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
@@ -212,7 +221,8 @@ class Hypothesis(NamedTuple):
     with `margin`, it is no further than that from 0."""
     grid: str
     claim: str
-    source: str                     # whose claim: T the TGR paper, M the MoDE paper, ours
+    source: str                     # whose claim: T the TGR paper, M the MoDE paper, R a remedy's
+                                    # own, ours
     metric: str
     plus: tuple
     minus: tuple = ()
@@ -289,6 +299,16 @@ HYPOTHESES = [
     Hypothesis("routing", "the teacher's dispatch is worth something by itself", "T", DISPATCHED,
                ("tgr-k1-oracle-alone",), (NONE,)),
     Hypothesis("routing", "a router guided alone settles tokens", "T", HALF, (ROUTER,), (NONE,)),
+    *(Hypothesis("routing", f"the remedy {name!r} beats V-MoE", "R", ACC, (arm,), (NONE,))
+      for name, arm in REMEDIED.items() if name not in ("random fixed", "hash")),
+    *(Hypothesis("routing", f"V-MoE is no better than the floor {name!r}", "ours", ACC,
+                 (NONE,), (REMEDIED[name],), margin=MARGIN) for name in ("random fixed", "hash")),
+    Hypothesis("routing", "the router's exact gradient settles no tokens", "ours", HALF,
+               (REMEDIED["dense mixer"],), (NONE,), margin=0.05),
+    Hypothesis("routing", "a router that is frozen early settles tokens", "R", HALF,
+               (REMEDIED["stable"],), (NONE,)),
+    Hypothesis("routing", "a router guided by a dense teacher beats the exact gradient", "ours",
+               ACC, (ROUTER,), (REMEDIED["dense mixer"],)),
     Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
                (BOTH,)),
     Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,

@@ -25,6 +25,7 @@ class Remedy(MoE):
     """
     penalty = 0.0               # what the layer adds to the loss, from its last forward pass
     runs_all = False            # does every expert compute every token in training?
+    has_oracle = True           # would its router's gradient be another one if it saw all experts?
 
     def __init__(self, moe, job):
         nn.Module.__init__(self)
@@ -185,7 +186,7 @@ class ReMoE(Remedy):
     and shrinks by 1.2 while fewer are (arXiv:2412.14711, section 3). One lambda per layer is ours,
     and so is that experts which are off are computed and multiplied by 0.
     """
-    growth, first, runs_all = 1.2, 1e-8, True
+    growth, first, runs_all, has_oracle = 1.2, 1e-8, True, False
 
     def __init__(self, moe, job):
         super().__init__(moe, job)
@@ -242,6 +243,7 @@ class StableMoE(Remedy):
 
 class RandomFixed(Remedy):
     """The floor: the router's first weights, for ever, and gates of 1."""
+    has_oracle = False
 
     def __init__(self, moe, job):
         super().__init__(moe, job)
@@ -254,6 +256,7 @@ class RandomFixed(Remedy):
 class HashRouting(Remedy):
     """The other floor: a token's place decides, by a hash (arXiv:2106.04426, whose hash is of the
     word). K = 1, and gates of 1."""
+    has_oracle = False
 
     def __init__(self, moe, job):
         super().__init__(moe, job)

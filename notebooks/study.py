@@ -38,7 +38,7 @@ import checkpoint
 
 import report
 import train
-from notebooks import decided
+from notebooks import decided, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
 from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES
 from notebooks.probes import closing_look
@@ -135,12 +135,13 @@ def flags_of(arm, scale):
     return flags
 
 
-def prepare(flags, folder, data_dir, seed=None, teacher=None):
+def prepare(flags, folder, data_dir, seed=None, teacher=None, remedy=None):
     """train.py's plan for these flags; a run that has a checkpoint goes on from it."""
     argv = [*shlex.split(flags), "--out", str(folder), "--data_dir", data_dir, "--resume"]
     argv += ["--seed", str(seed)] if seed is not None else []
     argv += ["--teacher", str(teacher)] if teacher else []
-    return train.plan(train.parse(argv))
+    change = {"change": remedies.remedy(remedy)} if remedy else {}
+    return train.plan(train.parse(argv), **change)
 
 
 def train_teacher(scale, seed, folder, data_dir, how=""):
@@ -167,7 +168,9 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
         taught = "tgr" in flags or control in LOSSES
         if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
             dense = train_teacher(scale, seed, block / "teacher", data_dir, how)
-        planned, job = prepare(f"{SCALES[scale]} {flags} {how}", folder, data_dir, seed, dense)
+        remedy = control if control in remedies.REMEDIES else None
+        planned, job = prepare(f"{SCALES[scale]} {flags} {how}", folder, data_dir, seed, dense,
+                               remedy)
         guide = None
         if taught:                     # a method that needs no teacher is planned without one
             guide = guide_by(teacher, job, dense and (planned or train.teacher_of(job)))
@@ -177,7 +180,8 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
             guide.routers.load_state_dict(job.state["routers"])
         command = f"python notebooks/study.py run {grid} --scale {scale} --seed {seed} --only {arm}"
         command += f" --how={shlex.quote(how)}" if how else ""
-        result = train.fit(job, guide, command, LOSSES.get(control))
+        loss = remedies.losses if remedy else LOSSES.get(control)
+        result = train.fit(job, guide, command, loss)
         row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
         row |= closing_look(job, guide, control)
@@ -486,8 +490,9 @@ def section(grid, scale, page=PAGE):
     caption = (
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. {made} "
         f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. T: the TGR-MoE paper, "
-        f"M: the MoDE paper, ours: a control. Met: the estimate is at least the threshold, its "
-        f"interval above 0 and p, corrected by Holm for the contrasts of this table, below .05; "
+        f"M: the MoDE paper, R: a remedy's own, ours: a control. Met: the estimate is at least the "
+        f"threshold, its interval above 0 and p, corrected by Holm for the contrasts of this "
+        f"table, below .05; "
         f"not met: the interval is below the threshold; below three seeds there is no verdict.")
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())

@@ -23,7 +23,7 @@ import report
 import train
 from data import batches, synthetic
 from moe import MoE
-from notebooks import controls, decided, measure, probes, study
+from notebooks import controls, decided, measure, probes, remedies, study
 from notebooks.decided import (
     ARMS,
     FIRST,
@@ -615,7 +615,9 @@ def test_every_hypothesis_and_comparison_names_arms_of_its_grid_and_a_known_metr
 
 def test_every_arm_is_in_a_grid_and_every_control_and_teacher_in_an_arm():
     assert {arm for grid in GRIDS.values() for arm in grid.arms} == ARMS.keys()
-    assert {arm.control for arm in ARMS.values()} - {None} == {*controls.LOSSES, *controls.SETUPS}
+    assert {arm.control for arm in ARMS.values()} - {None} == {
+        *controls.LOSSES, *controls.SETUPS, *remedies.REMEDIES}
+    assert list(decided.REMEDIES) == list(remedies.REMEDIES)
     assert {arm.teacher for arm in ARMS.values()} == {*controls.TEACHERS}
 
 
