@@ -63,7 +63,7 @@ def notebook(week, pages):
                 cells += slides(blocks)
     if not cells:
         raise ValueError(f"week {week} has no slides: none of its pages is in {PAGES}")
-    cells[0]["source"] += STYLE
+    cells[1]["source"] += STYLE                                         # among the first notes
     for i, cell in enumerate(cells):
         cell["id"] = f"slide-{i}"
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -72,6 +72,7 @@ def notebook(week, pages):
 
 
 STYLE = """
+
 <style>
 .reveal .slides section { font-size: 80%; }
 .reveal img { max-height: 75vh; width: auto; }
@@ -184,6 +185,8 @@ def sentences(text, room, to_the_end):
         elif i == 0:
             every[0] = " ".join(every[0].split()[:room - 5]) + " …"
             chosen, room = [0], 0
+        elif "?" not in every[i]:
+            break
     told = " ".join(("… " if i and i - 1 not in chosen else "") + every[i] for i in sorted(chosen))
     return told[:-1] + "." if told.endswith(":") and not to_the_end else told
 
