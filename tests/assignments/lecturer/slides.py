@@ -75,6 +75,7 @@ STYLE = """
 
 <style>
 .reveal .slides section { font-size: 80%; }
+.reveal .anchor-link { display: none; }
 .reveal img { max-height: 75vh; width: auto; }
 .reveal pre, .reveal table { font-size: 60%; width: 100%; }
 </style>"""
