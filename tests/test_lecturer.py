@@ -1,4 +1,4 @@
-"""Tests of assignments/lecturer/: are the exam's numbers right, and is a week a set of slides?"""
+"""Tests of assignments/lecturer/: are exam and key right, and does a week become slides?"""
 import json
 import math
 import re
@@ -26,6 +26,7 @@ import course  # noqa: E402
 import slides  # noqa: E402
 
 EXAM = (KIT / "exam.md").read_text(encoding="utf-8")
+KEY = (KIT / "key.md").read_text(encoding="utf-8")
 SAID = {name: [float(v) for v in values.split()]
         for name, values in re.findall(r"`(\w+) = (-?\d[\d.]*(?: -?\d[\d.]*)*)`", EXAM)}
 
@@ -164,6 +165,45 @@ def test_the_tables_of_the_exam_are_what_the_rows_say():
     assert len(re.findall(r"^\| [\d.]+ \| [\d.]+ % ", EXAM, flags=re.M)) == 3
     t, = re.findall(r"^\| t \| (.*) \|$", EXAM, flags=re.M)
     assert [float(v) for v in t.split(" | ")] == list(decided.T_975[3:11])         # n from 5 to 12
+
+
+# --- the key ---
+
+def test_the_key_has_every_answer_as_the_solutions_have_it_and_every_checks_points():
+    said = dict(re.findall(r"`(\w+) = ([^`]+)`", KEY))
+    for a in course.assignments():
+        exec((a.path / "solution.py").read_text(encoding="utf-8"), solution := {})
+        for name in solution.keys() - {"__builtins__", "__doc__"}:
+            assert said[name] == repr(solution[name]), name
+    hidden = {name: node for a in course.assignments() for name, node in course.functions(
+        (a.path / "hidden.py").read_text(encoding="utf-8")).items() if course.is_check(node)}
+    named = re.findall(r"`(\w{20,})`, (\d)", KEY)
+    assert len(named) == 20
+    for name, points in named:
+        given = {k.arg: k.value.value for k in hidden[name].decorator_list[0].keywords
+                 if k.arg == "points"}
+        assert given.get("points", 1) == int(points), name
+
+
+@pytest.mark.parametrize("number", ["01", "02", "03", "04"])
+def test_the_key_has_what_the_page_prints_beside_a_guess(number):
+    path, = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    printed = [float(v) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+               for output in cell.get("outputs", ())
+               for line in "".join(output.get("text", "")).split("\n") if "no guess" in line
+               for v in re.findall(r"-?\d+(?:\.\d+)?", line)]
+    section = re.search(rf"^## Page {number}.*?(?=^## |\Z)", KEY, flags=re.M | re.S)[0]
+    rows = [row.split(" | ")[1] for row in re.findall(r"^\| .*\d.*", section, flags=re.M)]
+    asked = [found for row in rows if (found := re.findall(r"-?\d+(?:\.\d+)?(?: %)?", row))]
+    assert len(asked) > 3
+    for answers in asked:
+        assert any(is_rounded(answer, value) for answer in answers for value in printed), answers
+
+
+def is_rounded(answer, value):
+    """Whether "63 %" or "0.66" is that value, rounded."""
+    number, digits = float(answer.rstrip(" %")), len(answer.rstrip(" %").partition(".")[2])
+    return round(value * (100 if "%" in answer else 1), digits) == number
 
 
 # --- slides ---

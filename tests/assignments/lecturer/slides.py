@@ -37,7 +37,7 @@ def main():
             return str(error)
         decks.append(out / f"week{week}.ipynb")
         decks[-1].write_text(json.dumps(deck, indent=1, ensure_ascii=False), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "slides",
+    done = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "slides",
                            *map(str, decks)], capture_output=True, text=True)
     if done.returncode:
         return f"jupyter nbconvert made no slides: {done.stderr.strip().splitlines()[-1:]}"
