@@ -139,7 +139,10 @@ def test_the_guidance_of_the_exam_has_those_two_bugs():
     asked, z = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     wrong = code(7)["guidance"](asked, z)
     torch.testing.assert_close(wrong * 4, guidance_loss(asked, z))
-    assert torch.autograd.grad(wrong, asked)[0].abs().max() > 1e-3
+    pull = torch.autograd.grad(guidance_loss(asked, z), z)[0]
+    reaches, learns = torch.autograd.grad(wrong, (asked, z))
+    torch.testing.assert_close(learns * 4, pull)
+    assert reaches.abs().max() > 1e-3
     reverse = (z.softmax(1) * (z.log_softmax(1) - asked.log_softmax(1))).sum(1).mean()
     assert not torch.isclose(wrong * 4, reverse)
 
@@ -281,6 +284,8 @@ def test_both_weeks_become_html_with_every_figure_and_few_words(tmp_path, monkey
         every = [s for s in html.select(".slides section") if not s.find("section")]
         deck = json.loads((tmp_path / f"week{week}.ipynb").read_text(encoding="utf-8"))
         assert len(every) == len(shown(deck)) > 30
+        assert not course.leaks({f"week{week}.md": "\n\n".join(
+            cell["source"] for cell in deck["cells"]).encode()})        # it may go to students
         for slide in every:
             text = " ".join(p.get_text() for p in slide.select("h1, h2, h3, p, li, td, th"))
             assert slides.words(text) <= slides.WORDS, text

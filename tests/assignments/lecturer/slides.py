@@ -5,8 +5,8 @@
 writes week1.ipynb and week1.slides.html, week2.ipynb and week2.slides.html into OUT_DIR. Headings,
 first paragraphs, guesses, exercises and figures are taken from the pages as they are stored: no
 text is written here a second time, and no cell is run. Folded answers stay on the pages. Press S
-for the speaker's view, which has the rest of each section. A browser that shows the slides needs
-the network, for reveal.js and MathJax.
+for the speaker's view, which has the whole text of each section. Three dots stand for sentences
+that are left out. A browser needs the network to show the slides, for reveal.js and MathJax.
 """
 import json
 import re
@@ -40,7 +40,7 @@ def main():
     done = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "slides",
                            *map(str, decks)], capture_output=True, text=True)
     if done.returncode:
-        return f"jupyter nbconvert made no slides: {done.stderr.strip().splitlines()[-1:]}"
+        return f"nbconvert made no slides: {' '.join(done.stderr.strip().splitlines()[-1:])}"
     print(*(deck.with_suffix(".slides.html") for deck in decks), sep="\n")
 
 
