@@ -84,7 +84,7 @@ def answers():
         yield name, [loss.item(),
                      *torch.autograd.grad(loss, raw)[0][0, :taught].flatten().tolist()]
     ratio = distill.mutual_distillation_loss(two) / two.var(dim=1, correction=0).mean()
-    yield "8d", [0.02 * ratio.item()]
+    yield "8d", [SAID["alpha"][0] * ratio.item()]
 
     t = dict(enumerate(decided.T_975, start=2))
     yield "10c", [next(n for n in t if t[n] * SAID["s10"][0] / math.sqrt(n) <= 0.3)]
