@@ -198,6 +198,8 @@ def test_what_notebook_0_says_of_collapse_and_balance_is_so(layers):
     assert alone[:, 0].max() < 6.5                                      # uneven from the start
     assert end(alone).min() > 1.8 and end(alone).max() < 3.2
     assert 2 <= min(layers.alive) < max(layers.alive) <= 6
+    patches, brighter, clusters = layers.in_use.values()
+    assert set(brighter) == {1} and sum(patches) < sum(clusters) < 8 * 8
     assert len({tuple(s.topk(2).indices.sort().values.tolist()) for s in layers.end[0]}) > 4
     assert (end(balanced) > end(alone) + 1).all() and end(balanced).max() < 7.8
     assert layers.worse > 4 and layers.error.keys() == layers.runs.keys()
