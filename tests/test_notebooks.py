@@ -126,6 +126,13 @@ def test_no_sentence_is_torn_by_a_line_that_markdown_takes_for_a_list(path):
 
 
 @each
+def test_every_link_to_another_page_leads_to_a_file(path):
+    text = "\n".join(c.source for c in cells(path, "markdown"))
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
+    assert links and [link for link in links if not (HERE / link).exists()] == []
+
+
+@each
 def test_every_figure_is_also_said_in_words(path):
     figures = [out for c in cells(path, "code") for out in c.outputs
                if "image/png" in out.get("data", {})]
