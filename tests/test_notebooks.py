@@ -139,6 +139,13 @@ def test_no_sentence_is_torn_by_a_line_that_markdown_takes_for_a_list(path):
 
 
 @each
+def test_every_link_to_another_page_leads_to_a_file(path):
+    text = "\n".join(c.source for c in cells(path, "markdown"))
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
+    assert links and [link for link in links if not (HERE / link).exists()] == []
+
+
+@each
 def test_every_figure_is_also_said_in_words(path):
     figures = [out for c in cells(path, "code") for out in c.outputs
                if "image/png" in out.get("data", {})]
@@ -211,6 +218,8 @@ def test_what_notebook_0_says_of_collapse_and_balance_is_so(layers):
     assert alone[:, 0].max() < 6.5                                      # uneven from the start
     assert end(alone).min() > 1.8 and end(alone).max() < 3.2
     assert 2 <= min(layers.alive) < max(layers.alive) <= 6
+    patches, brighter, clusters = layers.in_use.values()
+    assert set(brighter) == {1} and sum(patches) < sum(clusters) < 8 * 8
     assert len({tuple(s.topk(2).indices.sort().values.tolist()) for s in layers.end[0]}) > 4
     assert (end(balanced) > end(alone) + 1).all() and end(balanced).max() < 7.8
     assert layers.worse > 4 and layers.error.keys() == layers.runs.keys()
