@@ -167,7 +167,8 @@ def entropy_loss(logits):
 
 
 def balance_loss(probs, chosen):
-    """E * sum_e f_e P_e: 1 when even, E when collapsed (Switch, arXiv:2101.03961, eq. 4-6).
+    """E * sum_e f_e P_e: 1 when even, E / K when all tokens are sure of the same K experts (Switch,
+    arXiv:2101.03961, eq. 4-6, where K is 1).
 
     f_e is the share of the choices (T, K) that went to e, a constant for autograd; P_e is the mean
     over all tokens of probs (T, E).
