@@ -6,11 +6,14 @@
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
     python notebooks/measure.py classes         which classes do the kept students' experts serve?
     python notebooks/measure.py logits          how strongly may logits be distilled? Four runs
+    python notebooks/measure.py remedies        which remedy brings a router nearest to the truth,
+                                                and what does a step of it cost? Ten runs, an hour
 
 Every file that it writes under notebooks/results/ says which command, seed, commit and device made
 it.
 """
 import argparse
+import copy
 import io
 import itertools
 import json
@@ -31,14 +34,15 @@ import data
 import distill
 import report
 import train
-from notebooks import probes, study
+from notebooks import bench, probes, remedies, study
 from notebooks.controls import guide_by, learn_the_teachers_logits
-from notebooks.decided import FIRST, MOE, SCALES, SWEEP, TEACHER, TEACHERS_SEED
+from notebooks.decided import ARMS, FIRST, MOE, REMEDIED, SCALES, SWEEP, TEACHER, TEACHERS_SEED
 from notebooks.lesson import guide_of, trained
 from router import expect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+DRAWS = 4           # passes whose gradients are averaged: some remedies draw
 WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -236,28 +240,69 @@ def gradients(args):
               cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
 
 
-def cosines(flags, folder, data_dir):
+def cosines(flags, folder, data_dir, remedy=None):
     """Train one run; (epochs + 1, L) cosines before the first step of each epoch and at the end."""
-    _, job = study.prepare(flags, Path(folder), data_dir, seed=0)
+    _, job = study.prepare(flags, Path(folder), data_dir, seed=0, remedy=remedy)
     x = job.data.normalise(job.sets.probe[0])
-    step, found = 0, []
+    step, found, minimised = 0, [], remedies.losses if remedy else train.losses
 
     def look(student):
-        student.eval()
-        found.append([probes.oracle_cosine(student, x, job.sets.probe[1], block)
-                      for block in student.moe_blocks])
-        student.train()
+        # a copy, for a remedy learns from every look; in training, for some are at work there alone
+        with torch.random.fork_rng():
+            seen = copy.deepcopy(student).train()
+            found.append([probes.oracle_cosine(seen, x, job.sets.probe[1], block, DRAWS)
+                          for block in student.moe_blocks])
 
     def losses(cfg, student, guide, images, targets):
         nonlocal step
         if step % data.steps_per_epoch(cfg, job.sets) == 0:
             look(student)
         step += 1
-        return train.losses(cfg, student, guide, images, targets)
+        return minimised(cfg, student, guide, images, targets)
 
     train.fit(job, own_losses=losses)
     look(job.model)
     return found
+
+
+def compared(args):
+    """The cosine of each remedy's router gradient with the oracle's over training, as in
+    `gradients`, and the median time of its training step over V-MoE's: (runs, epochs + 1, L) and
+    (runs,). The gradient is the mean of DRAWS passes, for one remedy draws its experts.
+    """
+    arms = {"V-MoE": None} | {name: name for name in REMEDIED
+                              if remedies.REMEDIES[name].has_oracle}
+    flags = {name: f"{SCALES['cpu']} {ARMS[REMEDIED[name]].flags if remedy else MOE}"
+             for name, remedy in arms.items()}
+    origin, curves, times = about("python notebooks/measure.py remedies", seed=0), [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: a_step(flags[name], Path(folder, name), args.data_dir, remedy)
+                 for name, remedy in arms.items()}
+        samples = bench.clock(steps, 15, 600, False)
+        times = {name: np.median(np.divide(own, samples["V-MoE"])) for name, own in samples.items()}
+        print({name: round(float(t), 2) for name, t in times.items()}, flush=True)
+    for name, remedy in arms.items():
+        with tempfile.TemporaryDirectory() as folder:
+            curves.append(cosines(flags[name], folder, args.data_dir, remedy))
+        print(name, curves[-1][-1], flush=True)
+        write("remedies", origin, names=np.array(list(arms)[:len(curves)]),
+              cosine=np.array(curves, dtype=np.float32),
+              times=np.array(list(times.values())[:len(curves)]))
+
+
+def a_step(flags, folder, data_dir, remedy):
+    """A training step of a model, on always the same batch, to be timed."""
+    _, job = study.prepare(flags, folder, data_dir, seed=0, remedy=remedy)
+    batch = next(data.batches(job.cfg, job.data, job.sets, epoch=1))
+    optimizer = torch.optim.AdamW(train.parameter_groups(job.model, None, 0.05), lr=1e-4)
+    minimised = remedies.losses if remedy else train.losses
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        sum(minimised(job.cfg, job.model.train(), None, *batch).values()).backward()
+        optimizer.step()
+
+    return step
 
 
 # --- whom does an expert serve? (notebook 2) ---
@@ -342,7 +387,7 @@ def logits(args):
 
 
 MEASURES = {"keep": keep, "gradients": gradients, "classes": classes, "experts": experts,
-            "sweep": sweep, "logits": logits}
+            "sweep": sweep, "logits": logits, "remedies": compared}
 
 
 def main(argv=None):

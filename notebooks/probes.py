@@ -34,31 +34,35 @@ def expert_similarity(moe, h):
     return (pairs / (E * (E - 1))).mean().item()
 
 
-def oracle_cosine(student, images, labels, block):
+def oracle_cosine(student, images, labels, block, draws=1):
     """Cosine of a router's gradient with the one that it would get if it saw every expert (ours).
 
     The oracle keeps dL/dy of the sparse pass and puts all experts into the formula of the same
-    gate. Gradients are of the task loss, with respect to the router's weight (E, D). None where
-    the sparse gradient is 0.
+    gate. Gradients are of the task loss, with respect to the router's weight (E, D), each the sum
+    over `draws` passes. None where the sparse gradient is 0.
     """
     check_blocks("block", [block], routers(student))
     moe, seen = student.blocks[block - 1].mlp, {}
     if not getattr(moe, "has_oracle", True):                # a remedy without such a gate
         return None
     hook = moe.register_forward_hook(lambda m, x, out: seen.update(x=x[0], y=out[0]))
-    loss = F.cross_entropy(student(images).logits, labels)
+    totals = torch.zeros(2, *moe.router.weight.shape, dtype=moe.router.weight.dtype)
+    for _ in range(draws):
+        loss = F.cross_entropy(student(images).logits, labels)
+        sparse, dy = torch.autograd.grad(loss, [moe.router.weight, seen["y"]], allow_unused=True)
+        if sparse is None:
+            break
+        h, dy = (v.detach().flatten(0, 1) for v in (seen["x"], dy))     # (T, D) both
+        with torch.no_grad():
+            f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))      # (E, T, D)
+            q = torch.einsum("td,etd->te", dy, f)                       # what each expert is worth
+        logits = F.linear(h, moe.router.weight)                         # (T, E)
+        gates = logits.sigmoid() if moe.router.gate == "sigmoid" else logits.softmax(dim=-1)
+        dense, = torch.autograd.grad((gates * q).sum(), moe.router.weight)
+        totals += torch.stack([sparse, dense]).cpu()
     hook.remove()
-    sparse, dy = torch.autograd.grad(loss, [moe.router.weight, seen["y"]], allow_unused=True)
-    if sparse is None or not sparse.any():
-        return None
-    h, dy = (v.detach().flatten(0, 1) for v in (seen["x"], dy))         # (T, D) both
-    with torch.no_grad():
-        f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))   # (E, T, D)
-        q = torch.einsum("td,etd->te", dy, f)                           # what each expert is worth
-    logits = F.linear(h, moe.router.weight)                             # (T, E)
-    gates = logits.sigmoid() if moe.router.gate == "sigmoid" else logits.softmax(dim=-1)
-    dense, = torch.autograd.grad((gates * q).sum(), moe.router.weight)
-    return F.cosine_similarity(sparse.flatten(), dense.flatten(), dim=0).item()
+    sparse, dense = totals.flatten(1)
+    return F.cosine_similarity(sparse, dense, dim=0).item() if sparse.any() else None
 
 
 @torch.no_grad()

@@ -1038,7 +1038,7 @@ MUTANTS = [
     ("notebooks/study.py", 'if (row["scale"], row["seed"]) != (scale, seed)]',
      'if row["seed"] != seed]'),
     ("notebooks/study.py", 'and row["grid"] == grid\n', '\n'),
-    ("notebooks/study.py", 'guide, command, LOSSES.get(control))', 'guide, command)'),
+    ("notebooks/study.py", 'else LOSSES.get(control)', 'else None'),
     ("notebooks/study.py",
      'if (arm, seed) not in to_do(grid, scale):',
      'if False:'),
@@ -1187,6 +1187,12 @@ MUTANTS = [
      "        if False:\n            return super()"),
     ("notebooks/probes.py", 'if not getattr(moe, "has_oracle", True):', "if False:",
      "test_remedies.py"),
+    ("notebooks/probes.py", "totals += torch.stack", "totals = torch.stack", "test_remedies.py"),
+    ("notebooks/measure.py", "seen = copy.deepcopy(student).train()", "seen = student.train()",
+     "test_remedies.py"),
+    ("notebooks/measure.py", "        with torch.random.fork_rng():\n", "        if True:\n",
+     "test_remedies.py"),
+    ("notebooks/study.py", "loss = remedies.losses if remedy else", "loss ="),
     ("train.py", "    change(job)\n", "", "test_remedies.py"),
 ]
 # where the tests of a file are not in tests/test_<file>

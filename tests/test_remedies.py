@@ -16,8 +16,8 @@ import report
 import train
 from data import synthetic
 from moe import MoE
-from notebooks import remedies
-from notebooks.probes import closing_look
+from notebooks import measure, remedies
+from notebooks.probes import closing_look, oracle_cosine
 from notebooks.remedies import REMEDIES, hashed
 
 T, D, H, E = 13, 6, 10, 5
@@ -397,6 +397,33 @@ def test_a_remedied_model_begins_as_v_moe_learns_and_resumes_to_the_bit(name, mo
     lines = [json.loads(line) for line in Path("half/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all("remedy" in line["terms"] for line in lines)
     json.dumps(closing_look(job, None, None))               # what a row of the study asks
+
+
+def test_the_dense_mixer_is_its_own_oracle_and_draws_are_averaged():
+    job = plan("dense mixer")
+    for block in job.model.moe_blocks:
+        torch.nn.init.normal_(job.model.blocks[block - 1].mlp.router.weight)
+    x, y = SMALL.normalise(SMALL.train.images[:16]), SMALL.train.fine[:16]
+    assert oracle_cosine(job.model, x, y, 1) == pytest.approx(1, abs=1e-5)
+    drawn = plan("sparse mixer", out="drawn").model.train()
+    drawn.load_state_dict(job.model.state_dict())
+
+    def spread(draws):
+        return torch.tensor([oracle_cosine(drawn, x, y, 2, draws) for _ in range(20)]).std()
+
+    assert spread(16) < 0.5 * spread(1)
+
+
+@pytest.mark.parametrize("name", ["loss-free bias", "sparse mixer", "dense mixer", "stable"])
+def test_looking_at_a_remedys_gradient_changes_nothing_in_its_training(name):
+    found = torch.tensor(measure.cosines(" ".join(BASE), "looked", "data", name))
+    assert found.shape == (3, 2)                            # epochs + 1, blocks
+    assert ((found - 1).abs() < 1e-4).all() == (name == "dense mixer")
+    train.fit(plan(name, out="plain"), own_losses=remedies.losses)
+    plain, looked = (torch.load(f"{folder}/checkpoint.pt")["student"]
+                     for folder in ("plain", "looked"))
+    for key, v in plain.items():
+        assert torch.equal(looked[key], v), key
 
 
 @pytest.mark.parametrize("name", REMEDIES)
