@@ -379,7 +379,7 @@ MUTANTS = [
     ("kernels.py", "dout.reshape(-1, x.shape[1]).contiguous()", "dout.reshape(-1, x.shape[1])"),
     ("kernels.py", "1 if gates is None else K   ", "K   "),
     ("kernels.py", "z, a = x.new_empty(S, H), x.new_empty(S, H)", "z, a = x.new_empty(2, S, H)"),
-    ("kernels.py", "chosen = chosen.contiguous()", "chosen = 1 * chosen"),
+    ("kernels.py", "chosen = chosen.contiguous()", "chosen = chosen.view_as(chosen)"),
     ("kernels.py", "db = z.new_zeros(", "db = z.new_empty("),
     ("kernels.py", " + (dout @ b_out.float().mT).gather(1, chosen)", ""),
     ("kernels.py", "dgates.to(gates.dtype), weight * gates[..., None]",
