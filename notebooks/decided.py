@@ -71,7 +71,8 @@ CELL_ARMS = {"moe-k1": Arm(MOE), "tgr-k1-router-alone": Arm(TGR, "router alone")
 # a name in remedies.py: does it keep V-MoE's own two losses? The others have their own balance
 REMEDIES = {"loss-free bias": False, "expert choice": False, "default outputs": True,
             "sparse mixer": True, "dense mixer": True, "relu": False, "stable": True,
-            "coupled": True, "similar": False, "random fixed": False, "hash": False}
+            "grouter": True, "coupled": True, "similar": False, "random fixed": False,
+            "hash": False}
 REMEDIED = {name: f"moe-k1-{name.replace(' ', '-')}" for name in REMEDIES}
 ARMS = {
     "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import nn
 
 import train
-from data import steps_per_epoch
+from data import batches, steps_per_epoch
 from moe import MoE
 from router import averaged
 
@@ -229,8 +229,11 @@ class StableMoE(Remedy):
         patches = rearrange(inputs[0], "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         self.patches = F.pad(patches, (0, 0, 1, 0))                     # the class token has none
 
+    def light(self):
+        return (self.patches.float() @ self.pixels.T + self.place).flatten(0, 1)        # (T, E)
+
     def remedied(self, x, routing):
-        light = (self.patches.float() @ self.pixels.T + self.place).flatten(0, 1)       # (T, E)
+        light = self.light()
         if self.steps < self.learning:
             self.steps = self.steps + int(self.training)
             self.penalty = F.cross_entropy(light, routing.chosen[:, 0])
@@ -239,6 +242,40 @@ class StableMoE(Remedy):
         chosen = ranked(light.detach(), self.router.k)
         gates = routing.probs.gather(1, chosen)
         return MoE.forward(self, x, routing._replace(chosen=chosen, gates=gates))
+
+
+class Grouter(StableMoE):
+    """A trained model's routing, distilled beforehand and fixed from the first step on.
+
+    The paper distils it into a router of its own (arXiv:2603.06626); its folding and tuning of
+    experts are left out. Ours: what is distilled are this repository's kept V-MoE's choices, block
+    by block, in one epoch, into the light router of `StableMoE`.
+    """
+    share = 0.0
+
+    def __init__(self, moe, job):
+        super().__init__(moe, job)
+        if job.state is not None:                           # its checkpoint will bring it
+            return
+        b = 1 + [block.mlp for block in job.model.blocks].index(moe)
+        trained = trained_moe()
+        if (trained.n_tokens, trained.moe_blocks) != (job.model.n_tokens, job.model.moe_blocks) or (
+                trained.blocks[b - 1].mlp.router.n_experts != self.router.n_experts):
+            raise ValueError("Grouter's trained model is the kept V-MoE of scale cpu: take its "
+                             "tokens, --moe_blocks and --n_experts")
+        optimizer = torch.optim.AdamW([self.pixels, self.place], lr=0.01)
+        for images, _ in batches(job.cfg, job.data, job.sets, epoch=1):
+            self.look(job.model, (images.cpu(),))
+            with torch.no_grad():
+                chosen = trained(images.cpu()).layers[b].routing.chosen[:, 0]
+            optimizer.zero_grad()
+            F.cross_entropy(self.light(), chosen).backward()
+            optimizer.step()
+
+
+def trained_moe():
+    from notebooks.lesson import trained  # here, for lesson.py loads this file
+    return trained("vmoe")[0]
 
 
 class RandomFixed(Remedy):
@@ -317,8 +354,8 @@ class SimBal(Remedy):
 
 REMEDIES = {"loss-free bias": LossFreeBias, "expert choice": ExpertChoice,
             "default outputs": DefaultMoE, "sparse mixer": SparseMixer, "dense mixer": DenseMixer,
-            "relu": ReMoE, "stable": StableMoE, "coupled": ERC, "similar": SimBal,
-            "random fixed": RandomFixed, "hash": HashRouting}
+            "relu": ReMoE, "stable": StableMoE, "grouter": Grouter, "coupled": ERC,
+            "similar": SimBal, "random fixed": RandomFixed, "hash": HashRouting}
 
 
 def remedy(name):

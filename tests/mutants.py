@@ -1177,6 +1177,8 @@ MUTANTS = [
     ("notebooks/remedies.py", "(E / K * on * gates)", "(on * gates)"),
     ("notebooks/remedies.py", "self.steps + int(self.training)", "self.steps + 1"),
     ("notebooks/remedies.py", "if self.steps < self.learning:", "if True:"),
+    ("notebooks/remedies.py", "layers[b].routing.chosen[:, 0]", "layers[1].routing.chosen[:, 0]"),
+    ("notebooks/remedies.py", "        if job.state is not None:       ", "        if True:       "),
     ("notebooks/remedies.py", "F.pad(patches, (0, 0, 1, 0))", "F.pad(patches, (0, 0, 0, 1))"),
     ("notebooks/remedies.py", "2654435761", "2654435769"),
     ("notebooks/remedies.py", "(M.T - own).relu()", "(M - own).relu()"),

@@ -32,7 +32,18 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "load", lambda *_, **__: SMALL)
     monkeypatch.setattr(report, "figures", lambda out: {})
+    monkeypatch.setattr(remedies, "trained_moe", lambda: a_trained_one())
     torch.manual_seed(1)
+
+
+def a_trained_one(n_experts=4):
+    """A V-MoE whose routers look at brightness, a thing that a linear map of pixels can learn."""
+    with torch.random.fork_rng():
+        _, job = train.plan(train.parse([*BASE, "--n_experts", str(n_experts), "--out", "trained"]))
+    for b in job.model.moe_blocks:
+        moe = job.model.blocks[b - 1].mlp
+        torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(b))
+    return job.model.eval()
 
 
 def a_layer(name, k=1, **job):
@@ -291,6 +302,26 @@ def test_the_light_router_sees_a_patch_and_its_place_and_nothing_else():
     again = layer.patches @ layer.pixels.T + layer.place
     assert (light != again).any(dim=2).tolist() == [[False, True, False, False, False]] * 2
     assert torch.equal(chosen[:, 0].view(2, 5), again.argmax(dim=2))
+
+
+def test_grouter_follows_a_trained_router_from_the_first_step_and_never_changes():
+    job = plan("grouter")
+    layers = [job.model.blocks[b - 1].mlp for b in job.model.moe_blocks]
+    before = [(layer.pixels.clone(), layer.place.clone()) for layer in layers]
+    assert all(p.any() and q.any() for p, q in before)
+    images = SMALL.normalise(SMALL.train.images)
+    with torch.no_grad():
+        ours, its = job.model(images).layers, a_trained_one()(images).layers
+    chance = torch.stack([its[b].routing.chosen.flatten().bincount(minlength=4).max() / 320
+                          for b in (1, 2)])
+    alike = torch.stack([(ours[b].routing.chosen == its[b].routing.chosen).float().mean()
+                         for b in (1, 2)])
+    assert (alike > chance + 0.1).all(), (alike, chance)
+    train.fit(job, own_losses=remedies.losses)
+    for layer, (pixels, place) in zip(layers, before, strict=True):
+        assert torch.equal(layer.pixels, pixels) and torch.equal(layer.place, place)
+    with pytest.raises(ValueError, match="the kept V-MoE of scale cpu"):
+        plan("grouter", "--n_experts", "8", out="other")
 
 
 def test_a_hash_gives_the_same_expert_on_every_machine():
