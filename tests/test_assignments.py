@@ -1,7 +1,9 @@
 """Tests of assignments/: the fast ones. `course.py self-test` there is the long one."""
 import ast
+import csv
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -102,5 +104,79 @@ def test_what_a_student_has_written_is_not_replaced(tmp_path):
 ])
 def test_a_wrong_call_is_answered_in_a_sentence(monkeypatch, words, sentence):
     monkeypatch.setattr(sys, "argv", ["course.py", *words])
-    with pytest.raises(SystemExit, match=sentence):
+    with pytest.raises((SystemExit, ValueError), match=sentence):
         sys.exit(course.main())
+
+
+def packed(path, files):
+    with zipfile.ZipFile(path, "w") as z:
+        for name, content in files.items():
+            z.writestr(name, content)
+    return path
+
+
+def test_a_tree_is_found_in_a_zip_and_in_a_folder_of_a_folder(tmp_path):
+    tool = {f"{course.TOOL}/note": "", "router.py": "x = 1"}
+    selftest.write(tmp_path / "plain", tool)
+    selftest.write(tmp_path / "deep" / "Ann Example" / "work", tool)
+    for given in (tmp_path / "plain", tmp_path / "deep", packed(tmp_path / "a.zip", tool),
+                  packed(tmp_path / "b.zip", {f"work/{n}": c for n, c in tool.items()})):
+        with course.tree_in(given) as tree:
+            assert (tree / "router.py").read_text(encoding="utf-8") == "x = 1"
+    selftest.write(tmp_path / "second", tool)
+    (tmp_path / "broken.zip").write_bytes(b"PK but not for long")
+    for given, sentence in (
+            (tmp_path, "holds 2 student trees: name one, or give --csv"),
+            (packed(tmp_path / "c.zip", {"router.py": ""}), "is not a student tree"),
+            (packed(tmp_path / "d.zip", tool | {"../evil": ""}), "lie outside of it"),
+            (tmp_path / "broken.zip", "is damaged, or no .zip"),
+            (tmp_path / "no", "is not a student tree")):
+        with pytest.raises(ValueError, match=sentence), course.tree_in(given):
+            pass
+    with pytest.raises(ValueError, match="is not unpacked: it holds"), course.tree_in(
+            tmp_path / "a.zip", largest=3):
+        pass
+    assert not (tmp_path.parent / "evil").exists()
+
+
+def test_a_file_of_another_assignment_that_python_cannot_read_costs_nothing(tmp_path):
+    files = selftest.unsolved()
+    files["router.py"] += "\ndef half_a_line(:\n"           # of assignment 1
+    tree, replaced = selftest.write(tmp_path / "student", files), []
+    graded = course.graded_tree(tree, tmp_path / "4", 4, replaced)
+    assert replaced == ["router.py"]
+    assert (graded / "router.py").read_text(encoding="utf-8") == (
+        course.ROOT / "router.py").read_text(encoding="utf-8")
+    own = course.graded_tree(tree, tmp_path / "1", 1, replaced)
+    assert replaced == ["router.py"] and "half_a_line" in (own / "router.py").read_text("utf-8")
+
+
+def test_a_class_becomes_a_table_and_gradescope_gets_a_test_per_check(
+        tmp_path, monkeypatch, capsys):
+    def report(points, kind):
+        checks = [{"check": "a_law_holds", "points": points, "of": 2, "kind": kind, "public": True,
+                   "quantity": "y", "expected": "1", "got": "2", "hint": "look"},
+                  {"check": "another", "points": 1, "of": 1, "kind": "passed", "public": False}]
+        return {"points": points + 1, "of": 3, "assignments": [
+            {"assignment": "1_routing", "checks": checks, "replaced": ["teacher.py"]}]}
+
+    seeds, found = [], {"ann": report(2, "passed"), "bob": report(0, "changed torch")}
+    for name in found:
+        selftest.write(tmp_path / "class" / name, {f"{course.TOOL}/note": ""})
+    packed(tmp_path / "class" / "cid.zip", {"essay.txt": "I was ill"})
+    monkeypatch.setattr(course, "grade", lambda tree, only, seed: seeds.append(seed)
+                        or found[tree.name])
+    course.grade_class(tmp_path / "class", tmp_path / "marks.csv", None, None)
+    with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as file:
+        ann, bob, cid = csv.DictReader(file)
+    assert (ann["student"], ann["points"], ann["1: a law holds"]) == ("ann", "3", "2")
+    assert bob["1: a law holds"] == "0" and "changed torch" in bob["note"]
+    assert "teacher.py cannot be read" in ann["note"]
+    assert cid["points"] == "" and "not a student tree" in cid["note"]
+    assert len(set(seeds)) == 1                             # the same questions for all
+    said = capsys.readouterr().out
+    assert "2 of 3 graded" in said and "1 of 2  1: a law holds" in said
+    results = course.gradescope(found["bob"])
+    assert results["score"] == 1 and [t["visibility"] for t in results["tests"]] == [
+        "visible", "after_published"]
+    assert "expected: 1" in results["tests"][0]["output"] and not results["tests"][1]["output"]

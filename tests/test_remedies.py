@@ -117,6 +117,8 @@ def test_biases_even_out_a_load_that_is_not():
 @pytest.mark.parametrize("k, C", [(1, 3), (2, 6)])          # ceil(13 / 5), ceil(26 / 5)
 def test_experts_that_choose_have_exactly_the_same_load(k, C):
     layer, x = a_layer("expert choice", k), tokens()
+    x[:, 0] = 1
+    layer.router.weight.data[0, 0] += 2                     # more want expert 0 than it takes
     y, routing, _ = layer(x)
     p, f, expected = routing.probs, outputs_of(layer, x), torch.zeros(T, D, dtype=torch.float64)
     takers = [[] for _ in range(T)]
@@ -128,6 +130,7 @@ def test_experts_that_choose_have_exactly_the_same_load(k, C):
     rows = layer.takes(p)
     assert rows.shape == (E, C) and all(len(set(own)) == C for own in rows.tolist())
     assert len({len(own) for own in takers}) > 1            # but tokens are not served alike
+    assert any(own and p[t].argmax() not in own for t, own in enumerate(takers))
     for t, own in enumerate(takers):
         wanted = sorted(range(E), key=lambda e: (e not in own, -p[t, e]))[:k]
         assert routing.chosen[t].tolist() == wanted
@@ -139,11 +142,11 @@ def test_experts_that_choose_have_exactly_the_same_load(k, C):
 def test_a_default_output_is_the_running_mean_of_an_experts_own_tokens():
     layer, x = a_layer("default outputs", k=2), tokens()
     layer.mean = before = torch.randn(E, D, dtype=torch.float64)
-    with torch.no_grad():
-        layer.router.weight[4] = 0                          # one expert may be idle: its mean stays
-        layer.router.weight[4, 0] = -50 * x[:, 0].sign().mean()
+    x[:, 0] = 1
+    layer.router.weight.data[4, 0] = -50                    # idle: its mean stays
     y, routing, _ = layer(x)
     f, p = outputs_of(layer, x), routing.probs
+    assert not (routing.chosen == 4).any()
     for e in range(E):
         own = [t for t in range(T) if e in routing.chosen[t]]
         expected = before[e] * 0.99 + 0.01 * f[own, e].mean(dim=0) if own else before[e]

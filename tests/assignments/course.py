@@ -3,6 +3,7 @@
     python tests/assignments/course.py release DIR                  # lecturer: write a student tree
     python tests/assignments/course.py check [1 2 ...]              # student: the public checks
     python tests/assignments/course.py grade DIR --json report.json # lecturer: all checks, points
+    python tests/assignments/course.py grade CLASS --csv marks.csv  # of a folder of trees or .zips
     python tests/assignments/course.py self-test [--seeds N]        # does the grader deserve trust?
 
 The modules hold no markers. A folder N_name/ beside this file is assignment N: its assignment.py
@@ -11,6 +12,8 @@ README.md says how to teach with it and how to add an assignment.
 """
 import argparse
 import ast
+import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
@@ -42,8 +46,10 @@ def main():
     p.add_argument("dir", type=Path)
     p = commands.add_parser("check", help="run the public checks, inside a student tree")
     p.add_argument("only", type=int, nargs="*", help="numbers of assignments; default: all")
-    p = commands.add_parser("grade", help="run all checks on a student tree")
-    p.add_argument("dir", type=Path)
+    p = commands.add_parser("grade", help="run all checks on a student tree, or on a class of them")
+    p.add_argument("dir", type=Path, help="a tree, a .zip of one, or with --csv a folder of these")
+    p.add_argument("--csv", type=Path, help="grade each entry of DIR: a row per student")
+    p.add_argument("--gradescope", type=Path, help="also write Gradescope's results.json here")
     p.add_argument("--only", type=int, nargs="+", help="numbers of assignments; default: all")
     p.add_argument("--json", type=Path, help="also write the report here")
     p.add_argument("--seed", type=int, help="of the checks' inputs; default: drawn, and reported")
@@ -65,7 +71,10 @@ def main():
     if args.command == "check":
         return check(args.only)
     if args.command == "grade":
-        return show(grade(args.dir, args.only, args.seed), args.json)
+        if args.csv:
+            return grade_class(args.dir, args.csv, args.only, args.seed)
+        with tree_in(args.dir) as tree:
+            return show(grade(tree, args.only, args.seed), args.json, args.gradescope)
     import selftest
     return selftest.main(assignments(args.only), args.seeds, args.jobs)
 
@@ -381,11 +390,43 @@ def message(r):
 
 # --- grade ---
 
-def graded_tree(source, target, number):
-    """Copy what is graded of a student tree; blanks of *other* assignments become the reference."""
+@contextlib.contextmanager
+def tree_in(given, largest=200e6):
+    """The student tree in a folder, at most two folders deeper, or in a .zip; ValueError where
+    there is not exactly one."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = given
+        if given.is_file() and given.suffix == ".zip":
+            try:
+                with zipfile.ZipFile(given) as packed:
+                    names = packed.namelist()
+                    size = sum(info.file_size for info in packed.infolist())
+                    if size > largest or any(
+                            Path(n).is_absolute() or ".." in Path(n).parts for n in names):
+                        raise ValueError(f"{given} is not unpacked: it holds {size / 1e6:,.0f} MB, "
+                                         f"or names that lie outside of it")
+                    packed.extractall(folder)
+            except zipfile.BadZipFile:
+                raise ValueError(f"{given} is damaged, or no .zip") from None
+            root = Path(folder)
+        found = [p.parent.parent for depth in ("", "*/", "*/*/") for p in root.glob(depth + TOOL)]
+        if len(found) != 1:
+            raise ValueError(f"{given} is not a student tree: it has no {TOOL}/" if not found else
+                             f"{given} holds {len(found)} student trees: name one, or give --csv")
+        yield found[0]
+
+
+def graded_tree(source, target, number, replaced=None):
+    """Copy what is graded of a student tree. Blanks of *other* assignments become the reference,
+    and so does a file of theirs that Python cannot read, whose name is added to `replaced`."""
     target.mkdir(parents=True, exist_ok=True)
+    its = next(a for a in assignments() if a.number == number).blanks
     for path in sorted(source.glob("*.py")):
         text = path.read_text(errors="replace", encoding="utf-8")
+        if path.name not in its and (ROOT / path.name).exists() and not readable(text):
+            text = (ROOT / path.name).read_text(encoding="utf-8")
+            if replaced is not None:
+                replaced.append(path.name)
         for a in assignments():
             if a.number != number and path.name in a.blanks:
                 ours = (ROOT / path.name).read_text(encoding="utf-8")
@@ -397,6 +438,14 @@ def graded_tree(source, target, number):
         (target / TOOL / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(answers, target / TOOL / folder / "answers.py")
     return target
+
+
+def readable(text):
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def fill(text, reference, names):
@@ -411,8 +460,6 @@ def fill(text, reference, names):
 
 def grade(student, only=None, seed=None):
     """The report of a student tree: points, and the result of every check."""
-    if not (student / TOOL).is_dir():
-        sys.exit(f"{student} is not a student tree: it has no {TOOL}/")
     seed = random.randrange(2**31) if seed is None else seed
     original, _ = released()
     edited = [path for path, content in original.items()
@@ -421,12 +468,13 @@ def grade(student, only=None, seed=None):
 
     def one(a):
         with tempfile.TemporaryDirectory() as folder, Worker(a.folder) as worker:
-            tree = graded_tree(student, Path(folder) / "tree", a.number)
+            replaced = []
+            tree = graded_tree(student, Path(folder) / "tree", a.number, replaced)
             results = worker.run(tree, seeds=[0, seed], guard=ROOT)
         if len(results) != sum(a.checks):
             sys.exit(f"{a.folder} ran {len(results)} checks; its assignment.py says {a.checks}")
         return {"assignment": a.folder, "points": sum(r["points"] for r in results),
-                "of": sum(r["of"] for r in results), "checks": results}
+                "of": sum(r["of"] for r in results), "checks": results, "replaced": replaced}
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         parts = list(pool.map(one, assignments(only)))
@@ -435,9 +483,59 @@ def grade(student, only=None, seed=None):
             "of": sum(p["of"] for p in parts), "assignments": parts}
 
 
-def show(report, path):
+def grade_class(folder, path, only, seed):
+    """Grade every tree and .zip in a folder into a .csv, and say how many passed each check."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of student trees")
+    seed = random.randrange(2**31) if seed is None else seed    # the same questions for all
+    rows, passed, graded = [], {}, 0
+    for entry in sorted(p for p in folder.iterdir() if p.is_dir() or p.suffix == ".zip"):
+        row = {"student": entry.stem if entry.is_file() else entry.name, "note": ""}
+        try:
+            with tree_in(entry) as tree:
+                report = grade(tree, only, seed)
+        except ValueError as error:
+            row["note"] = str(error)
+        else:
+            graded += 1
+            row |= {"points": report["points"], "of": report["of"]}
+            for part in report["assignments"]:
+                row["note"] += "".join(f"{name} cannot be read. " for name in part["replaced"])
+                for r in part["checks"]:
+                    name = f"{part['assignment'].split('_')[0]}: {r['check'].replace('_', ' ')}"
+                    row[name] = r["points"]
+                    passed[name] = passed.get(name, 0) + (r["kind"] == "passed")
+                    if r["kind"] in ("cheated", "changed torch"):
+                        row["note"] += f"{name}: {r['kind']}. "
+        rows.append(row)
+        print(f"{row['student']}: {row.get('points', '-')} of {row.get('of', '-')}. {row['note']}",
+              flush=True)
+    columns = ["student", "points", "of", "note", *passed]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\n{path}: {graded} of {len(rows)} graded (seed {seed}). Who passed what:")
+    for name, n in sorted(passed.items(), key=lambda item: item[1]):
+        print(f"  {n:4d} of {graded}  {name}")
+
+
+def gradescope(report):
+    """Gradescope's results.json: a test per check; students see the public ones at once."""
+    tests = [{"name": f"{part['assignment']}: {r['check'].replace('_', ' ')}",
+              "score": r["points"], "max_score": r["of"],
+              "output": "" if r["kind"] == "passed" else message(r),
+              "visibility": "visible" if r["public"] else "after_published"}
+             for part in report["assignments"] for r in part["checks"]]
+    return {"score": report["points"], "tests": tests}
+
+
+def show(report, path, for_gradescope=None):
     for part in report["assignments"]:
         print(f"\n{part['assignment']}: {part['points']} of {part['of']} points")
+        for name in part["replaced"]:
+            print(f"  {name} cannot be read by Python; it is no part of this assignment, and the "
+                  f"reference's was taken")
         for r in part["checks"]:
             print(f"  {r['points']}/{r['of']}  {'public' if r['public'] else 'hidden'}  "
                   f"{r['check'].replace('_', ' ')}")
@@ -449,7 +547,13 @@ def show(report, path):
           f"torch {report['torch']})")
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if for_gradescope:
+        for_gradescope.write_text(json.dumps(gradescope(report), indent=1) + "\n",
+                                  encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as wrong:
+        sys.exit(str(wrong))

@@ -220,6 +220,8 @@ def prove(a, seeds):
 
         cheats(a, run, worker, folder)
         endings(a, run, right, passed)
+        honest = right | {f: right[f] + USES_OF_TORCH for f in a.blanks}
+        all_pass(run(honest, together=True), "who tries parts of torch that rebind names of it")
 
     others = ", ".join(p.stem for p in others)
     print(f"{a.folder}: {a.checks[0]} public and {a.checks[1]} hidden checks; the reference passes "
@@ -228,6 +230,17 @@ def prove(a, seeds):
           + (f" ({len(survivors)} not asked for)" if survivors else "")
           + f", {wrongs} wrong answers; 4 cheats; {time.monotonic() - started:.0f} s", flush=True)
     return n, len(mutants) - len(survivors)
+
+
+USES_OF_TORCH = """
+import torch
+from torch.utils.checkpoint import checkpoint
+_x = torch.ones(2, 3, requires_grad=True)
+torch.func.vmap(torch.func.grad(lambda row: row.square().sum()))(_x.detach())
+checkpoint(torch.sin, _x, use_reentrant=False).sum().backward()
+torch.optim.AdamW([_x]).step()
+torch.compile(lambda row: row + 1, backend="eager")(_x)
+"""
 
 
 def cheats(a, run, worker, folder):
@@ -290,6 +303,14 @@ def cheats(a, run, worker, folder):
     results = run(right | {f: right[f] + patch for f in a.blanks})
     demand(not [r for r in results if r["points"]] and any("replaced" in r["got"] for r in results),
            f"{a.folder}: a replaced torch gives {[r for r in results if r['points']]}")
+    demand("cheated" in {r["kind"] for r in results}, f"{a.folder}: replaced checks are no cheat")
+
+    # who changes torch alone may have a reason: no points, and somebody looks at it
+    patch = "\nimport torch\ntorch.allclose = lambda *a, **k: True\n"
+    results = run(right | {f: right[f] + patch for f in a.blanks})
+    kinds = {r["kind"] for r in results}
+    demand(not [r for r in results if r["points"]] and "changed torch" in kinds
+           and "cheated" not in kinds, f"{a.folder}: torch.allclose alone gives {results}")
 
 
 def endings(a, run, right, passed):

@@ -33,6 +33,7 @@ from checking import CannotRun, Failure, Student, checks_of, generator
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("kind", "quantity", "expected", "got", "hint")
+TORCH = str(Path(torch.__file__).parent) + os.sep
 GUARDED = (torch, torch.Tensor, torch.nn, torch.nn.Module, F, torch.testing, torch.autograd,
            torch.linalg, torch.random, checking, checking.Failure, builtins, math)
 FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn",
@@ -89,10 +90,22 @@ def snapshot(extra):
 
 
 def replaced(before):
-    """What a student's code must leave as it is: the names of torch, of the checks, of Python."""
-    return [f"{getattr(place, '__name__', place)}.{name}" for place, names in before
-            for name, value in names.items()
-            if callable(value) and vars(place).get(name) is not value]
+    """What a student's code must leave as it is: the names of the checks, and those of torch and
+    Python, as two lists. What torch itself renews when a part is first used is in neither."""
+    found = [], []
+    for place, names in before:
+        for name, value in names.items():
+            now = vars(place).get(name)
+            if callable(value) and now is not value and not torchs_own(now, name):
+                ours = str(getattr(place, "__name__", place)).startswith(
+                    ("checking", "public", "hidden", "Failure"))
+                found[not ours].append(f"{getattr(place, '__name__', place)}.{name}")
+    return found
+
+
+def torchs_own(function, name):
+    code = getattr(function, "__code__", None)
+    return code is not None and function.__name__ == name and code.co_filename.startswith(TORCH)
 
 
 def attempt(check, module, job):
@@ -126,9 +139,14 @@ def attempt(check, module, job):
             outcome = describe(error, check, tree)
             break
     watching = False
-    if changed := replaced(before):
-        outcome = ("cheated", sentence, "torch, Python and the checks as they are",
-                   f"{', '.join(changed[:3])} replaced by your code", "compute with torch as it is")
+    checks, others = replaced(before)
+    if others:
+        outcome = ("changed torch", sentence, "torch and Python as they are",
+                   f"{', '.join(others[:3])} replaced by your code (the check itself: "
+                   f"{outcome[0]})", "compute with torch as it is; whoever grades looks at it")
+    if checks:
+        outcome = ("cheated", sentence, "the checks as they are",
+                   f"{', '.join(checks[:3])} replaced by your code", "leave the checks alone")
     if reached:
         outcome = ("cheated", sentence, "code that reads its own tree only",
                    f"{reached[0]} opened or started by your code", "write the function yourself")
@@ -181,13 +199,21 @@ def in_a_child(checks, job):
              "no exit() in a module; an index out of range can end the process too")]
 
 
+def warm_up():
+    """Use the parts of torch that rebind names of it when they are first used: no student did."""
+    x = torch.ones(2, 3, requires_grad=True)
+    torch.func.vmap(torch.func.grad(lambda row: row.square().sum()))(x.detach())
+    torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False).sum().backward()
+    torch.optim.SGD([x], lr=0.1).step()
+
+
 def main(folder):
     torch.set_num_threads(1)
     # what the students' modules import: once here, and every child has it
-    # (torch._dynamo rebinds names of torch when it is first imported, which is no cheating)
     for name in ("einops", "triton", "matplotlib.figure", "torchvision", "torch._dynamo"):
         with contextlib.suppress(ImportError):
             __import__(name)
+    warm_up()
     own = (HERE, HERE.parent, HERE.parent.parent)
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() not in own]
     loaded = load(folder)
