@@ -205,6 +205,8 @@ def warm_up():
     torch.func.vmap(torch.func.grad(lambda row: row.square().sum()))(x.detach())
     torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False).sum().backward()
     torch.optim.SGD([x], lr=0.1).step()
+    with contextlib.suppress(RuntimeError):                 # not on every version of Python
+        torch.compile(lambda row: row + 1, backend="eager")(x.detach())
 
 
 def main(folder):
