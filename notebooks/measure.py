@@ -6,8 +6,8 @@
     python notebooks/measure.py gradients       is a router's gradient right? Five runs, 20 minutes
     python notebooks/measure.py classes         which classes do the kept students' experts serve?
     python notebooks/measure.py logits          how strongly may logits be distilled? Four runs
-    python notebooks/measure.py remedies        which remedy brings a router nearest to the truth,
-                                                and what does a step of it cost? Ten runs, an hour
+    python notebooks/measure.py remedies --seed 0       which remedy brings a router nearest to the
+                                                truth, and what does a step of it cost? Eleven runs
 
 Every file that it writes under notebooks/results/ says which command, seed, commit and device made
 it.
@@ -35,8 +35,8 @@ import distill
 import report
 import train
 from notebooks import bench, probes, remedies, study
-from notebooks.controls import guide_by, learn_the_teachers_logits
-from notebooks.decided import ARMS, FIRST, MOE, REMEDIED, SCALES, SWEEP, TEACHER, TEACHERS_SEED
+from notebooks.controls import LOSSES, guide_by, learn_the_teachers_logits
+from notebooks.decided import ARMS, FIRST, MOE, REMEDIED, SCALES, SWEEP, TEACHER, TEACHERS_SEED, TGR
 from notebooks.lesson import guide_of, trained
 from router import expect
 
@@ -240,18 +240,31 @@ def gradients(args):
               cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
 
 
-def cosines(flags, folder, data_dir, remedy=None):
-    """Train one run; (epochs + 1, L) cosines before the first step of each epoch and at the end."""
-    _, job = study.prepare(flags, Path(folder), data_dir, seed=0, remedy=remedy)
-    x = job.data.normalise(job.sets.probe[0])
-    step, found, minimised = 0, [], remedies.losses if remedy else train.losses
+def cosines(flags, folder, data_dir, remedy=None, seed=0, dense=None):
+    """Train one run; (epochs + 1, L) cosines before the first step of each epoch and at the end.
+
+    With `dense`, a teacher's checkpoint, it is TGR's that guides the routers alone, and there are
+    two curves, (2, epochs + 1, L): of the task's gradient, and of all that a router learns from.
+    """
+    planned, job = study.prepare(flags, Path(folder), data_dir, seed, dense, remedy)
+    guide = guide_by("dense", job, planned or train.teacher_of(job)) if dense else None
+    minimised = LOSSES["router alone"] if dense else remedies.losses if remedy else train.losses
+    x, labels = job.data.normalise(job.sets.probe[0]), job.sets.probe[1]
+    step, found = 0, [[], []] if dense else [[]]
+
+    def guidance(output, block):
+        with torch.no_grad():
+            targets = guide(x)
+        return train.objective(job.cfg, output, F.one_hot(labels, output.logits.shape[1]).float(),
+                               targets)["guidance"]
 
     def look(student):
         # a copy, for a remedy learns from every look; in training, for some are at work there alone
         with torch.random.fork_rng():
             seen = copy.deepcopy(student).train()
-            found.append([probes.oracle_cosine(seen, x, job.sets.probe[1], block, DRAWS)
-                          for block in student.moe_blocks])
+            for curve, also in zip(found, (None, guidance), strict=False):
+                curve.append([probes.oracle_cosine(seen, x, labels, block, DRAWS, also)
+                              for block in student.moe_blocks])
 
     def losses(cfg, student, guide, images, targets):
         nonlocal step
@@ -260,46 +273,53 @@ def cosines(flags, folder, data_dir, remedy=None):
         step += 1
         return minimised(cfg, student, guide, images, targets)
 
-    train.fit(job, own_losses=losses)
+    train.fit(job, guide, own_losses=losses)
     look(job.model)
-    return found
+    return found if dense else found[0]
 
 
 def compared(args):
     """The cosine of each remedy's router gradient with the oracle's over training, as in
-    `gradients`, and the median time of its training step over V-MoE's: (runs, epochs + 1, L) and
-    (runs,). The gradient is the mean of DRAWS passes, for one remedy draws its experts.
+    `gradients`, and the median time of its training step over V-MoE's: (curves, epochs + 1, L) and
+    (curves,). The gradient is the mean of DRAWS passes, for one remedy draws its experts.
     """
     arms = {"V-MoE": None} | {name: name for name in REMEDIED
-                              if remedies.REMEDIES[name].has_oracle}
+                              if remedies.REMEDIES[name].has_oracle} | {"TGR": None}
     flags = {name: f"{SCALES['cpu']} {ARMS[REMEDIED[name]].flags if remedy else MOE}"
-             for name, remedy in arms.items()}
-    origin, curves, times = about("python notebooks/measure.py remedies", seed=0), [], {}
+             for name, remedy in arms.items()} | {"TGR": f"{SCALES['cpu']} {TGR}"}
+    command = f"python notebooks/measure.py remedies --seed {args.seed}"
+    origin, names, curves = about(command, seed=args.seed), [], []
+    dense = study.train_teacher("cpu", args.seed, Path(args.runs, f"teacher-seed{args.seed}"),
+                                args.data_dir)
+    dense = {name: dense if name == "TGR" else None for name in arms}
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: a_step(flags[name], Path(folder, name), args.data_dir, remedy)
+        steps = {name: a_step(flags[name], Path(folder, name), args.data_dir, remedy, dense[name])
                  for name, remedy in arms.items()}
         samples = bench.clock(steps, 15, 600, False)
         times = {name: np.median(np.divide(own, samples["V-MoE"])) for name, own in samples.items()}
         print({name: round(float(t), 2) for name, t in times.items()}, flush=True)
     for name, remedy in arms.items():
         with tempfile.TemporaryDirectory() as folder:
-            curves.append(cosines(flags[name], folder, args.data_dir, remedy))
-        print(name, curves[-1][-1], flush=True)
-        write("remedies", origin, names=np.array(list(arms)[:len(curves)]),
+            found = cosines(flags[name], folder, args.data_dir, remedy, args.seed, dense[name])
+        both = name == "TGR"
+        names += [f"{name}, task alone", f"{name}, task and guidance"] if both else [name]
+        curves += found if both else [found]
+        print(name, found[-1], flush=True)
+        write(f"remedies{args.seed}", origin, names=np.array(names),
               cosine=np.array(curves, dtype=np.float32),
-              times=np.array(list(times.values())[:len(curves)]))
+              times=np.array([times[name.split(",")[0]] for name in names]))
 
 
-def a_step(flags, folder, data_dir, remedy):
-    """A training step of a model, on always the same batch, to be timed."""
-    _, job = study.prepare(flags, folder, data_dir, seed=0, remedy=remedy)
+def a_step(flags, folder, data_dir, remedy, dense):
+    planned, job = study.prepare(flags, folder, data_dir, 0, dense, remedy)
+    guide = guide_by("dense", job, planned or train.teacher_of(job)) if dense else None
     batch = next(data.batches(job.cfg, job.data, job.sets, epoch=1))
-    optimizer = torch.optim.AdamW(train.parameter_groups(job.model, None, 0.05), lr=1e-4)
-    minimised = remedies.losses if remedy else train.losses
+    optimizer = torch.optim.AdamW(train.parameter_groups(job.model, guide, 0.05), lr=1e-4)
+    minimised = LOSSES["router alone"] if dense else remedies.losses if remedy else train.losses
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        sum(minimised(job.cfg, job.model.train(), None, *batch).values()).backward()
+        sum(minimised(job.cfg, job.model.train(), guide, *batch).values()).backward()
         optimizer.step()
 
     return step
@@ -394,6 +414,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the numbers that the notebooks show.")
     parser.add_argument("what", choices=MEASURES)
     parser.add_argument("--runs", default="runs/study/cpu", help="the study's runs at one scale")
+    parser.add_argument("--seed", type=int, default=0, help="of remedies: a file per seed")
     parser.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")
     checkpoint.printable()
     args = parser.parse_args(argv)

@@ -34,12 +34,13 @@ def expert_similarity(moe, h):
     return (pairs / (E * (E - 1))).mean().item()
 
 
-def oracle_cosine(student, images, labels, block, draws=1):
+def oracle_cosine(student, images, labels, block, draws=1, also=None):
     """Cosine of a router's gradient with the one that it would get if it saw every expert (ours).
 
     The oracle keeps dL/dy of the sparse pass and puts all experts into the formula of the same
     gate. Gradients are of the task loss, with respect to the router's weight (E, D), each the sum
-    over `draws` passes. None where the sparse gradient is 0.
+    over `draws` passes; also(output, block) is a loss that the router learns from beside it, and
+    the oracle does not. None where the router's gradient is 0.
     """
     check_blocks("block", [block], routers(student))
     moe, seen = student.blocks[block - 1].mlp, {}
@@ -48,8 +49,12 @@ def oracle_cosine(student, images, labels, block, draws=1):
     hook = moe.register_forward_hook(lambda m, x, out: seen.update(x=x[0], y=out[0]))
     totals = torch.zeros(2, *moe.router.weight.shape, dtype=moe.router.weight.dtype)
     for _ in range(draws):
-        loss = F.cross_entropy(student(images).logits, labels)
-        sparse, dy = torch.autograd.grad(loss, [moe.router.weight, seen["y"]], allow_unused=True)
+        output = student(images)
+        task = F.cross_entropy(output.logits, labels)
+        loss = task + also(output, block) if also else task
+        sparse, = torch.autograd.grad(loss, [moe.router.weight], retain_graph=True,
+                                      allow_unused=True)
+        dy, = torch.autograd.grad(task, [seen["y"]])
         if sparse is None:
             break
         h, dy = (v.detach().flatten(0, 1) for v in (seen["x"], dy))     # (T, D) both

@@ -460,6 +460,37 @@ def test_looking_at_a_remedys_gradient_changes_nothing_in_its_training(name):
         assert torch.equal(looked[key], v), key
 
 
+def test_of_a_guided_router_the_tasks_gradient_is_looked_at_and_that_of_all_it_learns_from():
+    _, teacher = train.plan(train.parse([*BASE, "--method", "dense", "--moe_blocks", "",
+                                         "--out", "teacher"]))
+    train.fit(teacher)
+    tgr = " ".join([*BASE, "--method", "tgr"])
+    found = torch.tensor(measure.cosines(tgr, "looked", "data", dense="teacher/checkpoint.pt"))
+    assert found.shape == (2, 3, 2)                         # curves, epochs + 1, blocks
+    # before the first step a guided model is V-MoE, and guidance knows nothing of the task
+    plain = torch.tensor(measure.cosines(" ".join(BASE), "plain", "data"))
+    assert_close(found[0, 0], plain[0])
+    assert ((found[1] - found[0]).abs() > 0.01).all()
+
+
+def test_a_cosine_is_of_the_task_and_of_what_a_router_learns_from_beside_it():
+    student, x = a_trained_one(), SMALL.normalise(SMALL.train.images[:16])
+    y = SMALL.train.fine[:16]
+
+    def cosine(times):
+        return oracle_cosine(student, x, y, 2, also=times and (
+            lambda output, block: times * F.cross_entropy(output.logits, y)))
+
+    alone = cosine(0)
+    assert alone == pytest.approx(cosine(2)) == pytest.approx(-cosine(-2)) and abs(alone) < 0.99
+
+    def to_expert_0_of_its_block(output, block):
+        assert block == 2
+        return -1e6 * output.layers[block].routing.logits[:, 0].sum()
+
+    assert abs(oracle_cosine(student, x, y, 2, also=to_expert_0_of_its_block) - alone) > 0.01
+
+
 @pytest.mark.parametrize("name", REMEDIES)
 def test_a_routing_that_is_given_is_followed_as_in_v_moe(name):
     job = plan(name)
