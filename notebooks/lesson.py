@@ -3,9 +3,11 @@
 Guesses and checks, figures, and what was measured before, with its origin. No class or function of
 the modules is defined here a second time.
 """
+import html
 import io
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,11 +41,68 @@ def tqdm(items, **kwargs):
 
 # --- predict, then run ---
 
-def predict(guess, truth, what=""):
-    """Print what came out beside the reader's guess; an Ellipsis is no guess yet."""
-    truth = f"{truth:.4g}" if isinstance(truth, float) else truth
-    said = "no guess written yet" if guess is ... else f"your guess: {guess}"
-    print(f"{what + ': ' if what else ''}{truth}   ({said})")
+def predict(guess, truth, what="What came out"):
+    """Show what came out: folded where there is no guess yet, an Ellipsis, and otherwise with how
+    far the guess was off."""
+    said = f"{what}: {f'{truth:.4g}' if isinstance(truth, float) else truth}"
+    if guess is ...:
+        return display(Folded(f"{what}: guess, then open this", said))
+    print(f"{said}   (your guess: {guess}{distance(guess, truth)})")
+
+
+def distance(guess, truth):
+    try:
+        off = abs(float(guess) - float(truth))
+    except (TypeError, ValueError):
+        return ", right" if guess == truth else ""
+    return f", off by {off:.3g}" if off else ", right"
+
+
+class Folded:
+    """A text that is read when its summary is clicked; in a terminal it is just read."""
+
+    def __init__(self, summary, text):
+        self.summary, self.text = summary, text
+
+    def __repr__(self):
+        return self.text
+
+    def _repr_html_(self):
+        summary, text = html.escape(self.summary), html.escape(self.text)
+        text = re.sub("`(.*?)`", r"<code>\1</code>", text).replace("\n", "<br>")
+        return f"<details><summary>{summary}</summary>{text}</details>"
+
+
+def move(draw, **sliders):
+    """Call draw(**values) again whenever a slider is moved: name=(first value, low, high, step).
+
+    A kept page shows the first values, and so does a place without ipywidgets.
+    """
+    first = {name: value for name, (value, *_) in sliders.items()}
+    if SMOKE or KEPT:
+        return draw(**first)
+    try:
+        import ipywidgets
+    except ImportError:
+        print("the sliders need ipywidgets (pip install ipywidgets); this is their first position")
+        return draw(**first)
+    made = {}
+    for name, (value, low, high, step) in sliders.items():
+        kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
+        made[name] = kind(value, min=low, max=high, step=step, continuous_update=False)
+    ipywidgets.interact(draw, **made)
+
+
+def claims(found):
+    """Print what a page says of trained models beside what the seeds say: {claim: Estimate}.
+
+    A claim is a difference or a number, and what its interval leaves open is called open.
+    """
+    print(f"{'':44} measured, 95 % interval        n")
+    for claim, e in found.items():
+        so = ("no interval" if e.low is None else "above 0" if e.low > 0 else
+              "below 0" if e.high < 0 else "open")
+        print(f"{claim:44} {decided.signed(e, 3):29} {e.n:2}   {so}")
 
 
 def check(claim, answer, expected=True, hint="read the cell above once more"):
@@ -100,12 +159,17 @@ def brief(value):
 # --- figures ---
 
 def show(fig, alt):
-    """Put a figure on the page as a small PNG; `alt` tells it to those who cannot see it."""
+    """Put a figure on the page; `alt` tells it to those who cannot see it.
+
+    It has the dots of a projector and the size of a page.
+    """
     drawn, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=80)
-    # 256 colours are enough for a figure and halve its file
-    Picture.open(drawn).convert("RGB").quantize(256).save(small, "png", optimize=True)
-    display(Image(small.getvalue(), alt=alt))
+    fig.savefig(drawn, format="png", dpi=150)
+    true = Picture.open(drawn).convert("RGB")
+    few = true.quantize(256)                # halves the file, and falsifies photographs
+    wrong = np.abs(np.asarray(few.convert("RGB"), dtype=int) - np.asarray(true)).max()
+    (few if wrong <= 8 else true).save(small, "png", optimize=True)
+    display(Image(small.getvalue(), width=round(true.width * 80 / 150), alt=alt))
 
 
 ABOUT = {       # the parts of the picture below, and what the page that marks one of them is about
@@ -207,10 +271,10 @@ def patch_map(axis, image, experts=None, strength=None, title=""):
 # --- what was measured before, and by whom ---
 
 def measured(about):
-    """Print where a number comes from, above every figure that was not computed on this page."""
-    versions = about["versions"]
-    print(f"Measured by `{about['command']}` on {about['device']}, seed {about['seed']}, torch "
-          f"{versions['torch']}, commit {(about['commit'] or 'unknown')[:12]}.")
+    """Say, folded, where a number comes from that was not computed on this page."""
+    display(Folded("Measured before: by what?",
+                   f"`{about['command']}` on {about['device']}, seed {about['seed']}, torch "
+                   f"{about['versions']['torch']}, commit {(about['commit'] or 'unknown')[:12]}"))
 
 
 def read(name):

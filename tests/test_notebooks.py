@@ -23,6 +23,16 @@ NAMES = ("00_a_sparse_layer", "01_gradient_blocking", "02_teacher_guided_routing
 NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+# What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
+# page has run, and not on the page.
+CLAIMS = {
+    "01_gradient_blocking": """
+assert two > one and over["sigmoid, top-2"] > over["sigmoid, top-1"]      # the runs of section 5
+assert curves["softmax, then top-1"].mean(axis=1).argmax() < 6 and kept["cosine"].min() > 0
+assert kept["cosine"].max() < 0.98 and back > 2 * chance and late["vmoe"] > late["tgr"]
+assert found["cosine, K=2 - K=1"].low > 0 and found["agreement, guided - V-MoE"].low > 0
+""",
+}
 ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins
 
 
@@ -74,6 +84,7 @@ def test_it_runs_and_its_checks_refuse_the_stub_and_a_wrong_answer_and_accept_th
             page.cells[at:at] = [nbformat.v4.new_code_cell(code[name]), again]
             tried[number][name] = again
             at += 2
+    page.cells.append(nbformat.v4.new_code_cell(CLAIMS.get(path.stem, "")))
     NotebookClient(page, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(HERE)}}).execute()
     assert len(tried) == EXERCISES[path]
@@ -83,6 +94,84 @@ def test_it_runs_and_its_checks_refuse_the_stub_and_a_wrong_answer_and_accept_th
         assert said["stub"] and set(said["stub"]) == {"not yet"}, where
         assert "no" in said["wrong"] and "raised" not in printed(attempt["wrong"]), where
         assert len(said["right"]) == len(said["stub"]) and set(said["right"]) == {"yes"}, where
+
+
+def test_what_came_out_is_folded_until_there_is_a_guess_and_then_says_how_far_it_was(capsys):
+    from notebooks import lesson
+    lesson.predict(..., 0.25, "a <share>")
+    folded = capsys.readouterr().out
+    assert folded == "a <share>: 0.25\n"                   # of a display, a terminal sees the text
+    for guess, truth, end in ((0.5, 0.25, "off by 0.25"), (3, 3, "right"), ("no", "no", "right"),
+                              ("yes", "no", "yes"), (0.1, "0.6, at random 0.2", "0.1")):
+        lesson.predict(guess, truth)
+        assert capsys.readouterr().out.endswith(f"{end})\n")
+
+
+def test_what_is_folded_says_what_it_hides_and_is_no_markup(monkeypatch):
+    from notebooks import lesson
+    assert lesson.Folded("a < b", "`x` & y\nz")._repr_html_() == (
+        "<details><summary>a &lt; b</summary><code>x</code> &amp; y<br>z</details>")
+    seen = []
+    monkeypatch.setattr(lesson, "display", seen.append)
+    lesson.predict(..., 7, "ways")
+    assert (seen[0].summary, seen[0].text) == ("ways: guess, then open this", "ways: 7")
+
+
+def test_sliders_draw_their_first_values_where_nobody_moves_them(monkeypatch, capsys):
+    from notebooks import lesson
+    drawn = []
+    sliders = {"alpha": (0.5, 0.0, 1.0, 0.1), "epoch": (3, 1, 12, 1)}
+    monkeypatch.setattr(lesson, "KEPT", True)
+    lesson.move(lambda **values: drawn.append(values), **sliders)
+    monkeypatch.setattr(lesson, "KEPT", False)
+    monkeypatch.setattr(lesson, "SMOKE", False)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    lesson.move(lambda **values: drawn.append(values), **sliders)
+    assert drawn == 2 * [{"alpha": 0.5, "epoch": 3}]
+    assert "pip install ipywidgets" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(lesson, "KEPT", False)
+    monkeypatch.setattr(lesson, "SMOKE", False)
+    import ipywidgets
+    asked = []
+    monkeypatch.setattr(ipywidgets, "interact", lambda draw, **made: asked.append(made))
+    lesson.move(lambda **values: None, **sliders)
+    assert {name: (type(w).__name__, w.value, w.min, w.max, w.step) for name, w in
+            asked[0].items()} == {"alpha": ("FloatSlider", 0.5, 0.0, 1.0, 0.1),
+                                  "epoch": ("IntSlider", 3, 1, 12, 1)}
+
+
+@pytest.mark.parametrize("coloured", [True, False])
+def test_a_figure_keeps_its_colours_and_its_size_on_the_page(monkeypatch, coloured):
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    import report
+    from notebooks import lesson
+    seen = []
+    monkeypatch.setattr(lesson, "display", seen.append)
+    fig, [[axis]] = report.sheet("a title", 1, 1, 6, 3)
+    if coloured:
+        axis.imshow(np.random.default_rng(0).random((40, 60, 3)))
+    fig.savefig(true := io.BytesIO(), format="png", dpi=150)
+    lesson.show(fig, "a figure")
+    got, true = (np.asarray(Image.open(f).convert("RGB"), dtype=int)
+                 for f in (io.BytesIO(seen[0].data), true))
+    assert got.shape == true.shape and abs(got - true).max() <= 8
+    assert seen[0].width == 480 and seen[0].alt == "a figure"
+
+
+def test_claims_say_which_of_them_the_seeds_leave_open(capsys):
+    from notebooks import lesson
+    from notebooks.decided import Estimate
+    lesson.claims({"a": Estimate(0.2, 0.1, 0.3, 5), "b": Estimate(-0.2, -0.3, -0.1, 5),
+                   "c": Estimate(0.1, -0.1, 0.3, 3), "d": Estimate(0.1, None, None, 1)})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("   ")[-1].strip() for line in lines] == [
+        "above 0", "below 0", "open", "no interval"]
+    assert "+0.200 [+0.100, +0.300]" in lines[0] and " 5 " in lines[0]
 
 
 def test_a_wrong_answer_is_told_where_it_first_differs(capsys):
