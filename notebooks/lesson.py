@@ -166,9 +166,9 @@ def show(fig, alt):
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=150)
     true = Picture.open(drawn).convert("RGB")
-    few = true.quantize(256)                # halves the file, and falsifies photographs
-    wrong = np.abs(np.asarray(few.convert("RGB"), dtype=int) - np.asarray(true)).max()
-    (few if wrong <= 8 else true).save(small, "png", optimize=True)
+    few = true.quantize(256)                # halves the file, and falsifies maps and photographs
+    wrong = np.abs(np.asarray(few.convert("RGB"), dtype=int) - np.asarray(true)).max(axis=2)
+    (few if (wrong > 8).mean() < 0.001 else true).save(small, "png", optimize=True)
     display(Image(small.getvalue(), width=round(true.width * 80 / 150), alt=alt))
 
 
@@ -231,6 +231,51 @@ def picture(part=None):
     axis.set(xlim=(-0.1, 15.7), ylim=(-0.1, 7.3))
     axis.axis("off")
     show(fig, f"A token, its router, four experts of which two are at work, their sum. {title}")
+
+
+def gradient_bars(logits, q, k=2):
+    """Draw dL/dz of one token under V-MoE's gate, of its K chosen experts and of all (the oracle);
+    logits (E,), q (E,) the harm that a little more of each expert does."""
+    p = torch.tensor(logits).softmax(dim=0)
+    q, order = torch.tensor(q), sorted(range(len(q)), key=lambda e: -logits[e])
+    fig, axes = report.sheet(f"Experts {order[0]} and {order[1]} are chosen; expert 3 does "
+                             f"{q[3]:+.1f} harm", 1, 2, 9, 3.4, sharey=True)
+    for axis, title, chosen in zip(axes[0], ("V-MoE's gate", "the oracle"), (order[:k], order),
+                                   strict=True):
+        u = (p * q)[chosen].sum()
+        gradient = p * (q.where(torch.isin(torch.arange(len(q)), torch.tensor(chosen)), 0) - u)
+        for e, g in enumerate(gradient.tolist()):
+            look = ({"color": COLOURS[0], "label": "chosen"} if e in chosen else
+                    {"color": "white", "ec": COLOURS[3], "hatch": "///", "label": "not chosen"})
+            axis.bar(e, g, **look)
+            axis.text(e, max(g, 0) + 0.03, f"{g:+.3f}", ha="center")
+        axis.set(title=title, xlabel="expert", ylim=(-1.3, 1.3), xticks=range(len(q)))
+    once = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    axes[0, 0].legend(once.values(), once.keys(), loc="lower left")
+    show(fig, "Bars: the gradient on four logits, of the chosen experts and of all")
+
+
+def cures_figure(curve, price, shown):
+    """Draw each remedy's cosine with the oracle, over epochs and against the price of a step.
+
+    curve {name: (epochs + 1,)}, price {name: times V-MoE's step}; those of `shown` are named.
+    """
+    near = {name: c[1:].mean() for name, c in curve.items()}            # from epoch 1 on
+    fig, axes = report.sheet(f"From epoch 1 on, the cosine with the oracle is {near[shown[0]]:.2f} "
+                             f"for {shown[0]}, {near[shown[1]]:.2f} for {shown[1]}", 1, 2, 11, 4.4,
+                             sharey=True, subplot_kw={"ylim": (-0.3, 1.05)})
+    for name, c in sorted(curve.items(), key=lambda item: item[0] in shown):
+        look = {"color": "0.75", "lw": 1}
+        if name in shown:
+            look = {"color": COLOURS[shown.index(name)], "lw": 3, "label": name}
+        axes[0, 0].plot(c, **look)
+        axes[0, 1].plot(price[name], near[name], "o", ms=9, **look)
+    axes[0, 0].plot([], color="0.75", label="the other remedies")
+    axes[0, 0].legend(loc="lower left", fontsize=9, ncols=2)
+    report.by_epoch(axes[0, 0], "cosine with the oracle's gradient")
+    axes[0, 1].set(xlabel="time of a training step, V-MoE = 1", title="mean from epoch 1 on")
+    show(fig, "Left: cosine with the oracle over epochs, a line per remedy. Right: its mean against "
+              "the price of a step")
 
 
 def dots(axis, at, rows, metric, plus, minus=(), colour="black"):
