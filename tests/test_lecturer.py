@@ -193,8 +193,8 @@ def test_the_key_has_what_the_page_prints_beside_a_guess(number):
     path, = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
     printed = [float(v) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
                for output in cell.get("outputs", ())
-               for line in "".join(output.get("text", "")).split("\n") if "no guess" in line
-               for v in re.findall(r"-?\d+(?:\.\d+)?", line)]
+               if "guess, then open" in "".join(output.get("data", {}).get("text/html", ""))
+               for v in re.findall(r"-?\d+(?:\.\d+)?", "".join(output["data"]["text/plain"]))]
     section = re.search(rf"^## Page {number}.*?(?=^## |\Z)", KEY, flags=re.M | re.S)[0]
     rows = [row.split(" | ")[1] for row in re.findall(r"^\| .*\d.*", section, flags=re.M)]
     asked = [found for row in rows if (found := re.findall(r"-?\d+(?:\.\d+)?(?: %)?", row))]
