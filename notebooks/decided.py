@@ -74,6 +74,10 @@ REMEDIES = {"loss-free bias": False, "expert choice": False, "default outputs": 
             "grouter": True, "coupled": True, "similar": False, "random fixed": False,
             "hash": False}
 REMEDIED = {name: f"moe-k1-{name.replace(' ', '-')}" for name in REMEDIES}
+# own ideas for guiding the routing alone, in ideas.py; the last one has no teacher
+GUIDED = ("near the top", "while unsure", "evened", "by value")
+VAL = "--split val"         # a tenth of the training images stands for the test images
+IDEAS = {name: f"idea-{name.replace(' ', '-')}" for name in GUIDED}
 ARMS = {
     "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
     **CELL_ARMS,
@@ -89,6 +93,11 @@ ARMS = {
        for teacher in ("untrained", "random", "k-means")},
     # what others do about blocking and fluctuation, and the floor
     **{arm: Arm(MOE if REMEDIES[name] else NO_AUX, name) for name, arm in REMEDIED.items()},
+    # ideas are looked at on validation images
+    "moe-k1-val": Arm(f"{MOE} {VAL}"), "moe-k1-no-aux-val": Arm(f"{NO_AUX} {VAL}"),
+    "tgr-k1-router-alone-val": Arm(f"{TGR} {VAL}", "router alone"),
+    **{arm: Arm(f"{TGR} {VAL}" if name != "by value" else f"{MOE} --guide_weight 1 {VAL}", name)
+       for name, arm in IDEAS.items()},
     # the cells where the paper's experts are
     **{f"{arm}-late": a._replace(flags=f"{a.flags} --moe_blocks LATE")
        for arm, a in CELL_ARMS.items()},
@@ -137,6 +146,10 @@ GRIDS = {
         **{f"tgr-k1-router-alone-{teacher}": "moe-k1"
            for teacher in ("lite0", "untrained", "random", "k-means")},
         "tgr-k1-oracle-alone": "moe-k1", **dict.fromkeys(REMEDIED.values(), "moe-k1")}),
+    # can the routing alone be guided better? Validation images; the best one goes on to the test's
+    "ideas": Grid("cpu", 3, {
+        "moe-k1-val": None, "moe-k1-no-aux-val": "moe-k1-val",
+        "tgr-k1-router-alone-val": "moe-k1-val", **dict.fromkeys(IDEAS.values(), "moe-k1-val")}),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (
@@ -207,8 +220,9 @@ COLUMNS = {
     **dict.fromkeys(("factors", "placement", "schedule"), (
         "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
         "mean gate", "follows the teacher")),
-    "routing": ("accuracy, dispatched as in training", "agreement with the end at 1/2",
-                "load entropy", "oracle cosine", "follows the teacher"),
+    **dict.fromkeys(("routing", "ideas"), (
+        "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
+        "oracle cosine", "follows the teacher")),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
                "gate accuracy"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
@@ -310,6 +324,11 @@ HYPOTHESES = [
                (REMEDIED["stable"],), (NONE,)),
     Hypothesis("routing", "a router guided by a dense teacher beats the exact gradient", "ours",
                ACC, (ROUTER,), (REMEDIED["dense mixer"],)),
+    # what is hoped of each: the teacher decides only where the router doubts; guidance ends by
+    # itself; targets that are even leave no expert idle; the task's own values need no teacher
+    *(Hypothesis("ideas", f"a router guided {name!r} beats {what}", "ours", ACC, (arm,), (other,))
+      for name, arm in IDEAS.items() for what, other in (
+        ("V-MoE", "moe-k1-val"), ("V-MoE without its own losses", "moe-k1-no-aux-val"))),
     Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
                (BOTH,)),
     Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,

@@ -41,6 +41,7 @@ import train
 from notebooks import decided, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
 from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES
+from notebooks.ideas import IDEAS
 from notebooks.probes import closing_look
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +181,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
             guide.routers.load_state_dict(job.state["routers"])
         command = f"python notebooks/study.py run {grid} --scale {scale} --seed {seed} --only {arm}"
         command += f" --how={shlex.quote(how)}" if how else ""
-        loss = remedies.losses if remedy else LOSSES.get(control)
+        loss = remedies.losses if remedy else (LOSSES | IDEAS).get(control)
         result = train.fit(job, guide, command, loss)
         row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up

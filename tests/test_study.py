@@ -23,7 +23,7 @@ import report
 import train
 from data import batches, synthetic
 from moe import MoE
-from notebooks import controls, decided, measure, probes, remedies, study
+from notebooks import controls, decided, ideas, measure, probes, remedies, study
 from notebooks.decided import (
     ARMS,
     FIRST,
@@ -616,8 +616,9 @@ def test_every_hypothesis_and_comparison_names_arms_of_its_grid_and_a_known_metr
 def test_every_arm_is_in_a_grid_and_every_control_and_teacher_in_an_arm():
     assert {arm for grid in GRIDS.values() for arm in grid.arms} == ARMS.keys()
     assert {arm.control for arm in ARMS.values()} - {None} == {
-        *controls.LOSSES, *controls.SETUPS, *remedies.REMEDIES}
+        *controls.LOSSES, *controls.SETUPS, *remedies.REMEDIES, *ideas.IDEAS}
     assert list(decided.REMEDIES) == list(remedies.REMEDIES)
+    assert list(decided.IDEAS) == list(ideas.IDEAS)
     assert {arm.teacher for arm in ARMS.values()} == {*controls.TEACHERS}
 
 
@@ -727,6 +728,9 @@ def test_arms_that_need_no_dense_teacher_do_not_wait_for_one(monkeypatch):
     for arm in ("dense", "moe-k1", "moe-k1-twice", "moe-k1-no-aux"):
         study.train_one("factors", arm, 0, "whole", "runs", "data")
     study.train_one("routing", "tgr-k1-router-alone-untrained", 0, "cpu", "runs", "data")
+    study.train_one("ideas", "idea-by-value", 0, "cpu", "runs", "data")
+    line, *_ = report.read_lines("runs/cpu/ideas/seed0-c0ffee/idea-by-value/metrics.jsonl")
+    assert line["terms"].keys() == {"task", "load", "entropy", "guidance"}
 
 
 def test_a_block_trains_every_arm_itself_though_another_grid_has_the_same():
