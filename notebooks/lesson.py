@@ -166,9 +166,10 @@ def show(fig, alt):
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=150)
     true = Picture.open(drawn).convert("RGB")
-    few = true.quantize(256)                # halves the file, and falsifies maps and photographs
+    few = true.quantize(256)                # halves the file, but may falsify maps and photographs
     wrong = np.abs(np.asarray(few.convert("RGB"), dtype=int) - np.asarray(true)).max(axis=2)
-    (few if (wrong > 8).mean() < 0.001 else true).save(small, "png", optimize=True)
+    falsified = any(axis.images for axis in fig.axes) and (wrong > 8).mean() > 0.001
+    (true if falsified else few).save(small, "png", optimize=True)
     display(Image(small.getvalue(), width=round(true.width * 80 / 150), alt=alt))
 
 
@@ -177,6 +178,7 @@ ABOUT = {       # the parts of the picture below, and what the page that marks o
     "teacher": "what can a teacher tell the router?",
     "experts": "what do experts learn from each other?",
     "dispatch": "how do tokens get to their experts, and back?",
+    "remedies": "what else could a router hear from, or obey?",
 }
 
 
@@ -204,7 +206,7 @@ def picture(part=None):
 
     box(0, 3.7, 2, "token x", look())
     arrow(1, 4.6, 2.6, 6.3, look())
-    box(2.6, 6, 2.4, "router", look("router", "teacher"))
+    box(2.6, 6, 2.4, "router", look("router", "teacher", "remedies"))
     arrow(5, 6.3, 7.2, 5.4, look())
     for e, p in enumerate((0.4, 0.3, 0.2, 0.1)):            # as in the first example of notebook 1
         y, used = 4.5 - 1.5 * e, e < 2
@@ -226,6 +228,9 @@ def picture(part=None):
     if part == "teacher":
         box(9.6, 6, 4.2, "a dense teacher", look("teacher"))
         arrow(9.6, 6.45, 5, 6.45, look("teacher"))
+    if part == "remedies":                      # from the two that were not chosen
+        arrow(6, 1.95, 3.9, 6, look("remedies") | {"ls": "--"})
+        arrow(6, 0.45, 3.3, 6, look("remedies") | {"ls": "--"})
     if part == "experts":
         arrow(7.2, 4.5, 7.2, 3.9, look("experts"), "<|-|>")
     axis.set(xlim=(-0.1, 15.7), ylim=(-0.1, 7.3))
@@ -274,8 +279,8 @@ def cures_figure(curve, price, shown):
     axes[0, 0].legend(loc="lower left", fontsize=9, ncols=2)
     report.by_epoch(axes[0, 0], "cosine with the oracle's gradient")
     axes[0, 1].set(xlabel="time of a training step, V-MoE = 1", title="mean from epoch 1 on")
-    show(fig, "Left: cosine with the oracle over epochs, a line per remedy. Right: its mean against "
-              "the price of a step")
+    show(fig, "Left: cosine with the oracle over epochs, a line per remedy. Right: its mean, "
+              "against the price of a step")
 
 
 def dots(axis, at, rows, metric, plus, minus=(), colour="black"):

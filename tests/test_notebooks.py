@@ -19,9 +19,9 @@ pytestmark = pytest.mark.notebook
 
 HERE = Path(__file__).parent.parent / "notebooks"
 NAMES = ("00_a_sparse_layer", "01_gradient_blocking", "02_teacher_guided_routing",
-         "03_mutual_distillation", "04_fast_dispatch")
+         "03_mutual_distillation", "04_fast_dispatch", "05_remedies")
 NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
-EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4), strict=True))
+EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
@@ -31,6 +31,24 @@ assert two > one and over["sigmoid, top-2"] > over["sigmoid, top-1"]      # the 
 assert curves["softmax, then top-1"].mean(axis=1).argmax() < 6 and kept["cosine"].min() > 0
 assert kept["cosine"].max() < 0.98 and back > 2 * chance and late["vmoe"] > late["tgr"]
 assert found["cosine, K=2 - K=1"].low > 0 and found["agreement, guided - V-MoE"].low > 0
+near = {name: c[1:].mean() for name, c in curve.items()}                  # from epoch 1 on
+assert near.pop("dense mixer") > 0.999 and max(near, key=near.get) == "default outputs"
+assert near["TGR, task and guidance"] < 0.3 and abs(near["TGR, task alone"] - near["V-MoE"]) < 0.05
+assert 1.3 < price["dense mixer"] < 1.7
+""",
+    "05_remedies": """
+assert abs(nearness("default outputs", 0.0) - 1) < 0.01 and nearness("dense mixer", 1.6) > 0.999
+assert each.mean(axis=0)[0] < plain[0] < each.mean(axis=0)[2]               # one draw, ten draws
+assert set(found["expert choice"].tolist()) == {T // E} and found["V-MoE"].max() > 2 * T / E
+assert 0.15 < (torch.bincount(taken.flatten(), minlength=T) == 0).float().mean() < 0.3
+assert 3.5 < even[-20:].mean() < 4.5 and lines["tokens that share a direction"][-20:].mean() < 2
+assert 1.3 < price["dense mixer"] < 1.7
+near = {name: c[1:].mean() for name, c in curve.items()}                  # from epoch 1 on
+assert {name for name, c in near.items() if c < near["V-MoE"] - 0.05} == {
+    "stable", "grouter", "TGR, task and guidance"}
+assert {name for name, c in near.items() if c > near["V-MoE"] + 0.08} == {
+    "default outputs", "dense mixer"}
+assert {v for _, _, v in judged.values()} <= {"not run"}    # the page says so: write it anew
 """,
 }
 ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins
@@ -217,6 +235,45 @@ def test_it_reads_as_a_lesson(path):
                           flags=re.M)) == EXERCISES[path]
 
 
+def text_of(path):
+    return "\n".join(c.source for c in cells(path, "markdown"))
+
+
+@each
+def test_its_open_text_is_read_in_twenty_minutes(path):
+    spine = re.sub(r"<details>.*?</details>", "", text_of(path), flags=re.S)
+    assert 1000 < len(spine.split()) < 20 * 130
+    assert text_of(path).count("<details>") == text_of(path).count("</details>")
+
+
+@each
+def test_a_guess_is_made_before_its_answer_can_be_seen(path):
+    asked = [c for c in cells(path, "code") if re.search(r"^predict\(", c.source, flags=re.M)]
+    assert len(asked) >= 3
+    for cell in asked:
+        assert "show(" not in cell.source, cell.source
+        for out in cell.outputs:
+            assert "<details>" in out.get("data", {}).get("text/html", ""), cell.source
+
+
+@each
+def test_an_exercise_hints_twice_before_it_tells(path):
+    told = re.findall(r"<summary>(Hint \d|A wrong answer|Solution)", text_of(path))
+    assert told == ["Hint 1", "Hint 2", "A wrong answer", "Solution"] * EXERCISES[path]
+
+
+@each
+def test_every_section_leaves_a_question_open(path):
+    sections = re.split(r"^## \d+\. ", text_of(path), flags=re.M)[1:]
+    assert [s.splitlines()[0] for s in sections if "**Open question**: " not in s] == []
+
+
+@each
+def test_every_paper_can_be_clicked(path):
+    bare = re.sub(r"\[[^]]*\]\(https://arxiv.org/abs/\d{4}\.\d{5}\)", "", text_of(path))
+    assert re.findall(r"\d{4}\.\d{5}", bare) == []
+
+
 @each
 def test_no_sentence_is_torn_by_a_line_that_markdown_takes_for_a_list(path):
     item = r"\s*(?:\d+[.)]|[-+*]) "
@@ -362,7 +419,7 @@ def test_each_part_of_the_picture_is_marked_in_it_and_told_in_its_alt_text(monke
     shown.clear()
     for part in lesson.ABOUT:
         lesson.picture(part)
-    assert len({image.data for image in shown}) == 5
+    assert len({image.data for image in shown}) == 6
 
 
 def test_every_measured_file_says_who_measured_it():

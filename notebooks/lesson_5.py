@@ -1,0 +1,119 @@
+"""lesson_5.py -- small worlds in which the remedies of notebook 5 can be watched for seconds.
+
+Tokens are random numbers, the layers are those that the study trains.
+"""
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import report
+from moe import MoE
+from notebooks.lesson import show
+from notebooks.remedies import REMEDIES
+from report import COLOURS
+
+T, D, H, E = 512, 16, 32, 8
+JOB = SimpleNamespace()         # what a remedy may ask of the run that it is part of: here nothing
+
+
+def layer(name=None, spread=1.0, seed=0, scale=0.5):
+    """A layer of K = 1 in training, remedied by `name`; expert e answers m_e + spread * g_e(x)."""
+    torch.manual_seed(seed)
+    moe = MoE(D, H, E, k=1)
+    torch.nn.init.normal_(moe.router.weight, std=scale)
+    with torch.no_grad():
+        for weight, std in ((moe.experts.w_in, D ** -0.5), (moe.experts.w_out, spread),
+                            (moe.experts.b_out, 1.0)):
+            weight.normal_(std=std)
+    return (REMEDIES[name](moe, JOB) if name else moe).train()
+
+
+def tokens(common=0.0, n=T):
+    """(n, D) random tokens that share a direction, `common` times the same normal vector."""
+    shared = torch.randn(D, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, D) + common * shared
+
+
+def router_gradient(moe, x, slope):
+    """d(slope . y) / dW (E, D) of a layer's router, by autograd."""
+    y, _, _ = moe(x)
+    return torch.autograd.grad((y * slope).sum(), moe.router.weight)[0]
+
+
+def oracle_gradient(moe, x, slope):
+    """The same if all experts were chosen, with their outputs weighed by p: (E, D)."""
+    f = moe.experts.batched(x.expand(E, *x.shape)).detach()             # (E, T, D)
+    p = F.linear(x, moe.router.weight).softmax(dim=1)                   # (T, E)
+    worth = torch.einsum("td,etd->te", slope, f)
+    return torch.autograd.grad((p * worth).sum(), moe.router.weight)[0]
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+def nearness(name, spread, draws=1, seed=0):
+    """Cosine of a remedied router's gradient, the sum of `draws` passes, with its oracle's."""
+    moe = layer(name, spread, seed)
+    x, slope = tokens(), torch.randn(T, D)
+    if name == "default outputs":                                       # its means settle first
+        moe.decay = 0.9
+        with torch.no_grad():
+            for _ in range(60):
+                moe(tokens())
+    total = sum(router_gradient(moe, x, slope) for _ in range(draws))
+    return cosine(total, oracle_gradient(moe, x, slope))
+
+
+def load(routing):
+    """(E,) how many tokens each expert gets as their first choice."""
+    return torch.bincount(routing.chosen[:, 0], minlength=E)
+
+
+def switched_on(steps, common=1.0):
+    """Train a ReLU-routed layer; (steps,) how many of E experts are on, and lambda's course."""
+    moe, other = layer("relu", 0.3, scale=0.2), layer(None, 0.3, seed=1)
+    optimizer = torch.optim.Adam(moe.parameters(), lr=3e-3)
+    on, strength = [], []
+    for _ in range(steps):
+        x = tokens(common, 256)
+        with torch.no_grad():
+            goal = other(x)[0]
+        y, routing, _ = moe(x)
+        optimizer.zero_grad()
+        (F.mse_loss(y, goal) + moe.penalty).backward()
+        optimizer.step()
+        on.append(E * (routing.logits > 0).float().mean().item())
+        strength.append(moe.strength.item())
+    return np.array(on), np.array(strength)
+
+
+# --- figures ---
+
+def curves(title, x, lines, xlabel, ylabel, alt, **axis):
+    """One axes with a labelled line per name: lines {name: values, or (mean, spread)}."""
+    fig, axes = report.sheet(title, 1, 1, 9, 3.8)
+    for k, (name, values) in enumerate(lines.items()):
+        mean, sd = values if isinstance(values, tuple) else (values, None)
+        axes[0, 0].plot(x, mean, "o-" if len(x) < 20 else "-", color=COLOURS[k], lw=2.5, label=name)
+        if sd is not None:
+            axes[0, 0].fill_between(x, mean - sd, mean + sd, color=COLOURS[k], alpha=0.2)
+    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, **axis)
+    axes[0, 0].legend()
+    show(fig, alt)
+
+
+def loads(found, counts):
+    """Bars: the tokens of each expert {name: (E,)}; and by how many experts a token is taken."""
+    fig, axes = report.sheet(f"Expert choice: even to the token, and {counts[0] / sum(counts):.0%} "
+                             f"of the tokens see no expert", 1, 2, 10, 3.8, width_ratios=(2, 1))
+    for k, (name, each) in enumerate(found.items()):
+        axes[0, 0].bar(np.arange(E) + 0.28 * (k - 1), each, 0.28, color=COLOURS[k], label=name)
+    axes[0, 0].set(xlabel="expert", ylabel="tokens", xticks=range(E))
+    axes[0, 0].legend()
+    axes[0, 1].bar(range(len(counts)), counts, color=COLOURS[2])
+    axes[0, 1].set(xlabel="experts that take a token", ylabel="tokens", xticks=range(len(counts)))
+    show(fig, "Left: tokens of eight experts, skewed, nearly even, and even. Right: under expert "
+              "choice many tokens are taken by no expert, most by one, some by two or three")
