@@ -117,11 +117,14 @@ def finish(axis, xlabel, ylabel="", log_ticks=()):
 
 def source(function, first="", last=""):
     """Print a function of the modules, or its lines from the one with `first` to that with `last`.
+
+    One that nobody has written yet has no such lines, nor need a student's: then from its head on,
+    or to its end.
     """
     # a Triton kernel is an object, with the function that was written in its `fn`
     lines = inspect.getsource(getattr(function, "fn", function)).splitlines()
-    start = next(i for i, line in enumerate(lines) if first in line)
-    end = next(i for i in range(start, len(lines)) if last in lines[i]) if last else len(lines)
+    start = next((i for i, line in enumerate(lines) if first in line), 0)
+    end = next((i for i in range(start, len(lines)) if last and last in lines[i]), len(lines))
     print(textwrap.dedent("\n".join(lines[start:end + 1])))
 
 

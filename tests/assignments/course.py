@@ -1,6 +1,6 @@
 """course.py -- how do the modules become assignments, and a student's work a grade?
 
-    python tests/assignments/course.py release DIR                  # lecturer: write a student tree
+    python tests/assignments/course.py release DIR                  # lecturer: write two trees
     python tests/assignments/course.py check [1 2 ...]              # student: the public checks
     python tests/assignments/course.py grade DIR --json report.json # lecturer: all checks, points
     python tests/assignments/course.py grade CLASS --csv marks.csv  # of a folder of trees or .zips
@@ -12,6 +12,7 @@ README.md says how to teach with it and how to add an assignment.
 """
 import argparse
 import ast
+import base64
 import contextlib
 import csv
 import importlib.util
@@ -42,8 +43,9 @@ SECONDS = 10        # of computing for one check; the slowest of the reference t
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("release", help="write the tree that students get")
+    p = commands.add_parser("release", help="write the trees that students get")
     p.add_argument("dir", type=Path)
+    p.add_argument("--only", type=int, nargs="+", help="assignments that are asked; default: all")
     p = commands.add_parser("check", help="run the public checks, inside a student tree")
     p.add_argument("only", type=int, nargs="*", help="numbers of assignments; default: all")
     p = commands.add_parser("grade", help="run all checks on a student tree, or on a class of them")
@@ -67,7 +69,7 @@ def main():
     if student and args.command != "check":
         return f"{ROOT} is a student tree: its one command is `course.py check`"
     if args.command == "release":
-        return release(args.dir)
+        return release(args.dir, args.only)
     if args.command == "check":
         return check(args.only)
     if args.command == "grade":
@@ -172,49 +174,110 @@ def blank(assignment, name, hint, indent):
 
 # --- release ---
 
-@cache
-def released():
-    """The student tree as {path: bytes}, and what was left out, for it shows a blanked body."""
-    tree, every = {}, assignments()
-    for path in sorted(ROOT.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        for a in every:
-            for name, hint in a.blanks.get(path.name, {}).items():
-                node = functions(source)[name]
-                source = with_bodies(source, {name: blank(a, name, hint, node.col_offset + 4)})
-        tree[path.name] = source
-    for a in every:
+# What is released is for students: work/ to write in, and for each week class/week_N/, whose pages
+# run before anything is written.
+
+def work_tree(only=None):
+    """The tree that a student works in, {path: bytes}: what is asked for is blank."""
+    tree, asked = common("student.md"), assignments(only)
+    for file, names in hidden_bodies(asked).items():
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for a, name, hint in names:
+            node = functions(source)[name]
+            source = with_bodies(source, {name: blank(a, name, hint, node.col_offset + 4)})
+        tree[file] = source.encode()
+    for a in asked:
         for name in ("handout.md", "answers.py", "public.py"):
             if (a.path / name).exists():
-                tree[f"{TOOL}/{a.folder}/{name}"] = (a.path / name).read_text(encoding="utf-8")
+                tree[f"{TOOL}/{a.folder}/{name}"] = (a.path / name).read_bytes()
         hidden = [name.replace("_", " ") for name, node in functions(
             (a.path / "hidden.py").read_text(encoding="utf-8")).items() if is_check(node)]
-        tree[f"{TOOL}/{a.folder}/hidden.txt"] = "\n".join(hidden) + "\n"
+        tree[f"{TOOL}/{a.folder}/hidden.txt"] = ("\n".join(hidden) + "\n").encode()
     for name in SHIPPED:
-        tree[f"{TOOL}/{name}"] = (HERE / name).read_text(encoding="utf-8")
-    tree["README.md"] = (HERE / "student.md").read_text(encoding="utf-8")
-    for name in ("requirements.txt", "pyproject.toml", "LICENSE"):
-        tree[name] = (ROOT / name).read_text(encoding="utf-8")
-    tree, left_out = {path: text.encode() for path, text in tree.items()}, []
-    for path in sorted((ROOT / "notebooks").rglob("*")):     # with the results that they read
-        name = str(path.relative_to(ROOT))
-        if path.is_file() and not re.search(r"/[._]", name):
-            content = path.read_bytes()
-            if path.suffix == ".ipynb":
-                content = without_telling_outputs(content)
-            if leaks({name: content}):
-                left_out.append(name)
-            else:
-                tree[name] = content
-    return tree, left_out
+        tree[f"{TOOL}/{name}"] = (HERE / name).read_bytes()
+    return {path: without_telling_outputs(content, asked) if path.endswith(".ipynb") else content
+            for path, content in tree.items()}
 
 
-def without_telling_outputs(content):
+@cache
+def released():
+    """The tree that a student works in when every assignment is asked, {path: bytes}."""
+    return work_tree()
+
+
+def class_tree(week, only=None):
+    """The tree that is used in class in one week, {path: bytes}: its pages, and those of the weeks
+    before, over complete modules; what is not due yet is packed."""
+    tree, closed = common("class.md"), not_due(week, only)
+    tree["packed.py"] = (HERE / "packed.py").read_bytes()
+    for file, names in hidden_bodies(closed).items():
+        tree[file], tree[f"to_read/{file}"] = packed_module(file, names)
+    later = {a.notebook for a in manifests() if a.weeks[0] > week}
+    return {path: without_outputs(content) if path.endswith(".ipynb") else content
+            for path, content in tree.items() if path not in later}
+
+
+def not_due(week, only=None):
+    """The assignments whose solutions may not be read in a week."""
+    return [a for a in assignments(only) if a.weeks[1] > week]
+
+
+def common(readme):
+    """What all trees have: the modules, and the pages with all that they import and read."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "notebooks").rglob("*"),
+             *(ROOT / name for name in ("requirements.txt", "pyproject.toml", "LICENSE"))]
+    names = {path: str(path.relative_to(ROOT)) for path in sorted(paths) if path.is_file()}
+    tree = {name: path.read_bytes() for path, name in names.items()
+            if not re.search(r"/[._]", name)}
+    return tree | {"README.md": (HERE / readme).read_bytes()}
+
+
+def hidden_bodies(chosen):
+    """{file: [(assignment, function, hint)]} of what some assignments ask for."""
+    found = {}
+    for a in chosen:
+        for file, names in a.blanks.items():
+            found[file] = found.get(file, []) + [(a, *item) for item in names.items()]
+    return found
+
+
+def packed_module(file, names):
+    """A module that runs and cannot be read, and its text without the bodies `names`, line by line.
+
+    `names` is as `hidden_bodies` has it.
+    """
+    source = (ROOT / file).read_text(encoding="utf-8")
+    asked, bodies = sorted({a.number for a, _, _ in names}), {}
+    for a, name, _ in names:
+        node = functions(source)[name]
+        start, end = body_span(source, node)
+        note = f"...     # assignment {a.number} asks for {name}"
+        bodies[name] = [" " * (node.col_offset + 4) + note, *[""] * (end - start - 1)]
+    packed = [
+        f'"""{file} as it runs, packed, for of its parts some belong to assignment '
+        f'{" and ".join(map(str, asked))}.',
+        "", f"Its text without them is in to_read/{file}.", '"""',
+        "from packed import run", "", 'run(globals(), """',
+        *textwrap.wrap(base64.b85encode(source.encode()).decode(), 98, break_on_hyphens=False),
+        '""")', ""]
+    return "\n".join(packed).encode(), with_bodies(source, bodies).encode()
+
+
+def without_outputs(content):
+    """A notebook as if nobody had run it."""
+    notebook = json.loads(content)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def without_telling_outputs(content, asked):
     """A notebook without the outputs that print a blanked body; in a student's hands it prints
     the student's own."""
     notebook = json.loads(content)
     told = [cell for cell in notebook["cells"] if cell.get("outputs") and leaks(
-        {"cell.ipynb": json.dumps({"cells": [cell | {"source": []}]}).encode()})]
+        {"cell.ipynb": json.dumps({"cells": [cell | {"source": []}]}).encode()}, asked)]
     for cell in told:
         cell["outputs"] = []
     return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode() if told else content
@@ -226,30 +289,36 @@ def is_check(node):
                for d in node.decorator_list)
 
 
-def release(target):
+def release(target, only=None):
     if target.exists() and any(target.iterdir()):
         return f"{target} is not empty: name a folder that does not exist yet"
-    tree, left_out = released()
-    if found := leaks(tree):
+    weeks = sorted({a.weeks[0] for a in manifests()})
+    trees = {"work": (work_tree(only), assignments(only))}
+    trees |= {f"class/week_{n}": (class_tree(n, only), not_due(n, only)) for n in weeks}
+    found = [f"{name}: {leak}" for name, (tree, secret) in trees.items()
+             for leak in leaks(tree, secret)]
+    if found:
         return "nothing was written, for students would find:\n" + "\n".join(found)
-    for path, content in tree.items():
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        (target / path).write_bytes(content)
-    for name in left_out:
-        print(f"left out, for it shows a solution: {name}")
-    print(f"{len(tree)} files in {target}; students start with README.md there")
+    for name, (tree, _) in trees.items():
+        for path, content in tree.items():
+            (target / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / name / path).write_bytes(content)
+    asked = ", ".join(str(a.number) for a in assignments(only))
+    print(f"{target / 'work'}: for students to write in, with the blanks of assignments {asked}\n"
+          f"{target / 'class'}: for class, a folder for each week, whose pages run as they are")
 
 
-def leaks(tree):
-    """Where a student tree {path: bytes} shows a blanked body: its syntax, or a telling line."""
-    found = []
+def leaks(tree, asked=None):
+    """Where a tree {path: bytes} shows a body that some assignments ask for (default: all of
+    them): its syntax, or a telling line."""
+    found, hidden = [], secrets(tuple(a.number for a in (manifests() if asked is None else asked)))
     for path, content in tree.items():
         if b"\0" in content:         # weights and pictures
             continue
         text = content.decode(errors="replace")
         blocks, values = dumps(path, text) if path.endswith((".py", ".ipynb")) else ([], set())
         shown = as_text(path, text)
-        for name, body, value, lines in secrets():
+        for name, body, value, lines in hidden:
             if any(block[i:i + len(body)] == body for block in blocks
                    for i in range(len(block) - len(body) + 1)):
                 found.append(f"{path} has the body of {name}")
@@ -260,13 +329,15 @@ def leaks(tree):
 
 
 @cache
-def secrets():
-    """Each blanked body: (its name, its statements, what it returns if that is all, its lines).
+def secrets(numbers):
+    """Each body that the assignments `numbers` ask for: (its name, its statements, what it returns
+    if that is all, its lines).
 
-    Lines of more than 40 characters that no file has outside the blanked bodies.
+    Lines of more than 40 characters that no file has outside these bodies.
     """
     sources, found = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}, []
-    asked = {file: {n for a in manifests() for n in a.blanks.get(file, ())} for file in sources}
+    asked = {file: {name for a in manifests() if a.number in numbers
+                    for name in a.blanks.get(file, ())} for file in sources}
     public = "".join(with_bodies(s, {n: [] for n in asked[f]}) for f, s in sources.items())
     for file, names in asked.items():
         for name in names:
@@ -461,8 +532,7 @@ def fill(text, reference, names):
 def grade(student, only=None, seed=None):
     """The report of a student tree: points, and the result of every check."""
     seed = random.randrange(2**31) if seed is None else seed
-    original, _ = released()
-    edited = [path for path, content in original.items()
+    edited = [path for path, content in work_tree(only).items()
               if path.startswith(TOOL) and not path.endswith("answers.py")
               and (not (student / path).exists() or (student / path).read_bytes() != content)]
 

@@ -4,15 +4,18 @@ One token, E = 5 experts with outputs f_i, K of them chosen, y = sum over the ch
 and a task loss L(y) with some generic gradient. "Zero" means exactly zero, for every input.
 """
 
-# C1. K = 2. Is dL/dz_j zero for the logit z_j of an expert that was NOT chosen? True or False
-unchosen_logit_gets_zero = {"softmax_topk": None, "topk_softmax": None, "sigmoid": None}
+# In C1 to C3, K = 2 and the token's first choice finds its expert full: it is dropped and gets gate
+# 0. The second choice is served.
 
-# C2. K = 1. Is dL/dz zero for ALL five logits? True or False
-whole_router_gets_zero = {"softmax_topk": None, "topk_softmax": None, "sigmoid": None}
+# C1. Is dL/dz_j zero for the logit z_j of the expert whose choice was DROPPED? True or False
+dropped_logit_gets_zero = {"softmax_topk": None, "topk_softmax": None, "sigmoid": None}
 
-# C3. K = 2. An expert that was not chosen is replaced by one that would have been perfect for this
+# C2. Do the five entries of dL/dz add up to zero? True or False
+gradient_adds_up_to_zero = {"softmax_topk": None, "topk_softmax": None, "sigmoid": None}
+
+# C3. The expert whose choice was dropped is replaced by one that would have been perfect for this
 #     token. Does any entry of dL/dz change? True or False
-better_unchosen_expert_is_noticed = {"softmax_topk": None, "topk_softmax": None, "sigmoid": None}
+better_dropped_expert_is_noticed = {"softmax_topk": None, "topk_softmax": None, "sigmoid": None}
 
 # C4. Three tokens, E = 4, K = 2, gate topk_softmax, logits
 #         [[2.0, 1.0, 0.0, -1.0],

@@ -1,6 +1,7 @@
 """Assignment 1: who is chosen, how much it counts, and what the router can learn from that."""
 TITLE = "Routing"
 NOTEBOOK = "notebooks/01_gradient_blocking.ipynb"
+WEEKS = (1, 2)               # of its page; from which its solution may be read
 BLANKS = {
     "router.py": {
         "TopKRouter.route": "sort, choose K, weigh them; handout.md, part A, and the docstring of "

@@ -35,11 +35,11 @@ def a_world(g, tokens=1, experts=E):
     return random(g, tokens, experts), random(g, tokens, experts, D), random(g, tokens, D)
 
 
-def a_worlds_zeros(g, k, gate):
-    """Which entries of the gradient are zero in each of 20 random worlds? (20, E) and the choice"""
-    z, f, dy = a_world(g, 20)
-    grad = task_gradient(z, f, dy, k, gate)
-    return grad.abs() < 1e-15, weights(z, k, gate) > 0
+def gradient_after_a_drop(z, f, dy, gate):
+    """dL/dz (T, E) with K = 2 where each token's first choice is dropped, and whose it was."""
+    first = torch.zeros_like(z).scatter(1, z.argmax(dim=1, keepdim=True), 1.0)
+    return gradient(lambda z: torch.einsum(
+        "te,ted,td->", weights(z, 2, gate) * (1 - first), f, dy), z), first > 0
 
 
 # --- the code ---
@@ -176,31 +176,33 @@ def z_loss_pulls_every_logit_and_does_not_overflow(student, g):
 
 # --- the answers, measured ---
 
-@check(points=2, hint="in which of the gates does a chosen weight depend on an unchosen logit?")
-def which_unchosen_logits_get_a_gradient(student, g):
-    found = answered(student, "unchosen_logit_gets_zero", dict.fromkeys(GATES, True))
+@check(points=2, hint="in which of the gates does the second weight depend on the first logit?")
+def which_logits_of_dropped_choices_get_a_gradient(student, g):
+    found = answered(student, "dropped_logit_gets_zero", dict.fromkeys(GATES, True))
     for gate in GATES:
-        zero, chosen = a_worlds_zeros(g, 2, gate)
-        same(f"C1, {gate}: the unchosen logits' gradient is zero", found[gate],
-             bool(zero[~chosen].all()))
+        grad, dropped = gradient_after_a_drop(*a_world(g, 20), gate)
+        same(f"C1, {gate}: the dropped choice's gradient is zero", found[gate],
+             bool((grad[dropped].abs() < 1e-15).all()))
 
 
-@check(points=2, hint="with K = 1, which gate is a constant? Notebook 01")
-def which_routers_learn_nothing_from_one_choice(student, g):
-    found = answered(student, "whole_router_gets_zero", dict.fromkeys(GATES, True))
+@check(points=2, hint="does the second weight change when all logits grow by the same number?")
+def whether_the_gradient_adds_up_to_zero_after_a_drop(student, g):
+    found = answered(student, "gradient_adds_up_to_zero", dict.fromkeys(GATES, True))
     for gate in GATES:
-        same(f"C2, {gate}: the whole gradient is zero", found[gate],
-             bool(a_worlds_zeros(g, 1, gate)[0].all()))
+        grad, _ = gradient_after_a_drop(*a_world(g, 20), gate)
+        same(f"C2, {gate}: the gradient adds up to zero", found[gate],
+             bool((grad.sum(dim=1).abs() < 1e-13).all()))
 
 
-@check(points=2, hint="is an unchosen expert ever computed? Then can its output be in a gradient?")
-def whether_a_better_unchosen_expert_is_noticed(student, g):
-    found = answered(student, "better_unchosen_expert_is_noticed", dict.fromkeys(GATES, True))
+@check(points=2, hint="is the output of a dropped choice in y? Then can it be in a gradient?")
+def whether_a_better_dropped_expert_is_noticed(student, g):
+    found = answered(student, "better_dropped_expert_is_noticed", dict.fromkeys(GATES, True))
     for gate in GATES:
         z, f, dy = a_world(g, 20)
-        better = torch.where((weights(z, 2, gate) > 0)[..., None], f, -50 * dy[:, None])
-        changed = task_gradient(z, f, dy, 2, gate) != task_gradient(z, better, dy, 2, gate)
-        same(f"C3, {gate}: some entry of dL/dz changes", found[gate], bool(changed.any()))
+        grad, dropped = gradient_after_a_drop(z, f, dy, gate)
+        better = torch.where(dropped[..., None], -50 * dy[:, None], f)
+        same(f"C3, {gate}: some entry of dL/dz changes", found[gate],
+             bool((gradient_after_a_drop(z, better, dy, gate)[0] != grad).any()))
 
 
 @check(points=3, hint="C4: who is chosen, ties included? C5: over what is P a mean? C6: E sum f P")

@@ -127,8 +127,8 @@ def z_loss_squares_each_tokens_log_sum_exp(student, g):
 @check(hint="this check looks at the form alone; the hidden ones measure whether you are right")
 def every_question_has_an_answer_of_the_right_form(student, g):
     gates = dict.fromkeys(GATES, True)
-    for name in ("unchosen_logit_gets_zero", "whole_router_gets_zero",
-                 "better_unchosen_expert_is_noticed"):
+    for name in ("dropped_logit_gets_zero", "gradient_adds_up_to_zero",
+                 "better_dropped_expert_is_noticed"):
         answered(student, name, gates)
     answered(student, "reached", [[1] * 4] * 3)
     for name in ("balance_loss_skips_the_unchosen", "z_loss_skips_the_unchosen"):

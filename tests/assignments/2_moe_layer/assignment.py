@@ -1,6 +1,7 @@
 """Assignment 2: every token through its own experts and no others, and back into its place."""
 TITLE = "The MoE layer"
 NOTEBOOK = "notebooks/04_fast_dispatch.ipynb"
+WEEKS = (1, 3)               # of its page; from which its solution may be read
 BLANKS = {
     "kernels.py": {
         "reference": "the definition, every expert on every token; handout.md, part A",

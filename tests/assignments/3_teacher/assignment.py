@@ -1,6 +1,7 @@
 """Assignment 3: what a frozen teacher tells a router, and whether the router keeps to it."""
 TITLE = "Teacher-guided routing"
 NOTEBOOK = "notebooks/02_teacher_guided_routing.ipynb"
+WEEKS = (2, 3)               # of its page; from which its solution may be read
 BLANKS = {
     "teacher.py": {
         "guidance_loss": "its docstring says what and over which tokens; handout.md, part A",

@@ -1,6 +1,7 @@
 """Assignment 4: experts that learn from each other, and how to see what each one knows."""
 TITLE = "Mutual distillation"
 NOTEBOOK = "notebooks/03_mutual_distillation.ipynb"
+WEEKS = (2, 4)               # of its page; from which its solution may be read
 BLANKS = {
     "distill.py": {
         "mutual_distillation_loss": "its docstring has the three cases; handout.md, part A",

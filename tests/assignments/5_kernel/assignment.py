@@ -1,6 +1,7 @@
 """Assignment 5: a grouped GEMM, from the list of tiles to the kernels and the gradients."""
 TITLE = "A kernel"
 NOTEBOOK = "notebooks/04_fast_dispatch.ipynb"
+WEEKS = (1, 4)               # of its page; from which its solution may be read
 BLANKS = {
     "kernels.py": {
         "over_choices": "what a token's choices add up to; handout.md, part A",
