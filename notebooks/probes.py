@@ -98,19 +98,23 @@ def mutual_information(counts):
 
 
 def packed(right):
-    """Which of the test images (n,) were got right, in as few characters as text allows."""
+    """Which images (n,) were got right, in as few characters as text allows."""
     return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
 
 
 def closing_look(job, guide, control):
-    """What a row of the study says beyond result.json: means over the MoE blocks, in float32."""
+    """What a row of the study says beyond result.json: means over the MoE blocks, in float32.
+
+    It looks at the test images, or with --split val at the held-out ones alone.
+    """
     cfg, data, sets, student, _ = job
+    exam = sets.val or sets.test
     answers = torch.cat([out.logits.argmax(dim=1)
-                         for out in train.outputs(student, sets.test[0], cfg, data)])
-    found = {"hits": packed(answers == sets.test[1])}
+                         for out in train.outputs(student, exam[0], cfg, data)])
+    found = {"hits": packed(answers == exam[1])}
     if cfg.method in ("dense", "soft"):
         return found
-    images, labels = (part[:PROBED] for part in sets.test)
+    images, labels = (part[:PROBED] for part in exam)
     images, x, y = data.normalise(images), data.normalise(sets.probe[0]), sets.probe[1]
     blocks = student.moe_blocks
     with torch.no_grad():
@@ -133,7 +137,7 @@ def closing_look(job, guide, control):
     if control == "oracle alone":
         hits = []
         with torch.no_grad():
-            for x, y in zip(*(part.split(500) for part in sets.test), strict=True):
+            for x, y in zip(*(part.split(500) for part in exam), strict=True):
                 x = data.normalise(x)
                 with train.autocast(cfg, x):
                     logits = student(x, dispatch(student, guide(x))).logits

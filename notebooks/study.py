@@ -387,6 +387,10 @@ def hypotheses_table(grid, rows):
     return "\n".join(lines)
 
 
+def exam(row):
+    return "test" if row["test_accuracy"] is not None else "validation"
+
+
 def shown(p):
     """A p-value to two digits; – where there is none."""
     return "–" if p is None else "< .001" if p < 0.001 else f"{p:.2g}"
@@ -459,8 +463,8 @@ def recipe(rows, scale):
     teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
                if taught else "")
     return (f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
-            f"{first['train_images']:,} training and {first['test_images']:,} test images, preset "
-            f"{first['preset']}; epochs: {first['epochs']}; {teacher}device: "
+            f"{first['train_images']:,} training and {first['test_images']:,} {exam(first)} "
+            f"images, preset {first['preset']}; epochs: {first['epochs']}; {teacher}device: "
             f"{all_of(rows, lambda r: r['device'])}; torch "
             f"{all_of(rows, lambda r: r['versions']['torch'])}")
 
@@ -530,7 +534,7 @@ def plot_differences(grid, rows):
     axes[0, 0].axvline(0, color="black", lw=1)
     axes[0, 0].set_yticks(range(len(found)), [f"{name} (n={e.n})" for name, e in found.items()])
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlabel("points of test accuracy, paired by seed, 95 % interval")
+    axes[0, 0].set_xlabel(f"points of {exam(rows[0])} accuracy, paired by seed, 95 % interval")
     axes[0, 0].grid(axis="x", alpha=0.25)
     return fig
 

@@ -972,8 +972,8 @@ MUTANTS = [
      '"whole": "--method dense"'),
     ("notebooks/decided.py", 'TEACHERS_SEED = 1000', 'TEACHERS_SEED = 0'),
     ("notebooks/decided.py",
-     'row.get("oracle_accuracy", row["test_accuracy"])',
-     'row["test_accuracy"]'),
+     'row.get("oracle_accuracy", reached(row))',
+     'reached(row)'),
 
     # probes.py: what a trained model is asked
     ("notebooks/probes.py",
@@ -990,7 +990,7 @@ MUTANTS = [
     ("notebooks/probes.py", 'alone = joint.sum(axis=1, keepdims=True)',
      'alone = joint.sum(axis=0, keepdims=True)'),
     ("notebooks/probes.py", '(joint[seen] * np.log', '(counts[seen] * np.log'),
-    ("notebooks/probes.py", 'labels = (part[:PROBED] for part in sets.test)',
+    ("notebooks/probes.py", 'labels = (part[:PROBED] for part in exam)',
      'labels = (part[:PROBED] for part in sets.probe)'),
 
     ("notebooks/decided.py", 'if h.minus and e.n >= 3}', 'if h.minus}'),
@@ -1215,6 +1215,8 @@ MUTANTS = [
     ("notebooks/ideas.py", "        for hook in hooks:\n            hook.remove()\n", ""),
     ("notebooks/ideas.py", "return -(q - q.mean", "return (q - q.mean"),
     ("notebooks/ideas.py", ".clamp(min=1e-12)", ""),
+    ("notebooks/probes.py", "exam = sets.val or sets.test", "exam = sets.test"),
+    ("notebooks/decided.py", 'if row["test_accuracy"] is None else', "if False else"),
     ("notebooks/study.py", "(LOSSES | IDEAS).get(control)", "LOSSES.get(control)"),
 ]
 # where the tests of a file are not in tests/test_<file>

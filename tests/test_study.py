@@ -379,6 +379,29 @@ def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
         assert torch.equal(labels, job.sets.test[1][:30]) and seen[block - 1][2] == block
 
 
+def test_an_arm_of_validation_images_never_sees_a_test_image_and_says_so(monkeypatch, capsys):
+    original = train.plan
+
+    def without_test_images(*args, **more):
+        teacher, job = original(*args, **more)
+        sets = job.sets._replace(test=(None, None)) if job.cfg.split == "val" else job.sets
+        return teacher, job._replace(sets=sets)
+
+    monkeypatch.setattr(train, "plan", without_test_images)
+    for seed in (0, 1):
+        for arm in ("moe-k1-val", "tgr-k1-router-alone-val", "idea-by-value"):
+            study.train_one("ideas", arm, seed, "cpu", "runs", "data")
+    found = study.rows_of("ideas", "cpu")
+    assert all(row["test_accuracy"] is None for row in found) and len(found) == 6
+    for row in found:
+        assert METRICS["accuracy"](row) == 100 * row["val_accuracy"]
+        assert decided.bits(row).mean() == pytest.approx(row["val_accuracy"])
+    capsys.readouterr()
+    assert study.main(["report", "ideas"]) == 0
+    said = capsys.readouterr().out
+    assert "training and 6 validation images" in said and " test images" not in said
+
+
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
     job, guide, _, _ = prepared("tgr-k1-oracle-alone")
     with torch.no_grad():                                   # let the choice of an expert matter
