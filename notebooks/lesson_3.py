@@ -77,7 +77,10 @@ def position(layer, power, sweep, grid, lone):
     fig, (axes,) = report.sheet(f"With a gate that errs once in five, alpha = {best} is the best "
                                 f"of the sweep", 1, 2, 11, 4.4, width_ratios=(2, 3))
     speak(axes[0], layer, f"alpha {10 ** power:.3g}")
-    axes[0].set(ylabel="output")
+    axes[0].set(ylabel="output", xticks=(-1, 0, 1))
+    axes[0].legend(*zip(*((line, name) for line, name in zip(
+        *axes[0].get_legend_handles_labels(), strict=True) if "other" not in name), strict=True),
+        fontsize=9, loc="lower left")
     own, other = errors(layer)
     here = (own, other, (1 - BLIND) * own + BLIND * other)
     for (name, values), now, colour, mark in zip(mixed.items(), here, COLOURS[:3], "os^",
@@ -147,7 +150,7 @@ def alphas(rows, swept):
     low.legend(fontsize=9, loc="upper left")
     explained(top, COLOURS[0], loc="lower left")
     top.axhline(0, color="black", lw=0.8)
-    top.set(yscale="symlog", ylabel="points above V-MoE")
+    top.set(yscale="symlog", ylabel="points above V-MoE", ylim=(-30, 3))
     top.set_yticks(ticks := (-20, -10, -5, -2, -1, 0, 1, 2), ticks)
     low.set(ylabel="mean cosine of two experts", xlabel="alpha", xticks=range(9),
             xticklabels=[*decided.SWEEP, "K=E, 0", f"K=E, {decided.BEST_ALPHA['cpu']}"])
@@ -175,3 +178,39 @@ def both(rows):
                  f"{100 * drawn[5].mean:.0f} more keep their expert (n = {drawn[2].n})")
     lesson.show(fig, "Paired differences of accuracy and of routing agreement, a ring for every "
                      "seed: both are far larger with TGR than for MoDE alone")
+
+
+# --- what the page claims ---
+
+def claimed(rows, main, swept):
+    """({claim: Estimate}, the study's hypotheses on mutual distillation as their rule judges them).
+
+    rows and main are those of the grids alpha and main, swept has (alphas, seeds) arrays.
+    """
+    def against(what, alpha):
+        return decided.contrast(rows, what, (decided.SWEEP[alpha],), ("moe-k2",))
+
+    at = {alpha: i for i, alpha in enumerate(decided.SWEEP)}
+    lead = swept["gate"] - swept["blind"]                                   # (alphas, seeds)
+    seen = {f"accuracy, alpha {alpha} - V-MoE": against("accuracy", alpha)
+            for alpha in ("0.01", "0.1", "100")}
+    seen["held-out accuracy, alpha 0.01 - V-MoE"] = decided.interval(
+        (100 * (swept["held_out"][at["0.01"]] - swept["held_out"][0])).tolist())
+    seen["likeness of all pairs, alpha 100 - V-MoE"] = against("expert similarity", "100")
+    seen["gate accuracy, alpha 0.01 - V-MoE"] = against("gate accuracy", "0.01")
+    seen["lead over a blind gate, V-MoE"] = decided.interval(lead[0].tolist())
+    seen["lead over a blind gate, alpha 1"] = decided.interval(lead[at["1"]].tolist())
+    for alpha in ("0.01", "1"):
+        seen[f"lead over a blind gate, alpha {alpha} - V-MoE"] = decided.interval(
+            (lead[at[alpha]] - lead[0]).tolist())
+    for what, alpha in (("own-domain accuracy", "0.01"), ("own-domain accuracy", "0.1"),
+                        ("other-domain accuracy", "0.1"), ("own minus others", "0.1")):
+        seen[f"{what}, alpha {alpha} - V-MoE"] = against(what, alpha)
+    for what in ("accuracy", "agreement adjacent, first quarter"):
+        seen[f"{what.split()[0].rstrip(',')}, TGR + MoDE - MoDE"] = decided.contrast(
+            main, what, ("tgr+mode-k2",), ("mode-k2",))
+    judged = {h: v for grid, found in (("main", main), ("alpha", rows))
+              for h, v in decided.judge(grid, found).items()
+              if h.source == "M" or h.claim.startswith("both together")}
+    return seen, "\n".join(f"{h.claim}: {decided.signed(e)}, at least {h.least}, p {p:.2g}: {v}"
+                           for h, (e, p, v) in judged.items())

@@ -24,7 +24,7 @@ NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 # pages that have the second edition's form; the others have its answers folded, and no more yet
-LECTURES = ("01_gradient_blocking", "05_remedies")
+LECTURES = ("01_gradient_blocking", "03_mutual_distillation", "05_remedies")
 lecture = pytest.mark.parametrize("path", [HERE / f"{n}.ipynb" for n in LECTURES], ids=LECTURES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
@@ -38,6 +38,28 @@ near = {name: c[1:].mean() for name, c in curve.items()}                  # from
 assert near.pop("dense mixer") > 0.999 and max(near, key=near.get) == "default outputs"
 assert near["TGR, task and guidance"] < 0.3 and abs(near["TGR, task alone"] - near["V-MoE"]) < 0.05
 assert 1.3 < price["dense mixer"] < 1.7
+""",
+    "03_mutual_distillation": """
+assert all(2 / 8 < s < 6 / 8 for s in own_share.values())                 # narrow, and MoDE's too
+assert min(own_share.values()) == own_share["V-MoE"]
+assert (found["pulls"][0, :, 1] > found["pulls"][0, :, 0]).all()          # loud at alpha = 1
+assert errors(teach(0))[1] > 3 * errors(teach(0))[0]                      # alone, blind abroad
+assert 0.5 < lead["V-MoE"] < 3 and abs(lead["MoDE, alpha 1"]) < 0.5       # the diagonal is faint
+assert by_own > 0.85 and abs(by_own - by_other) < 0.02                    # dealt out anew
+assert all((sign * (swept[name][-1] - swept[name][0]) > 0).all()          # alpha 100, V-MoE
+           for name, sign in {"length": -1, "colleagues": 1, "gate": 1, "blind": 1}.items())
+alike = decided.contrast(rows, "expert similarity", ("mode-k2-alpha-100",))
+assert swept["colleagues"][-1].min() > max(0.95, alike.high)              # those who meet agree
+assert 0.6 < swept["strangers"][-1].mean() / 28 < 0.75
+assert decided.contrast(rows, "expert similarity", ("mode-k8-best-alpha",), ("moe-k8",)).low > 0
+so = {claim: "above" if e.low > 0 else "below" if e.high < 0 else "open"
+      for claim, e in seen.items()}
+assert {claim for claim, what in so.items() if what == "below"} == {
+    "accuracy, alpha 100 - V-MoE", "lead over a blind gate, alpha 1 - V-MoE",
+    "own minus others, alpha 0.1 - V-MoE"}
+assert {claim for claim, what in so.items() if what == "open"} == {
+    "accuracy, alpha 0.01 - V-MoE", "lead over a blind gate, alpha 1",
+    "lead over a blind gate, alpha 0.01 - V-MoE", "own-domain accuracy, alpha 0.01 - V-MoE"}
 """,
     "05_remedies": """
 assert abs(nearness("default outputs", 0.0) - 1) < 0.01 and nearness("dense mixer", 1.6) > 0.999
@@ -206,6 +228,26 @@ def test_a_wrong_answer_is_told_where_it_first_differs(capsys):
         lesson.check("a table", lambda other=other: other, right)
         said = capsys.readouterr().out
         assert said.startswith("no: a table") and "differ" not in said
+
+
+def test_exercise_1_of_page_3_refuses_one_size_and_an_answer_that_changes_its_argument(capsys):
+    code = {c.id: c.source for c in cells(HERE / "03_mutual_distillation.ipynb", "code")}
+
+    def worth(raw, target):                             # right where T = 1, K = 2 and D = 2
+        away = raw - raw.mean(dim=1, keepdim=True)
+        return away.square().sum() / (4 * len(raw))
+
+    def in_place(raw, target):
+        alone = (raw - target[:, None]).square().mean()
+        raw -= target[:, None]
+        return alone - raw.mean(dim=1).square().mean()
+    for answer, refused in ((worth, 3), (in_place, 5)):
+        names = {"worth": answer}
+        for cell in ("imports", "loss-code", "ex1-check"):
+            exec(code[cell], names)
+        said = capsys.readouterr().out
+        assert len(re.findall(r"^no:", said, flags=re.M)) == refused, said
+    assert "changed its argument" in said
 
 
 @each
