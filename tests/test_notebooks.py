@@ -34,6 +34,7 @@ assert 1 <= learning.sum() <= 6 and found[True].abs().min() > 0 and found[False]
 assert 63 < times(1, 0, 0)[-1] < 65 and times(1, 2, 1)[-1] < 1.2 and times(2, 2, 1)[-1] < 2.3
 assert all(curves[0][:, 0] == curves[WITH][:, 0])           # the same first weights
 assert [e.n for e in claimed.values()] == [SEEDS, SEEDS, SEEDS, 1, 1]
+assert torch.linalg.eigh(patches.T.cov())[1][:, -1].sum().abs() > 0.95 * 48 ** 0.5   # brightness
 """,
     "01_gradient_blocking": """
 assert two > one and over["sigmoid, top-2"] > over["sigmoid, top-1"]      # the runs of section 5
