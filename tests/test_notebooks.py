@@ -24,11 +24,18 @@ NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 # pages that have the second edition's form; the others have its answers folded, and no more yet
-LECTURES = ("01_gradient_blocking", "03_mutual_distillation", "05_remedies")
+LECTURES = ("00_a_sparse_layer", "01_gradient_blocking", "03_mutual_distillation", "05_remedies")
 lecture = pytest.mark.parametrize("path", [HERE / f"{n}.ipynb" for n in LECTURES], ids=LECTURES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
 CLAIMS = {
+    "00_a_sparse_layer": """                # what its layers end with, trained in full, is below
+assert 1 <= learning.sum() <= 6 and found[True].abs().min() > 0 and found[False] is None
+assert 63 < times(1, 0, 0)[-1] < 65 and times(1, 2, 1)[-1] < 1.2 and times(2, 2, 1)[-1] < 2.3
+assert all(curves[0][:, 0] == curves[WITH][:, 0])           # the same first weights
+assert [e.n for e in claimed.values()] == [SEEDS, SEEDS, SEEDS, 1, 1]
+assert torch.linalg.eigh(patches.T.cov())[1][:, -1].sum().abs() > 0.95 * 48 ** 0.5   # brightness
+""",
     "01_gradient_blocking": """
 assert two > one and over["sigmoid, top-2"] > over["sigmoid, top-1"]      # the runs of section 5
 assert curves["softmax, then top-1"].mean(axis=1).argmax() < 6 and kept["cosine"].min() > 0
@@ -370,6 +377,7 @@ def layers():
     names = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lesson, "SMOKE", False)
+        patch.setattr(lesson, "KEPT", True)                             # nobody moves a slider
         patch.chdir(HERE)
         for cell in cells(NOTEBOOKS[0], "code"):
             exec(cell.source, names)
@@ -414,6 +422,8 @@ def test_what_notebook_0_says_of_collapse_and_balance_is_so(layers):
     assert len({tuple(s.topk(2).indices.sort().values.tolist()) for s in layers.end[0]}) > 4
     assert (end(balanced) > end(alone) + 1).all() and end(balanced).max() < 7.8
     assert layers.worse > 4 and layers.error.keys() == layers.runs.keys()
+    idle, number, error, *_ = layers.claimed.values()
+    assert idle.low > 2 and number.low > 1 and error.low > 0
     dark, bright = sorted(sorted(layers.groups.values(), key=len)[-2:], key=lambda x: x.mean())
     assert dark.mean() < -0.3 and bright.mean() > 0.3
 
@@ -439,7 +449,7 @@ def test_notebook_0_needs_nothing_that_a_student_writes_but_the_load_loss(tmp_pa
                    resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
     failed = {c.id: out.evalue for c in page.cells if c.cell_type == "code" for out in c.outputs
               if out.output_type == "error"}
-    assert list(failed) == ["load-run", "price"], failed
+    assert list(failed) == ["load-run", "load-figure", "price", "load-move", "claims"], failed
     assert "assignment 1, load_loss" in failed["load-run"]
     same = next(c for c in page.cells if c.id == "same-run")
     assert set(verdicts(same)) == {"not yet"}
