@@ -169,8 +169,8 @@ def padding(rows, skew, experts, S=2176):
     sizes[np.argsort(sizes - exact)[:S - sizes.sum()]] += 1         # the largest rests round up
     tiled, room = -(-sizes // rows) * rows, sizes.max()
     fig, [[axis]] = report.sheet(
-        f"Tiles of {rows} rows: {S / tiled.sum():.0%} of the computed rows hold a choice; equal "
-        f"rectangles that drop nothing: {S / (experts * room):.0%}", 1, 1, 9, 3.8)
+        f"Tiles of {rows} rows: {S / tiled.sum():.0%} of the computed rows hold a choice; "
+        f"equal rectangles: {S / (experts * room):.0%}", 1, 1, 9, 3.8)
     axis.bar(range(experts), sizes, color=COLOURS[0], label="rows with a choice")
     axis.bar(range(experts), tiled - sizes, bottom=sizes, color="white", ec=COLOURS[3],
              hatch="///", label="padding of its tiles")
@@ -192,10 +192,9 @@ def error_marks(names, plain, own, rule):
         f"error of plain operators, and one eps", 1, 1, 9.5, 4.8)
     for i, dtype in enumerate(plain):
         axis.plot(plain[dtype], names, "osD"[i], color=COLOURS[i], label=f"plain, {dtype}")
-        if dtype in own:
-            more = {} if i else {"label": "the kernel"}, {} if i else {"label": "the rule's bar"}
-            axis.plot(own[dtype], names, "kx", ms=8, **more[0])
-            axis.plot(rule[dtype], names, "k|", ms=14, **more[1])
+    for look, errors_of, label in (("kx", own, "the kernel"), ("k|", rule, "the rule's bar")):
+        for i, dtype in enumerate(own):
+            axis.plot(errors_of[dtype], names, look, ms=10, label=None if i else label)
     finish(axis, "largest error, over the largest true value",
            log_ticks=[10.0 ** k for k in range(-7, -1)], where="upper center")
     return fig

@@ -24,7 +24,7 @@ NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 # pages that have the second edition's form; the others have its answers folded, and no more yet
-LECTURES = ("01_gradient_blocking", "05_remedies")
+LECTURES = ("01_gradient_blocking", "04_fast_dispatch", "05_remedies")
 lecture = pytest.mark.parametrize("path", [HERE / f"{n}.ipynb" for n in LECTURES], ids=LECTURES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
@@ -38,6 +38,25 @@ near = {name: c[1:].mean() for name, c in curve.items()}                  # from
 assert near.pop("dense mixer") > 0.999 and max(near, key=near.get) == "default outputs"
 assert near["TGR, task and guidance"] < 0.3 and abs(near["TGR, task alone"] - near["V-MoE"]) < 0.05
 assert 1.3 < price["dense mixer"] < 1.7
+""",
+    "04_fast_dispatch": """
+assert alarms == [False, False, False] and own_rows <= 3                 # of 16 tokens, by chance
+assert bill["grouped"][0] == bill["dense"][0] == bill["sliced"][0]
+assert bill["lean"][0] < 1.05 * bill["dense"][0] and 2 < bill["grouped"][1] / bill["dense"][1] < 2.5
+assert bill["sliced"][1] < bill["grouped"][1] < bill["lean"][1]
+assert share < 1.2 and share < 0.6 * bill["grouped"][1] / bill["dense"][1]
+assert 0.5 < kept["lean"] / kept["dense"] < 0.6 and kept["dense"] < kept["grouped"]
+assert max(over("auto", D=384, E=8)) < 1.05 < min(rest) and statistics.median(over("auto")) > 1.2
+assert statistics.median(over("auto", D=384)) < 1.2 < statistics.median(over("auto", D=96))
+assert max(over("grouped", "reference")) < 1 < statistics.median(over("lean", "grouped"))
+assert max(kept_by("lean")) < 1 < min(kept_by("grouped"))
+eager = partial(over, "transformers_eager", "grouped")
+assert statistics.median(eager(E=32)) > 1.5 * statistics.median(eager(E=8))
+assert loop["w[e]"] > 32 * 2 and loop["w.unbind()"] < 10                 # numbers per weight
+assert min(even) > 0 and even[0] > even[1]
+assert own and all((own[dtype] <= rule[dtype]).all() for dtype in own)
+assert not kernels.triton or (off < 1e-5 and not up.z.isnan().any())
+assert min(sent) > weigh and max(apart.values()) < 1e-12
 """,
     "05_remedies": """
 assert abs(nearness("default outputs", 0.0) - 1) < 0.01 and nearness("dense mixer", 1.6) > 0.999
