@@ -370,11 +370,10 @@ def ranges(claims):
 
     Races are no sample of anything, so what stands here is their range, and no confidence interval.
     """
-    print(f"{'':52} median [smallest, largest]    races")
+    print(f"{'':50}median [smallest, largest]   above 1")
     for claim, ratios in claims.items():
-        above = sum(r > 1 for r in ratios)
         said = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(f"{claim:52} {said:28} {len(ratios):4}   above 1 in {above}")
+        print(f"{claim:50}{said:28} {sum(r > 1 for r in ratios):2} of {len(ratios)}")
 
 
 # --- experts on several processes ---
