@@ -272,7 +272,7 @@ def source(function, first="", last="", folded=""):
     lines = inspect.getsource(getattr(function, "fn", function)).splitlines()
     start = next((i for i, line in enumerate(lines) if first in line), 0)
     end = next((i for i in range(start, len(lines)) if last and last in lines[i]), len(lines))
-    text = textwrap.dedent("\n".join(lines[start:end + 1]))
+    text = textwrap.dedent("\n".join(lines[start:end + 1])).rstrip()
     if folded:
         fold(folded, text)
     else:

@@ -469,6 +469,35 @@ def test_what_an_operator_moves_is_what_it_reads_and_what_it_writes_and_a_view_m
     assert moved(lambda: a.new_zeros(7)) == 7
 
 
+def test_a_listing_is_folded_on_a_page_and_printed_in_a_terminal(monkeypatch, capsys):
+    from notebooks import lesson_4
+    lesson_4.source(lesson_4.fold)
+    said = capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(lesson_4, "display", seen.append)
+    lesson_4.source(lesson_4.fold, folded="a < b")
+    assert f"{seen[0]!r}\n" == said == (
+        "def fold(summary, text):\n    display(Listing(summary, text))\n")
+    assert seen[0]._repr_html_() == (
+        f"<details><summary>a &lt; b</summary><pre>{said.strip()}</pre></details>")
+
+
+def test_tiles_and_equal_rectangles_hold_every_choice_wherever_the_sliders_stand():
+    from notebooks import lesson_4
+    for at, title in (
+            ((16, 0.0, 4), "Tiles of 16 rows: 100% of the computed rows hold a choice; equal "
+                           "rectangles: 100%"),
+            ((128, 0.0, 32), "Tiles of 128 rows: 53% of the computed rows hold a choice; equal "
+                             "rectangles: 100%")):
+        fig = lesson_4.padding(*at)
+        assert fig.get_suptitle().replace("\n", " ") == title
+    for rows, skew, experts in itertools.product((16, 64, 128), (0.0, 0.7, 2.0), (4, 12, 32)):
+        full, padded = lesson_4.padding(rows, skew, experts).axes[0].containers
+        full, padded = ([bar.get_height() for bar in bars] for bars in (full, padded))
+        assert sum(full) == 2176 and all(p < rows for p in padded)
+        assert all((f + p) % rows == 0 for f, p in zip(full, padded, strict=True))
+
+
 @pytest.mark.parametrize(("tokens", "K"), [((5, 2), 1), ((4, 0, 3), 2)])
 def test_experts_on_several_processes_give_the_outputs_and_gradients_of_experts_on_one(
         tokens, K, tmp_path, monkeypatch):
