@@ -24,7 +24,8 @@ NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 # pages that have the second edition's form; the others have its answers folded, and no more yet
-LECTURES = ("00_a_sparse_layer", "01_gradient_blocking", "03_mutual_distillation", "05_remedies")
+LECTURES = ("00_a_sparse_layer", "01_gradient_blocking", "03_mutual_distillation",
+            "04_fast_dispatch", "05_remedies")
 lecture = pytest.mark.parametrize("path", [HERE / f"{n}.ipynb" for n in LECTURES], ids=LECTURES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
@@ -67,6 +68,25 @@ assert {claim for claim, what in so.items() if what == "below"} == {
 assert {claim for claim, what in so.items() if what == "open"} == {
     "accuracy, alpha 0.01 - V-MoE", "lead over a blind gate, alpha 1",
     "lead over a blind gate, alpha 0.01 - V-MoE", "own-domain accuracy, alpha 0.01 - V-MoE"}
+""",
+    "04_fast_dispatch": """
+assert alarms == [False, False, False] and own_rows <= 3                 # of 16 tokens, by chance
+assert bill["grouped"][0] == bill["dense"][0] == bill["sliced"][0]
+assert bill["lean"][0] < 1.05 * bill["dense"][0] and 2 < bill["grouped"][1] / bill["dense"][1] < 2.5
+assert bill["sliced"][1] < bill["grouped"][1] < bill["lean"][1]
+assert share < 1.2 and share < 0.6 * bill["grouped"][1] / bill["dense"][1]
+assert 0.5 < kept["lean"] / kept["dense"] < 0.6 and kept["dense"] < kept["grouped"]
+assert max(over("auto", D=384, E=8)) < 1.05 < min(rest) and statistics.median(over("auto")) > 1.2
+assert statistics.median(over("auto", D=384)) < 1.2 < statistics.median(over("auto", D=96))
+assert max(over("grouped", "reference")) < 1 < statistics.median(over("lean", "grouped"))
+assert max(kept_by("lean")) < 1 < min(kept_by("grouped"))
+eager = partial(over, "transformers_eager", "grouped")
+assert statistics.median(eager(E=32)) > 1.5 * statistics.median(eager(E=8))
+assert loop["w[e]"] > 32 * 2 and loop["w.unbind()"] < 10                 # numbers per weight
+assert min(even) > 0 and even[0] > even[1]
+assert own and all((own[dtype] <= rule[dtype]).all() for dtype in own)
+assert not kernels.triton or (off < 1e-5 and not up.z.isnan().any())
+assert min(sent) > weigh and max(apart.values()) < 1e-12
 """,
     "05_remedies": """
 assert abs(nearness("default outputs", 0.0) - 1) < 0.01 and nearness("dense mixer", 1.6) > 0.999
@@ -500,6 +520,35 @@ def test_what_an_operator_moves_is_what_it_reads_and_what_it_writes_and_a_view_m
     assert moved(lambda: torch.empty_like(a).copy_(a)) == 2 * 200
     assert moved(lambda: a.add_(a)) == 3 * 200
     assert moved(lambda: a.new_zeros(7)) == 7
+
+
+def test_a_listing_is_folded_on_a_page_and_printed_in_a_terminal(monkeypatch, capsys):
+    from notebooks import lesson_4
+    lesson_4.source(lesson_4.fold)
+    said = capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(lesson_4, "display", seen.append)
+    lesson_4.source(lesson_4.fold, folded="a < b")
+    assert f"{seen[0]!r}\n" == said == (
+        "def fold(summary, text):\n    display(Listing(summary, text))\n")
+    assert seen[0]._repr_html_() == (
+        f"<details><summary>a &lt; b</summary><pre>{said.strip()}</pre></details>")
+
+
+def test_tiles_and_equal_rectangles_hold_every_choice_wherever_the_sliders_stand():
+    from notebooks import lesson_4
+    for at, title in (
+            ((16, 0.0, 4), "Tiles of 16 rows: 100% of the computed rows hold a choice; equal "
+                           "rectangles: 100%"),
+            ((128, 0.0, 32), "Tiles of 128 rows: 53% of the computed rows hold a choice; equal "
+                             "rectangles: 100%")):
+        fig = lesson_4.padding(*at)
+        assert fig.get_suptitle().replace("\n", " ") == title
+    for rows, skew, experts in itertools.product((16, 64, 128), (0.0, 0.7, 2.0), (4, 12, 32)):
+        full, padded = lesson_4.padding(rows, skew, experts).axes[0].containers
+        full, padded = ([bar.get_height() for bar in bars] for bars in (full, padded))
+        assert sum(full) == 2176 and all(p < rows for p in padded)
+        assert all((f + p) % rows == 0 for f, p in zip(full, padded, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "K"), [((5, 2), 1), ((4, 0, 3), 2)])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 PAGES = Path(__file__).resolve().parents[3] / "notebooks"
 WEEKS = {                   # {week: {page: its sections}}, in the order of plan.md; None is all
-    1: {"00": None, "01": None, "04": (1, 2, 3, 4)},
+    1: {"00": None, "01": None, "04": (1, 2, 3, 4, 5)},
     2: {"02": None, "03": None},
 }
 WORDS = 60                  # on one slide
