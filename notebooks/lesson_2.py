@@ -111,6 +111,7 @@ def gradient_maps(maps, chosen):
         picture = axis.imshow(m.abs(), cmap="cividis", norm=LogNorm(1e-7, 1e-2), aspect="auto")
         axis.plot(chosen, range(len(chosen)), "wx", ms=6)
         axis.set(title=name, xlabel="expert (x: chosen)", ylabel="token (0: class token)")
+    axes[0, 0].set_xlabel("expert (x: chosen, –: blocked)")
     axes[0, 0].plot(*away.nonzero().T.flip(0), "_", color="w", ms=14, alpha=0.6)
     fig.colorbar(picture, ax=axes, label="|dL/dz|", extend="both")
     show(fig, "Two maps of 17 tokens by 8 experts: the size of the task's gradient, struck out "
@@ -185,14 +186,17 @@ def place_figure(tables, where):
 def effects(cells):
     """{what changes: (plus, minus)} of the four arms in the order of decided.CELLS."""
     none, router, features, both = cells
-    return {"features, router free": ((features,), (none,)),
-            "features, router guided": ((both,), (router,)),
-            "router, features free": ((router,), (none,)),
-            "router, features guided": ((both,), (features,)),
-            "both, beyond the sum": ((both, none), (router, features))}
+    return {"guided features, router free": ((features,), (none,)),
+            "guided features, router guided": ((both,), (router,)),
+            "guided router, features free": ((router,), (none,)),
+            "guided router, features guided": ((both,), (features,)),
+            "both together, beyond the sum": ((both, none), (router, features))}
 
 
 def estimates(of, metric, cells):
+    """{what changes: its Estimate}, from the blocks that have all four arms."""
+    blocks = set.intersection(*({decided.block(r) for r in of if r["arm"] == arm} for arm in cells))
+    of = [r for r in of if decided.block(r) in blocks]
     return {name: decided.contrast(of, metric, *arms) for name, arms in effects(cells).items()}
 
 
@@ -236,11 +240,11 @@ def elsewhere():
         "the first study: history": (first, cells),
         "50,000 images, 100 classes, an equal teacher": (whole, cells),
         "the same, teacher pretrained elsewhere": (whole, decided.cells("factors", "-lite0"))}))
-    guidance = [r for r in rows("guidance") if r["arm"] not in cells]
+    guidance = [r for r in rows("guidance") if r["arm"] not in cells]       # main has those
     equal = [r | {"arm": f"{r['method']}-k{r['config']['k']}"}
              for r in report.read_lines(RESULTS / "cpu.jsonl")]
     display(arms_table(
-        "Other arms: what each adds to V-MoE, or a dense arm to the dense ViT", metrics, [
+        "Every arm: what it adds to V-MoE, or a dense arm to the dense ViT", metrics, [
             *others(first + guidance), (NAMED["tgr"], equal, "tgr-k1", "moe-k1"),
             *others(whole, ", 50,000 images")]))
 
@@ -269,9 +273,9 @@ def arms_table(summary, metrics, arms):
 
 
 def others(of, mark=""):
-    """What arms_table() lists of some rows: the arms that have a name here, but no cell of the 2 x
-    2 and no dense ViT, with what they are compared with."""
+    """What arms_table() lists of some rows: the arms that have a name here, with what they are
+    compared with."""
     arms = [arm for arm in dict.fromkeys(r["arm"] for r in of)
-            if arm in NAMED and arm not in (*CELLS.values(), "dense")]
+            if arm in NAMED and arm not in ("moe-k1", "dense")]
     return [(NAMED[arm] + mark, of, arm, "dense" if arm.startswith("dense") else "moe-k1")
             for arm in arms]
