@@ -181,6 +181,17 @@ def place_figure(tables, where):
               "for TGR and for its teacher's routers")
 
 
+def exchanged(tally):
+    """Put on the page, folded, how many test images are right when tokens visit experts of others:
+    the arrays of results/classes.npz."""
+    names = {"vmoe": "V-MoE", "tgr": "TGR"}
+    trials = [trial.split(": ") for trial in tally["trials"].tolist()]
+    display(Table("Does the division matter? Let tokens visit the experts of others",
+                  ["model", "whose experts", "test images that are right, %"],
+                  [(names[model], whose, f"{right / 100:.1f}")
+                   for (model, whose), right in zip(trials, tally["right"], strict=True)]))
+
+
 # --- two factors, crossed ---
 
 def effects(cells):

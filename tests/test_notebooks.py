@@ -45,7 +45,7 @@ assert apart.abs().max() < 1e-8 and maps["task"].abs().min(dim=1).values.max() >
 assert 8.5 < shares["class"][0] < 9.5 and 20 < shares["class"][-1] < 23
 assert shares["class"] == sorted(shares["class"])
 assert min(shares["place"][1:]) > 16 > 9 > shares["place"][0]
-assert used["entropy alone"] == 2 and used["both"] == 4 and made["both"][1][-1] > 1.2
+assert used["entropy alone"] == 2 and used["both losses"] == 4 and made["both losses"][1][-1] > 1.2
 assert abs(made["load alone"][1][-1]) < 0.01 and made["entropy alone"][1][-1] < 0.7
 assert 0.69 < settled["V-MoE"][3] < 0.71 and 0.88 < settled["TGR"][3] < 0.9
 for v, g in zip(counts["V-MoE"], counts["TGR"], strict=True):               # in blocks 2, 4 and 6
