@@ -575,8 +575,8 @@ def signed(estimate, digits=2):
 
 # --- what the arms are called where people read ---
 
-# In the order of the figure of notebook 2. *: no arm, but two controls thought of after the first
-# rows. "tgr" stands for the runs in results/cpu.jsonl, whose teacher saw 10,000 images.
+# In the tables of notebook 2. *: no arm, but two controls thought of after the first rows. "tgr"
+# stands for the runs in results/cpu.jsonl, whose teacher saw 10,000 images.
 NAMES = {
     "dense": "dense ViT", "dense-features-alone": "dense ViT, KL on its features*",
     "moe-k1": "V-MoE", "moe-k1-logits": "V-MoE, teacher's logits",

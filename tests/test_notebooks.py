@@ -24,8 +24,8 @@ NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 # pages that have the second edition's form; the others have its answers folded, and no more yet
-LECTURES = ("00_a_sparse_layer", "01_gradient_blocking", "03_mutual_distillation",
-            "04_fast_dispatch", "05_remedies")
+LECTURES = ("00_a_sparse_layer", "01_gradient_blocking", "02_teacher_guided_routing",
+            "03_mutual_distillation", "04_fast_dispatch", "05_remedies")
 lecture = pytest.mark.parametrize("path", [HERE / f"{n}.ipynb" for n in LECTURES], ids=LECTURES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
@@ -87,6 +87,38 @@ assert min(even) > 0 and even[0] > even[1]
 assert own and all((own[dtype] <= rule[dtype]).all() for dtype in own)
 assert not kernels.triton or (off < 1e-5 and not up.z.isnan().any())
 assert min(sent) > weigh and max(apart.values()) < 1e-12
+""",
+    "02_teacher_guided_routing": """
+apart = maps["guidance"] - 5 / 3 * (routing.probs - targets[4].softmax(dim=1))[:N] / 1088
+assert apart.abs().max() < 1e-8 and maps["task"].abs().min(dim=1).values.max() > 0  # real gradients
+assert 8.5 < shares["class"][0] < 9.5 and 20 < shares["class"][-1] < 23
+assert shares["class"] == sorted(shares["class"])
+assert min(shares["place"][1:]) > 16 > 9 > shares["place"][0]
+assert used["entropy alone"] == 2 and used["both losses"] == 4 and made["both losses"][1][-1] > 1.2
+assert abs(made["load alone"][1][-1]) < 0.01 and made["entropy alone"][1][-1] < 0.7
+assert 0.69 < settled["V-MoE"][3] < 0.71 and 0.88 < settled["TGR"][3] < 0.9
+for v, g in zip(counts["V-MoE"], counts["TGR"], strict=True):               # in blocks 2, 4 and 6
+    assert mutual_information(g.sum(axis=1)) < mutual_information(v.sum(axis=1))        # class
+    assert mutual_information(g.sum(axis=0)) > mutual_information(v.sum(axis=0))        # place
+assert max(mutual_information(table) for each in tally["dealt"][:2] for table in each) < 0.004
+right = dict(zip(tally["trials"].tolist(), tally["right"].tolist(), strict=True))
+swapped = "same place, other image"
+assert right["vmoe: own"] - 500 > right["vmoe: any other token"] > right[f"vmoe: {swapped}"]
+assert right["tgr: own"] - 500 > right[f"tgr: {swapped}"] > right["tgr: any other token"] + 300
+assert right["tgr: the teacher routers'"] > right["tgr: own"] - 100
+points, at_half = contrast(rows, ACC, (both,), (none,)), contrast(rows, HALF, (both,), (none,))
+assert 7 < points.mean < 9.5 and points.n >= 3 and at_half.low > 0
+assert gain["guided features, router free"].low > 5 < gain["guided features, router guided"].low
+assert abs(gain["guided router, features free"].mean) < 1.5
+assert abs(gain["guided router, features guided"].mean) < 1
+assert calm["guided router, features guided"].low > 0 < calm["guided features, router guided"].low
+first = lesson.rows("main")                                                 # what the folds say
+assert 1 < contrast(first, ACC, ("moe-k1-logits",), (none,)).mean < 1.5
+assert abs(contrast(first, ACC, (none,), ("dense",)).mean) < 0.3
+equal = [r | {"arm": r["method"]} for r in lesson_2.report.read_lines(
+    lesson.RESULTS / "cpu.jsonl") if r["config"]["k"] == 1]
+assert contrast(equal, ACC, ("tgr",), ("moe",)).low < 0
+assert contrast(equal, HALF, ("tgr",), ("moe",)).low > 0
 """,
     "05_remedies": """
 assert abs(nearness("default outputs", 0.0) - 1) < 0.01 and nearness("dense mixer", 1.6) > 0.999
@@ -185,6 +217,15 @@ def test_what_is_folded_says_what_it_hides_and_is_no_markup(monkeypatch):
     monkeypatch.setattr(lesson, "display", seen.append)
     lesson.predict(..., 7, "ways")
     assert (seen[0].summary, seen[0].text) == ("ways: guess, then open this", "ways: 7")
+
+
+def test_a_table_is_folded_and_its_cells_are_no_markup():
+    from notebooks.lesson_2 import Table
+    table = Table("a < b", ["arm", "n"], [("<x>", 3), ("y", None)])
+    assert repr(table) == "arm | n\n<x> | 3\ny | None"
+    assert table._repr_html_() == (
+        "<details><summary>a &lt; b</summary><table><tr><th>arm</th><th>n</th></tr>"
+        "<tr><td>&lt;x&gt;</td><td>3</td></tr><tr><td>y</td><td>None</td></tr></table></details>")
 
 
 def test_sliders_draw_their_first_values_where_nobody_moves_them(monkeypatch, capsys):
