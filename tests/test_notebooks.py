@@ -23,10 +23,6 @@ NAMES = ("00_a_sparse_layer", "01_gradient_blocking", "02_teacher_guided_routing
 NOTEBOOKS = [HERE / f"{name}.ipynb" for name in NAMES]
 EXERCISES = dict(zip(NOTEBOOKS, (3, 3, 3, 3, 4, 3), strict=True))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-# pages that have the second edition's form; the others have its answers folded, and no more yet
-LECTURES = ("00_a_sparse_layer", "01_gradient_blocking", "02_teacher_guided_routing",
-            "03_mutual_distillation", "04_fast_dispatch", "05_remedies")
-lecture = pytest.mark.parametrize("path", [HERE / f"{n}.ipynb" for n in LECTURES], ids=LECTURES)
 # What a page claims of the numbers that it shows, in the page's own names. It is asserted when the
 # page has run, and not on the page.
 CLAIMS = {
@@ -352,14 +348,14 @@ def text_of(path):
     return "\n".join(c.source for c in cells(path, "markdown"))
 
 
-@lecture
+@each
 def test_its_open_text_is_read_in_twenty_minutes(path):
     spine = re.sub(r"<details>.*?</details>", "", text_of(path), flags=re.S)
     assert 1000 < len(spine.split()) < 20 * 130
     assert text_of(path).count("<details>") == text_of(path).count("</details>")
 
 
-@lecture
+@each
 def test_a_guess_is_made_before_its_answer_can_be_seen(path):
     asked = [c for c in cells(path, "code") if re.search(r"^predict\(", c.source, flags=re.M)]
     assert len(asked) >= 3
@@ -369,19 +365,19 @@ def test_a_guess_is_made_before_its_answer_can_be_seen(path):
             assert "<details>" in out.get("data", {}).get("text/html", ""), cell.source
 
 
-@lecture
+@each
 def test_an_exercise_hints_twice_before_it_tells(path):
     told = re.findall(r"<summary>(Hint \d|A wrong answer|Solution)", text_of(path))
     assert told == ["Hint 1", "Hint 2", "A wrong answer", "Solution"] * EXERCISES[path]
 
 
-@lecture
+@each
 def test_every_section_leaves_a_question_open(path):
     sections = re.split(r"^## \d+\. ", text_of(path), flags=re.M)[1:]
     assert [s.splitlines()[0] for s in sections if "**Open question**: " not in s] == []
 
 
-@lecture
+@each
 def test_every_paper_can_be_clicked(path):
     bare = re.sub(r"\[[^]]*\]\(https://arxiv.org/abs/\d{4}\.\d{5}\)", "", text_of(path))
     assert re.findall(r"\d{4}\.\d{5}", bare) == []
