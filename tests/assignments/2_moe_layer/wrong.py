@@ -116,6 +116,8 @@ WRONG = [
     {TRUNK}"""),
     ("random state", "moe.py", TRUNK, f"""torch.manual_seed(0)
     {TRUNK}"""),
+    ("state kept", "moe.py", TRUNK, f"""torch.set_grad_enabled(False)
+    {TRUNK}"""),
     ("another definition", "moe.py", TRUNK, f"""{TRUNK}
     with torch.no_grad():                   # as many as the gates divide it by
         for number in sparse.moe_blocks:
