@@ -46,6 +46,7 @@ KINDS = {       # of plausible wrong answers, in wrong.py of each assignment
     "grad wiped": "a .grad that was there before the call is gone, or a flag that decides of it",
     "state kept": "a call depends on an earlier one, changes its result, keeps its tensors, or "
                   "leaves a setting of torch behind",
+    "replaced": "an object that others hold, such as an optimizer, gives way to a new one",
     "random state": "numbers are drawn, or the generator is seeded, where nobody asked for it",
     "one size only": "right for the sizes of the example, such as K = 2 or four experts",
     "numerics": "overflow, underflow, cancellation, ties and rounding where the formula is right",
