@@ -20,7 +20,9 @@ BLANKS = {
         "upcycle": "the trunk as it is, each MLP into every expert; handout.md, part D",
     },
 }
-CHECKS = (13, 13)
+MAY = {"Experts.copy_mlp": {"writes self": "the experts become copies"},
+       "upcycle": {"writes sparse": "it gets the dense weights"}}
+CHECKS = (13, 20)
 HARD_CODED = ("router.py", "within_capacity")
 NOT_ASKED = {
     "[w_in[e] for e in range(len(w_in))], b_in.unbind()":

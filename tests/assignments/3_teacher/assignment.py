@@ -19,6 +19,9 @@ BLANKS = {
         "last_fluctuation": "its docstring; handout.md, part D",
     },
 }
+MAY = {"Guide.__init__": {"writes teacher": "it is frozen in place",
+                          "draws": "the first weights of the teacher routers"},
+       "Guide.train": {"writes self": "its mode, and that of its routers"}}
 CHECKS = (14, 18)            # public, hidden
 NOT_ASKED = dict.fromkeys([
     "set(self.blocks.values()), [*teacher.dims, 0])", "False", "if any(False", "or n_tokens < 2",
