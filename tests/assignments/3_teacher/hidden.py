@@ -150,7 +150,8 @@ def on_a_gpu_nothing_is_made_on_the_cpu(student, g):
     for tokens in ("all", "class", "patches"):
         where_given(f"guidance_loss, tokens={tokens!r}",
                     lambda k=tokens: student.teacher.guidance_loss(t, z, k, N))
-    where_given("teacher_router_losses", lambda: student.teacher.teacher_router_losses({2: t, 5: z}))
+    where_given("teacher_router_losses",
+                lambda: student.teacher.teacher_router_losses({2: t, 5: z}))
     guide, x = student.teacher.Guide(vit(student), pupil(student), E), pictures(g)
     where_given("Guide.forward", lambda: guide(x))
     router = student.teacher.TeacherRouter(D, E)

@@ -27,7 +27,8 @@ WRONG = [
      "        d = dout.reshape(-1, D).index_select(0, plan.order if ungated else plan.order // K)",
      "        d = dout.reshape(-1, D).index_select(0, plan.order if ungated else plan.order // 2)"),
     ("numerics", "kernels.py",
-     "                dgate[r] = (da.to(wide) * a).sum(dim=1) + (dr.to(wide) * b_out[b]).sum(dim=1)\n"
+     "                dgate[r] = (da.to(wide) * a).sum(dim=1) + "
+     "(dr.to(wide) * b_out[b]).sum(dim=1)\n"
      "                da, dr = da.mul_(gate[r]), dr.mul_(gate[r])             "
      "# from here on with the gate",
      "                da, dr = da.mul_(gate[r]), dr.mul_(gate[r])\n"
@@ -38,12 +39,18 @@ WRONG = [
      "            dz = z[r].copy_(torch.ops.aten.gelu_backward(da, z[r]))"),
     ("state kept", "kernels.py",
      "        dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)",
-     "        if getattr(Lean, 'work', w_out).dtype != w_in.dtype or Lean.work.shape != w_in.shape:\n"
-     "            Lean.work = torch.empty_like(w_in)\n"
+     "        if getattr(Lean, 'work', x).shape != w_in.shape or Lean.work.dtype != w_in.dtype:\n"
+     "            Lean.work = torch.empty_like(w_in)         # once for all steps\n"
      "        dw_in, dw_out = Lean.work, torch.empty_like(w_out)"),
     ("another definition", "kernels.py",
-     "            a, da, dr = F.gelu(z[r]), mm(d[r], w_out[e].mT), d[r]       # (S, H), (S, H), (S, D)",
-     '            a, da, dr = F.gelu(z[r], approximate="tanh"), mm(d[r], w_out[e].mT), d[r]'),
+     "a, da, dr = F.gelu(z[r]), mm(d[r], w_out[e].mT), d[r]",
+     'a, da, dr = F.gelu(z[r], approximate="tanh"), mm(d[r], w_out[e].mT), d[r]'),
+    ("device", "kernels.py",
+     "        dx, dgate = torch.empty_like(rows), rows.new_empty(len(rows), dtype=wide)",
+     "        dx, dgate = torch.empty_like(rows), torch.empty(len(rows), dtype=wide)"),
+    ("detached", "kernels.py",
+     "dgate.to(gates.dtype), dw_in, db_in, dw_out, db_out",
+     "dgate.to(gates.dtype), dw_in, db_in, dw_out, None"),
     # gelu
     ("numerics", "kernels.py",
      "    phi = 0.3989422804014327 * tl.exp(-0.5 * z * z)                     # sqrt(1/(2 pi))\n"
@@ -58,8 +65,8 @@ WRONG = [
      "    row = choice // SHARED_BY if SHARED_BY else r\n",
      "    row = choice // 2 if SHARED_BY else r\n"),
     ("one size only", "kernels.py",
-     "    r = tl.load(START + tile) + tl.arange(0, ROWS)\n",
-     "    r = tl.load(START + tile) + tl.arange(0, COLUMNS)\n"),
+     "    c = part * COLUMNS + tl.arange(0, COLUMNS)\n",
+     "    c = part * ROWS + tl.arange(0, COLUMNS)\n"),
     ("one size only", "kernels.py",
      "    there = choice[:, None] * WIDTH + c[None, :] ",
      "    there = choice.to(tl.int32)[:, None] * WIDTH + c[None, :] "),
@@ -67,9 +74,6 @@ WRONG = [
      "        tl.store(DGATES + choice * across + part, tl.sum(acc * a, 1), mask=alive)",
      "        tl.store(DGATES + choice * across + part, tl.sum(dz / slope * a, 1) / "
      "tl.sum(gate, 1), mask=alive)"),
-    ("dtype", "kernels.py",
-     "        tl.store(GATED_A + here, (a * gate).to(dtype), mask=mask)",
-     "        tl.store(GATED_A + here, a.to(dtype) * gate.to(dtype), mask=mask)"),
     # grouped_dw
     ("one size only", "kernels.py",
      "    h = tl.program_id(0) // across % down * ROWS + tl.arange(0, ROWS)",
