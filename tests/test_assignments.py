@@ -1,15 +1,21 @@
 """Tests of assignments/: the fast ones. `course.py self-test` there is the long one."""
 import ast
 import csv
+import random
 import re
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 HERE = Path(__file__).parent / "assignments"
 sys.path.append(str(HERE))
+import checking  # noqa: E402
 import course  # noqa: E402
 import selftest  # noqa: E402
 
@@ -77,6 +83,100 @@ def test_the_numbers_in_manifest_and_handout_are_those_of_the_checks(a):
 def test_an_assignment_has_enough_mutants_and_other_solutions(a):
     assert len(selftest.mutants_of(a)) - len(a.not_asked) >= selftest.LEAST_MUTANTS
     assert len(list((a.path / "others").glob("*.py"))) >= selftest.LEAST_OTHERS
+
+
+@every_assignment
+def test_what_a_function_may_do_is_said_of_functions_that_are_asked_for(a):
+    for name, reasons in a.may.items():
+        arguments = next(course.functions((course.ROOT / file).read_text(encoding="utf-8"))[name]
+                         for file, names in a.blanks.items() if name in names).args.args
+        for may, reason in reasons.items():
+            assert reason and may in ("draws", *(f"writes {arg.arg}" for arg in arguments))
+
+
+@every_assignment
+def test_every_wrong_answer_is_of_a_kind_and_lies_in_a_body_that_is_asked_for(a):
+    found = selftest.plausible(a)
+    assert len(found) >= selftest.LEAST_WRONG and len(found) == len({v[1:] for v in found})
+
+
+class Layer(nn.Module):
+    """Stands for a module with functions that are asked for, each of which does as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def method(self, do):
+        return do(self)
+
+
+def function(x, do):
+    return do(x)
+
+
+def watched(may=()):
+    module = SimpleNamespace(Layer=type("Layer", (Layer,), {"method": Layer.method}),
+                             function=function)
+    checking.Watch().over(module, {"Layer.method": may, "function": may, "Layer.gone": may})
+    return module
+
+
+@pytest.mark.parametrize("do, quantity", [
+    (lambda x: x.add_(1), "x, function, after the call"),
+    (lambda x: x.data.nan_to_num_(), "x, function"),
+    (lambda x: x.requires_grad_(), "x.requires_grad, function"),
+    (lambda x: torch.rand(2), "torch's random state after function"),
+    (lambda x: torch.manual_seed(1), "the seed of torch after function"),
+    (lambda x: random.random(), "Python's random state after function"),
+    (lambda x: np.random.seed(0), "numpy's random state after function"),           # noqa: NPY002
+    (lambda x: torch.set_grad_enabled(False), "torch.is_grad_enabled() after function"),
+])
+def test_a_watch_sees_what_a_function_leaves_changed(do, quantity):
+    x = torch.tensor([1.0, float("nan"), 3.0])
+    try:
+        with pytest.raises(checking.Failure) as seen:
+            watched().function(x, do)
+    finally:
+        torch.set_grad_enabled(True)
+    assert str(seen.value.quantity).startswith(quantity)
+    assert seen.value.expected and seen.value.got and seen.value.hint
+
+
+def test_a_watch_looks_into_modules_lists_dicts_and_at_earlier_results():
+    module = watched()
+    layer, seen = module.Layer(), [torch.zeros(2)]
+
+    def refused(call, words):
+        with pytest.raises(checking.Failure, match=words):
+            call()
+    layer.weight.grad = torch.ones(3)
+    refused(lambda: layer.method(lambda self: self.zero_grad()), "weight of self.grad, Layer")
+    refused(lambda: layer.method(lambda self: self.eval()), "training of self, Layer")
+    refused(lambda: layer.method(lambda self: self.weight.data.mul_(2)), "weight of self, Layer")
+    refused(lambda: module.function({"a": seen}, lambda x: x["a"].append(1)), "the length of x")
+    refused(lambda: module.function({"a": seen}, lambda x: x.clear()), "the keys of x")
+    refused(lambda: module.function([np.zeros(2)], lambda x: x[0].fill(1)), r"x\[0\], function")
+    first = module.function(0, lambda x: {"y": torch.zeros(3)})
+    refused(lambda: module.function(0, lambda x: first["y"].add_(1)),
+            r"the result\['y'\] of call 7, of function, after a call of function")
+    assert module.function(0, lambda x: x + 1) == 1
+
+
+def test_a_watch_lets_be_what_a_function_may_do_what_it_calls_itself_and_torch_func():
+    free = watched(("draws", "writes x", "writes self"))
+    x, layer = torch.zeros(3), free.Layer()
+    free.function(x, lambda x: x.add_(torch.rand(3)))
+    layer.method(lambda self: self.eval())
+    with pytest.raises(checking.Failure, match="the seed of torch after function"):
+        free.function(x, lambda x: torch.manual_seed(5))
+    module = watched()
+    module.function(x, lambda x: module.function(x.clone(), lambda own: own.add_(1)))
+    assert module.function(torch.ones(2, device="meta"), lambda x: x * 2).is_meta
+    square = torch.func.vmap(torch.func.grad(lambda v: module.function(v, lambda v: v * v)))
+    assert square(torch.ones(3)).tolist() == [2.0] * 3
+    x.requires_grad_().grad = None                  # a gradient of zeros is as good as none
+    module.function(x, lambda x: setattr(x, "grad", torch.zeros(3)))
 
 
 def test_a_blank_of_another_assignment_is_filled_and_ones_own_is_left(tmp_path):

@@ -105,7 +105,7 @@ def manifests():
         spec.loader.exec_module(module)
         manifest = {k.lower(): v for k, v in vars(module).items() if k.isupper()}
         place = {"number": number, "folder": path.name, "path": path}
-        found.append(SimpleNamespace(**{"not_asked": {}} | manifest | place))
+        found.append(SimpleNamespace(**{"not_asked": {}, "may": {}} | manifest | place))
     return found
 
 
@@ -193,6 +193,8 @@ def work_tree(only=None):
         hidden = [name.replace("_", " ") for name, node in functions(
             (a.path / "hidden.py").read_text(encoding="utf-8")).items() if is_check(node)]
         tree[f"{TOOL}/{a.folder}/hidden.txt"] = ("\n".join(hidden) + "\n").encode()
+        tree[f"{TOOL}/{a.folder}/watched.json"] = (
+            json.dumps(watched(a), indent=1) + "\n").encode()
     for name in SHIPPED:
         tree[f"{TOOL}/{name}"] = (HERE / name).read_bytes()
     return {path: without_telling_outputs(content, asked) if path.endswith(".ipynb") else content
@@ -230,6 +232,12 @@ def common(readme):
     tree = {name: path.read_bytes() for path, name in names.items()
             if not re.search(r"/[._]", name)}
     return tree | {"README.md": (HERE / readme).read_bytes()}
+
+
+def watched(a):
+    """{file: {function: what it may do that others may not}} of an assignment, for the watch."""
+    return {file: {name: sorted(a.may.get(name, ())) for name in names}
+            for file, names in a.blanks.items()}
 
 
 def hidden_bodies(chosen):
@@ -385,7 +393,9 @@ class Worker:
     def __init__(self, folder):
         env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1",
                             "PYTHONIOENCODING": "utf-8:replace"}
-        self.folder = folder
+        self.folder, listed = folder, HERE / folder / "watched.json"    # in a student's tree
+        self.watched = (json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else
+                        watched(next(a for a in manifests() if a.folder == folder)))
         self.process = subprocess.Popen([sys.executable, "-B", str(HERE / "worker.py"), folder],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         encoding="utf-8", env=env)
@@ -398,9 +408,10 @@ class Worker:
         self.process.wait()
 
     def run(self, tree, *, seeds, guard=None, public=False, seconds=SECONDS, quiet=True,
-            together=False):
+            together=False, watched=None):
         job = {"tree": str(tree), "public": public, "seeds": list(seeds), "seconds": seconds,
-               "guard": guard and str(guard), "quiet": quiet, "together": together}
+               "guard": guard and str(guard), "quiet": quiet, "together": together,
+               "watched": watched or self.watched}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()

@@ -1,10 +1,12 @@
 """selftest.py -- does the grader deserve trust? `python tests/assignments/course.py self-test`
 
 It is shown right solutions, which must pass, and wrong ones, which must not: nothing written at
-all, every line of tests/mutants.py that lies in a blanked body, wrong answers, four cheats, loops
-that never end. Students do not get this file.
+all, every line of tests/mutants.py that lies in a blanked body, what students get wrong in ways
+that KINDS names, wrong answers to questions, four cheats, loops that never end. Students do not
+get this file.
 """
 import ast
+import importlib.util
 import json
 import os
 import resource
@@ -35,8 +37,22 @@ from course import (
 sys.path.insert(0, str(ROOT / "tests"))
 from mutants import MUTANTS
 
-LEAST_MUTANTS, LEAST_OTHERS, GRADING_SECONDS = 15, 3, 60
+LEAST_MUTANTS, LEAST_WRONG, LEAST_OTHERS, GRADING_SECONDS = 15, 0, 3, 60
 SEED = 12345        # stands for the one that is drawn at grading
+
+KINDS = {       # of plausible wrong answers, in wrong.py of each assignment
+    "detached": "a result has the right value and no gradient, or that of a part only",
+    "input changed": "an argument, or what lies in it, has another value after the call",
+    "grad wiped": "a .grad that was there before the call is gone, or a flag that decides of it",
+    "state kept": "a call depends on an earlier one, changes its result or keeps its tensors",
+    "random state": "numbers are drawn, or the generator is seeded, where nobody asked for it",
+    "one size only": "right for the sizes of the example, such as K = 2 or four experts",
+    "numerics": "overflow, underflow, cancellation, ties and rounding where the formula is right",
+    "dtype": "a result of another dtype, or a step in one that is too narrow",
+    "device": "a tensor is made on the CPU whatever the device of the arguments",
+    "another definition": "a formula that somebody uses, but not the one that is asked for",
+    "left out": "a part of the task, or a case that the docstring names, is forgotten",
+}
 
 
 def main(chosen, seeds, jobs):
@@ -50,7 +66,8 @@ def main(chosen, seeds, jobs):
     except Wrong as wrong:
         return f"self-test failed: {wrong}"
     print(f"the grader is right about {len(chosen)} assignments, "
-          f"{sum(c[0] for c in counts)} checks and {sum(c[1] for c in counts)} mutants "
+          f"{sum(c[0] for c in counts)} checks, {sum(c[1] for c in counts)} mutants and "
+          f"{sum(c[2] for c in counts)} plausible wrong answers "
           f"({time.monotonic() - started:.0f} s, {computing():.0f} s of computing)")
 
 
@@ -120,6 +137,32 @@ def mutants_of(a):
     return found
 
 
+def without(may, name, watched):
+    """What a worker watches, when the function `name` may do one thing less."""
+    return {file: {f: [m for m in allowed if (f, m) != (name, may)] for f, allowed in names.items()}
+            for file, names in watched.items()}
+
+
+def plausible(a):
+    """The plausible wrong answers of its wrong.py: [(kind, file, old, new)]."""
+    if not (a.path / "wrong.py").exists():
+        return []
+    spec = importlib.util.spec_from_file_location("wrong", a.path / "wrong.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for kind, file, old, new in module.WRONG:
+        demand(kind in KINDS, f"{a.folder}, wrong.py: there is no kind {kind!r}")
+        source = (ROOT / file).read_text(encoding="utf-8")
+        demand(source.count(old) == 1, f"{a.folder}, wrong.py: {old!r} is not once in {file}")
+        first = source.count("\n", 0, source.index(old))
+        last = first + old.rstrip("\n").count("\n")
+        spans = [body_span(source, functions(source)[name]) for name in a.blanks.get(file, ())]
+        demand(any(start <= first and last < end for start, end in spans),
+               f"{a.folder}, wrong.py: {old!r} lies in no body that is asked for")
+        ast.parse(source.replace(old, new))
+    return module.WRONG
+
+
 def wrong(value):
     """Wrong answers in the place of a right one."""
     if isinstance(value, dict):
@@ -177,24 +220,41 @@ def prove(a, seeds):
         demand(len(results) == n and all(r["kind"] == "blank" for r in results),
                f"{a.folder}: on an untouched tree {[r for r in results if r['kind'] != 'blank']}")
 
-        # wrong lines: each is noticed, in words
-        mutants, survivors = mutants_of(a), []
-        demand(len(mutants) - len(a.not_asked) >= LEAST_MUTANTS,
-               f"{a.folder} has {len(mutants)} mutants, {len(a.not_asked)} of them not asked for")
-        for file, old, new in mutants:
-            files = right | {file: right[file].replace(old, new)}
+        # what a function may do that others may not, the reference does, and the watch sees it
+        for name, may in ((f, may) for f, reasons in a.may.items() for may in reasons):
+            sees = [r["quantity"] for r in run(right, watched=without(may, name, worker.watched))
+                    if r["kind"] == "failed"]
+            where = "random state after" if may == "draws" else may.split()[1]
+            demand(any(name in quantity and where in quantity for quantity in sees),
+                   f"{a.folder}: MAY lets {name} do what it does not do: {may}")
+
+        def noticed(file, old, new):
+            """Whether some check says in words that a part is wrong."""
             demand(right[file].count(old) == 1, f"{a.folder}: {old!r} is not once in {file}")
+            files = right | {file: right[file].replace(old, new)}
             failed = [r for r in run(files, together=True) if r["kind"] == "failed"]
-            if not failed:
-                survivors.append(new)
             for r in failed:
                 silent = [key for key in ("quantity", "expected", "got", "hint") if not r[key]]
                 demand(not silent, f"{r['check']} fails on {new!r} without {silent}")
+            return bool(failed)
+
+        # wrong lines: each is noticed, in words
+        mutants = mutants_of(a)
+        demand(len(mutants) - len(a.not_asked) >= LEAST_MUTANTS,
+               f"{a.folder} has {len(mutants)} mutants, {len(a.not_asked)} of them not asked for")
+        survivors = [new for file, old, new in mutants if not noticed(file, old, new)]
         demand(set(survivors) == set(a.not_asked),
                f"{a.folder}: survivors {set(survivors) - set(a.not_asked)}, and killed though "
                f"not asked for {set(a.not_asked) - set(survivors)}")
 
-        # wrong answers
+        # what students get wrong
+        plausibles = plausible(a)
+        demand(len(plausibles) >= LEAST_WRONG, f"{a.folder} has {len(plausibles)} wrong answers")
+        unseen = [f"{kind}: {new}" for kind, file, old, new in plausibles
+                  if not noticed(file, old, new)]
+        demand(not unseen, f"{a.folder}: full points for\n" + "\n\n".join(unseen))
+
+        # wrong answers to questions
         wrongs, answers = 0, f"{TOOL}/{a.folder}/answers.py"
         if answers in right:
             values = {}
@@ -229,8 +289,9 @@ def prove(a, seeds):
           f"with {seeds} seeds, and so do {others}; {len(mutants) - len(survivors)} of "
           f"{len(mutants)} mutants killed"
           + (f" ({len(survivors)} not asked for)" if survivors else "")
-          + f", {wrongs} wrong answers; 4 cheats; {time.monotonic() - started:.0f} s", flush=True)
-    return n, len(mutants) - len(survivors)
+          + f", {len(plausibles)} plausible wrong answers and {wrongs} to questions; 4 cheats; "
+          f"{time.monotonic() - started:.0f} s", flush=True)
+    return n, len(mutants) - len(survivors), len(plausibles)
 
 
 USES_OF_TORCH = """

@@ -8,10 +8,12 @@ forked child of its own, which alone imports the student's modules. A job is
     {"tree": the tree to grade, "public": the public checks alone?, "seeds": [0],
      "seconds": CPU time per check, "guard": a folder that must not be read, or null,
      "quiet": hide what the student prints,
+     "watched": {file: {function: what it may do that others may not}},
      "together": all checks in one child, up to the first that fails, which is faster}
 """
 import builtins
 import contextlib
+import gc
 import importlib.util
 import json
 import linecache
@@ -111,7 +113,8 @@ def torchs_own(function, name):
 def attempt(check, module, job):
     """Run one check in this process, for every seed: (kind, quantity, expected, got, hint)."""
     tree, sentence = Path(job["tree"]).resolve(), check.__name__.replace("_", " ")
-    student, before, watching, reached = Student(tree, job["folder"]), snapshot([module]), True, []
+    student = Student(tree, job["folder"], job["watched"])
+    before, watching, reached = snapshot([module]), True, []
     guard = job["guard"] and str(Path(job["guard"]).resolve())
 
     def watch(event, args):
@@ -219,6 +222,8 @@ def main(folder):
     own = (HERE, HERE.parent, HERE.parent.parent)
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() not in own]
     loaded = load(folder)
+    gc.collect()
+    gc.freeze()         # a child that collects garbage looks at its own alone
     for line in sys.stdin:
         job = json.loads(line) | {"folder": folder}
         job["tree"] = str(Path(job["tree"]).resolve())

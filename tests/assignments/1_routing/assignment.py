@@ -12,5 +12,6 @@ BLANKS = {
         "z_loss": "its docstring names the paper's equation; handout.md, part B",
     },
 }
-CHECKS = (10, 13)            # public, hidden
+MAY = {"TopKRouter.route": {"draws": "noise, in training"}}
+CHECKS = (10, 20)            # public, hidden
 HARD_CODED = ("router.py", "load_loss")      # what the cheat that looks values up pretends to be

@@ -20,6 +20,8 @@ BLANKS = {
         "upcycle": "the trunk as it is, each MLP into every expert; handout.md, part D",
     },
 }
+MAY = {"Experts.copy_mlp": {"writes self": "the experts become copies"},
+       "upcycle": {"writes sparse": "it gets the dense weights"}}
 CHECKS = (13, 13)
 HARD_CODED = ("router.py", "within_capacity")
 NOT_ASKED = {

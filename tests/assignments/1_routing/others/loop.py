@@ -13,7 +13,8 @@ class TopKRouter:
             raise FloatingPointError(f"{self.name}: {bad} of {len(logits)} tokens are broken")
         noisy = logits
         if self.training:
-            noisy = logits + self.noise / self.n_experts * torch.randn(logits.shape)
+            noisy = logits + self.noise / self.n_experts * torch.randn(
+                logits.shape, device=logits.device)
         experts, gates = [], []
         for row in noisy:
             ranked = sorted(range(self.n_experts), key=lambda e: (-row[e].item(), e))[:self.k]
@@ -24,7 +25,7 @@ class TopKRouter:
                 gates.append(torch.softmax(torch.stack([row[e] for e in ranked]), 0))
             else:
                 gates.append(torch.stack([1 / (1 + torch.exp(-row[e])) for e in ranked]))
-        experts = torch.tensor(experts, dtype=torch.long).reshape(-1, self.k)
+        experts = torch.tensor(experts, dtype=torch.long, device=logits.device).reshape(-1, self.k)
         gates = torch.stack(gates) if gates else logits[:, :self.k]
         dropped = 0
         if self.capacity_factor is not None:

@@ -11,7 +11,7 @@ class TopKRouter:
             raise FloatingPointError(f"{self.name}: {int((~finite).sum())} of {len(logits)} tokens")
         scores = logits
         if self.training and self.noise:
-            scores = torch.normal(logits, self.noise / self.n_experts)
+            scores = logits + torch.normal(torch.zeros_like(logits), self.noise / self.n_experts)
         left, picks = scores.detach().clone(), []
         for _ in range(self.k):
             best = left == left.amax(dim=1, keepdim=True)
@@ -27,7 +27,7 @@ class TopKRouter:
             weight = power / (power * over).sum(dim=1, keepdim=True)
         gates = torch.einsum("tke,te->tk", hot, weight)
         experts = torch.einsum("tke,e->tk", hot, torch.arange(
-            self.n_experts, dtype=hot.dtype)).long()
+            self.n_experts, dtype=hot.dtype, device=hot.device)).long()
         dropped = 0
         if self.capacity_factor is not None:
             kept = within_capacity(experts, self.n_experts, self.capacity_factor)
@@ -50,7 +50,7 @@ def entropy_loss(logits):
 
 def balance_loss(probs, chosen):
     T, E = probs.shape
-    hot = (chosen[..., None] == torch.arange(E)).to(probs.dtype)
+    hot = (chosen[..., None] == torch.arange(E, device=chosen.device)).to(probs.dtype)
     return E * torch.einsum("ske,te->", hot, probs) / (chosen.numel() * T)
 
 

@@ -51,4 +51,4 @@ def balance_loss(probs, chosen):
 
 
 def z_loss(logits):
-    return F.mse_loss(torch.logsumexp(logits, dim=1), torch.zeros(len(logits)).to(logits.dtype))
+    return F.mse_loss(torch.logsumexp(logits, dim=1), torch.zeros_like(logits[:, 0]))
