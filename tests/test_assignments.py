@@ -179,6 +179,51 @@ def test_a_watch_lets_be_what_a_function_may_do_what_it_calls_itself_and_torch_f
     module.function(x, lambda x: setattr(x, "grad", torch.zeros(3)))
 
 
+X, CHOSEN = torch.arange(24.0).view(6, 4), torch.arange(12).view(6, 2) % 4
+
+
+@pytest.mark.parametrize("call", [
+    lambda: X * torch.arange(4),
+    lambda: X * torch.arange(4).to(torch.float64),
+    lambda: torch.arange(6)[CHOSEN[:, 0]],
+    lambda: torch.zeros(6, 4).scatter(1, CHOSEN, 1.0),
+    lambda: torch.cat([X, torch.zeros(1, 4)]),
+    lambda: torch.tensor(CHOSEN.tolist()),
+    lambda: {"a": (torch.zeros(3) + 1).sort()},
+    lambda: torch.zeros(6, 4).copy_(X),
+])
+def test_what_is_made_without_a_device_is_noticed(call):
+    with pytest.raises(checking.Failure, match=r"the CPU: torch\.\w+ without device="):
+        checking.where_given("f", call)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: X * torch.arange(4, device=X.device),
+    lambda: X * torch.arange(4).to(X.device),
+    lambda: X * torch.arange(4).to(X),
+    lambda: X * torch.arange(4).type_as(X),
+    lambda: X + torch.tensor(3.0),                          # a number may meet any tensor
+    lambda: X[torch.arange(3)],                             # and an index may lie on the CPU
+    lambda: torch.zeros_like(X).scatter(1, CHOSEN, 1.0),
+    lambda: X.new_zeros(3) + torch.as_tensor(X)[0, :3],
+    lambda: torch.tensor(CHOSEN.tolist(), device=CHOSEN.device),
+    lambda: torch.func.vmap(lambda row: row * torch.arange(4, device=X.device))(X),
+])
+def test_what_a_gpu_would_take_is_taken(call):
+    checking.where_given("f", call)
+
+
+def test_tensors_that_pile_up_and_counts_that_are_not_whole_numbers_are_noticed():
+    kept, last = [], {}
+    checking.keeps_nothing("f", lambda: last.update(x=X * 2))
+    with pytest.raises(checking.Failure, match="tensors that 4 more calls of f leave behind"):
+        checking.keeps_nothing("f", lambda: kept.append(X * 2))
+    assert all(p.grad.all() for p in checking.with_gradients(Layer()).parameters())
+    with checking.Coarse():
+        whole, short = torch.ones(600, dtype=torch.int64).cumsum(0), torch.ones(600).cumsum(0)
+    assert whole.tolist() == list(range(1, 601)) and 301 not in short.tolist()
+
+
 def test_a_blank_of_another_assignment_is_filled_and_ones_own_is_left(tmp_path):
     tree = selftest.write(tmp_path / "student", selftest.unsolved())
     for a in EVERY:

@@ -52,12 +52,22 @@ def require(condition, quantity, expected, got, hint=""):
         raise Failure(quantity, expected, got, hint)
 
 
-def same(quantity, got, expected, hint="", scale=None):
-    """Fail unless `got` is `expected`: exactly, or for floats up to their dtype's rounding.
+def tolerance(dtype, scale):
+    """How far from the truth right code may be: 64 eps of the dtype, times the size of its terms.
 
-    The tolerance is 64 eps of the expected dtype times `scale`, by default the largest expected
-    magnitude: there is no absolute part under which all small numbers would be right. Give `scale`
-    where the expected value is what is left after large terms cancelled.
+    A sum of n numbers, in any order, is off by less than n eps / 2 times the sum of their
+    magnitudes. So this is enough for 128 terms at the worst, and for thousands whose roundings do
+    not all go the same way.
+    """
+    return 64 * torch.finfo(dtype).eps * scale
+
+
+def same(quantity, got, expected, hint="", scale=None):
+    """Fail unless `got` is `expected`: of its dtype, and for floats up to the `tolerance`.
+
+    Its `scale` is by default the largest expected magnitude: there is no absolute part under which
+    all small numbers would be right. Give it where the expected value is what is left after larger
+    terms cancelled: their sum, without signs.
     """
     if not isinstance(expected, torch.Tensor):
         if isinstance(expected, float) and isinstance(got, int | float):
@@ -77,8 +87,8 @@ def same(quantity, got, expected, hint="", scale=None):
         if scale is None:
             finite = b[b.isfinite()]
             scale = finite.abs().max().item() if finite.numel() else 0.0
-        tolerance = 64 * torch.finfo(expected.dtype).eps * float(scale)
-        good = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= tolerance)
+        good = (a == b) | (a.isnan() & b.isnan()) | (
+            (a - b).abs() <= tolerance(expected.dtype, float(scale)))
     else:
         good = a == b
     if good.all():
@@ -303,7 +313,7 @@ class Watch:
             finally:
                 self.inside = False
             unchanged(before[0], state(given), f"{name}, after the call", "as it was given",
-                      "work on a copy, or out of place: x + 1 and not x += 1")
+                      "leave arguments alone: x = x + 1 makes another tensor, x += 1 writes")
             unchanged(before[1], state(earlier), f"after a call of {name}", "as it was",
                       "make a new tensor in every call")
             require(seed == torch.initial_seed(), f"the seed of torch after {name}",

@@ -44,7 +44,8 @@ KINDS = {       # of plausible wrong answers, in wrong.py of each assignment
     "detached": "a result has the right value and no gradient, or that of a part only",
     "input changed": "an argument, or what lies in it, has another value after the call",
     "grad wiped": "a .grad that was there before the call is gone, or a flag that decides of it",
-    "state kept": "a call depends on an earlier one, changes its result or keeps its tensors",
+    "state kept": "a call depends on an earlier one, changes its result, keeps its tensors, or "
+                  "leaves a setting of torch behind",
     "random state": "numbers are drawn, or the generator is seeded, where nobody asked for it",
     "one size only": "right for the sizes of the example, such as K = 2 or four experts",
     "numerics": "overflow, underflow, cancellation, ties and rounding where the formula is right",

@@ -72,15 +72,16 @@ def load_loss_is_the_squared_coefficient_of_variation(student, g):
     collapsed[:, 2] = 1
     same("load_loss of a collapsed router, E - 1", loss(collapsed),
          torch.tensor(E - 1.0, dtype=torch.float64))
-    # importances 2/8, 3/8, 3/8 of mean 1/3: variance (1/144 + 2/576) / 3 = 1/288
+    # importances 2/8, 3/8, 3/8 of mean 1/3: variance (1/144 + 2/576) / 3 = 1/288, which is 9/288
+    # squared means. As E[x^2] - E[x]^2 it is what two terms leave that are 1 + 9/288 and 1
     by_hand = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]], dtype=torch.float64)
     same("load_loss of importances 2/8, 3/8, 3/8", loss(by_hand),
-         torch.tensor(9 / 288, dtype=torch.float64), scale=1.0)
+         torch.tensor(9 / 288, dtype=torch.float64), scale=2.0)
     probs = random(g, T, E).softmax(dim=1)
     sums = [sum(column) for column in zip(*probs.tolist(), strict=True)]
     expected = sum((s * E / sum(sums) - 1) ** 2 for s in sums) / E
     same("load_loss of random probs", loss(probs), torch.tensor(expected, dtype=torch.float64),
-         scale=1.0)
+         scale=2.0 + expected)
 
 
 @check(points=2, hint="sum over the experts of -p log p, then the mean over the tokens; nats")

@@ -75,6 +75,9 @@ WRONG = [
     load_loss.before = now.detach()"""),
     ("dtype", "router.py", "importance = over_all_tokens(probs.mean(dim=0))",
      "importance = over_all_tokens(probs.double().mean(dim=0))"),
+    ("state kept", "router.py", "importance = over_all_tokens(probs.mean(dim=0))",
+     """torch.set_default_dtype(torch.float64)
+    importance = over_all_tokens(probs.mean(dim=0))"""),
     ("detached", "router.py", "return -(log_p.exp() * log_p)",
      "return -(log_p.exp().detach() * log_p)"),
     ("numerics", "router.py", "return -(log_p.exp() * log_p)",

@@ -4,7 +4,25 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from checking import D, E, H, K, T, answered, check, gradient, raises, random, require, same
+from checking import (
+    Coarse,
+    D,
+    E,
+    H,
+    K,
+    T,
+    answered,
+    check,
+    gradient,
+    keeps_nothing,
+    raises,
+    random,
+    require,
+    same,
+    tolerance,
+    where_given,
+    with_gradients,
+)
 
 
 def a_world(g, tokens=T, k=K, experts=E):
@@ -15,12 +33,41 @@ def a_world(g, tokens=T, k=K, experts=E):
     return random(g, tokens, D), chosen, gates, weights
 
 
-def every_expert(x, chosen, gates, w_in, b_in, w_out, b_out):
-    """The same sum by one einsum over all experts, with gates (T, E) that are mostly 0."""
+def outputs(x, w_in, b_in, w_out, b_out):
+    """What every expert makes of every token, (T, E, D)."""
     hidden = F.gelu(torch.einsum("td,edh->teh", x, w_in) + b_in)
-    out = torch.einsum("teh,ehd->ted", hidden, w_out) + b_out
-    weight = torch.zeros(len(x), len(w_in), dtype=gates.dtype).scatter(1, chosen, gates)
-    return torch.einsum("te,ted->td", weight, out)
+    return torch.einsum("teh,ehd->ted", hidden, w_out) + b_out
+
+
+def every_expert(x, chosen, gates, *weights):
+    """The same sum by one einsum over all experts, with gates (T, E) that are mostly 0."""
+    weight = torch.zeros(len(x), len(weights[0]), dtype=gates.dtype).scatter(1, chosen, gates)
+    return torch.einsum("te,ted->td", weight, outputs(x, *weights))
+
+
+def of_the_chosen(x, chosen, *weights):
+    """raw (T, K, D)."""
+    return torch.take_along_dim(outputs(x, *weights), chosen[..., None], dim=1)
+
+
+def in_the_queue(chosen, C):
+    """Which choices (T, K) are among the first C of their expert, by counting."""
+    seen, kept = {}, torch.zeros_like(chosen, dtype=torch.bool)
+    for k, t in ((k, t) for k in range(chosen.shape[1]) for t in range(len(chosen))):
+        e = int(chosen[t, k])
+        seen[e] = seen.get(e, 0) + 1
+        kept[t, k] = seen[e] <= C
+    return kept
+
+
+def a_layer(student, routings, **options):
+    """A layer of random experts whose router hands out `routings` in turn, or makes them."""
+    class Router(torch.nn.Module):
+        def forward(self, tokens):
+            return routings(tokens) if callable(routings) else next(routings)
+    layer = student.moe.MoE(D, H, E, K, **options).double()
+    layer.router = Router()
+    return layer
 
 
 def a_vit(student, g, dtype=torch.float64, **sparse):
@@ -67,10 +114,14 @@ def gates_multiply_in_float32_and_the_sum_has_the_dtype_of_raw(student, g):
     gates = torch.rand(T, K, generator=g)
     y = student.kernels.gated_sum(raw, gates, False)
     require(y.dtype == torch.bfloat16, "dtype of y for bfloat16 raw", torch.bfloat16, y.dtype)
-    expected = sum(raw[:, k].float() * gates[:, k:k + 1] for k in range(K)).bfloat16()
-    wrong = int((y != expected).sum())
-    require(wrong <= 2, f"entries of y ({T}, {D}) that differ from the sum in float32",
-            "0 (2 for another order of adding)", wrong)
+    terms = raw.double() * gates[..., None].double()
+    true = terms.sum(dim=1)
+    # rounded once, by half a unit in the last place at most, after sums in float32
+    bound = (torch.finfo(torch.bfloat16).eps / 2 * true.abs()
+             + tolerance(torch.float32, terms.abs().sum(dim=1)))
+    wrong = int(((y.double() - true).abs() > bound).sum())
+    require(wrong == 0, f"entries of y ({T}, {D}) further from the sum than float32, rounded once",
+            0, wrong)
 
 
 @check(points=2, hint="offsets repeat where an expert has no rows; sizes may be 0, and so may T")
@@ -183,7 +234,8 @@ def upcycling_shares_nothing_and_leaves_the_routers_alone(student, g):
         with torch.no_grad():
             p[0] += 1
         same(f"{name}: expert 1 minus expert 0, after 1 was added to expert 0",
-             (p[1] - p[0]).mean(), torch.tensor(-1.0, dtype=torch.float64), scale=10.0)
+             (p[1] - p[0]).mean(), torch.tensor(-1.0, dtype=torch.float64),
+             scale=2 * p.detach().abs().max())
     with torch.no_grad():
         for p in sparse.parameters():
             p.add_(1.0)
@@ -199,6 +251,153 @@ def trunks_of_different_shapes_are_refused(student, g):
     raises("upcycling with 7 and 8 classes", RuntimeError, lambda: moe.upcycle(sparse, wide))
     deep = moe.ViT(dim=12, depth=4, heads=2, hidden=10, patch=16, n_classes=7).double()
     raises("upcycling 4 blocks into 3", RuntimeError, lambda: moe.upcycle(sparse, deep))
+
+
+# --- what a formula does not show ---
+
+@check(points=2, hint="y and raw both lead back to x, to the gates and to the weights, and the "
+                      "gates of a layer to its tokens: no detach and no no_grad on these ways")
+def y_and_raw_teach_whoever_asks_for_both(student, g):
+    x, chosen, gates, weights = a_world(g)
+    dy, d, look = random(g, T, D), random(g, T, K, D), random(g, D, K)
+
+    def both(y, raw):
+        return (y * dy).sum() + (raw * d).sum()
+
+    def true(x, gates, *w):
+        return both(every_expert(x, chosen, gates, *w), of_the_chosen(x, chosen, *w))
+    expected = gradient(true, x, gates, *weights)
+    for rung in ("reference", "sliced"):
+        run = getattr(student.kernels, rung)
+        got = gradient(lambda x, gates, *w, run=run: both(*run(
+            x, chosen, gates, *w, return_choices=True)), x, gates, *weights)
+        for name, a, b in zip(("x", "gates", "w_in", "b_in", "w_out", "b_out"), got, expected,
+                              strict=True):
+            same(f"d{name} of {rung}, of a loss of y and raw", a, b)
+    layer = a_layer(student, lambda tokens: student.router.Routing(
+        chosen, (tokens @ look).sigmoid(), None, None), keep_raw=True)
+    weights = list(layer.experts.parameters())
+
+    def through(x):
+        y, _, raw = layer(x)
+        require(isinstance(raw, torch.Tensor) and raw.requires_grad, "raw of a layer with "
+                "keep_raw=True", "a graph back to the experts", "none")
+        return both(y, raw)
+    same("dx of a layer, through its experts and its router", gradient(through, x),
+         gradient(lambda x: true(x, (x @ look).sigmoid(), *weights), x))
+
+
+@check(points=2, hint="keep no plan, buffer or routing on self, on a function or in the module: a "
+                      "second batch of the same shape has other numbers, and a .grad is the "
+                      "optimizer's")
+def a_second_batch_knows_nothing_of_the_first(student, g):
+    for rung in ("reference", "sliced"):
+        run, worlds = getattr(student.kernels, rung), [a_world(g) for _ in range(3)]
+        made = [run(x, chosen, gates, *w, return_choices=True) for x, chosen, gates, w in worlds]
+        for i, ((y, raw), (x, chosen, gates, w)) in enumerate(zip(made, worlds, strict=True)):
+            same(f"raw of {rung}, batch {i + 1}", raw, of_the_chosen(x, chosen, *w))
+            same(f"y of {rung}, batch {i + 1}", y, every_expert(x, chosen, gates, *w))
+        keeps_nothing(rung, lambda run=run, x=x, rest=(chosen, gates, *w): run(
+            x.clone().requires_grad_(), *rest))
+    routings = [student.router.Routing(*a_world(g)[1:3], None, None) for _ in range(3)]
+    layer, x = with_gradients(a_layer(student, iter(routings))), random(g, T, D)
+    for i, given in enumerate(routings):
+        y, routing, _ = layer(x)
+        require(routing is given, f"the routing of batch {i + 1}", "what the router now says",
+                "another")
+        same(f"y of a layer, batch {i + 1}", y, every_expert(
+            x, given.chosen, given.gates, *layer.experts.parameters()).detach())
+    keeps_nothing("a layer", lambda: layer(
+        x.clone().requires_grad_(), routings[0]._replace(gates=random(g, T, K))))
+    for i in range(2):
+        chosen = torch.randint(0, E, (T, K), generator=g)
+        same(f"served, batch {i + 1}", student.router.within_capacity(chosen, E, 0.8),
+             in_the_queue(chosen, math.ceil(0.8 * K * T / E)))
+        same(f"ids of plan_choices, batch {i + 1}", student.kernels.plan_choices(chosen, E).ids,
+             torch.tensor(sorted(chosen.flatten().tolist())))
+
+
+@check(hint="take sizes from shapes: one token, one expert, K = 3 and K = E are sizes as any other")
+def any_number_of_tokens_experts_and_choices_will_do(student, g):
+    for tokens, experts, k in ((5, 7, 4), (64, 6, 1), (2, 3, 3), (1, 1, 1)):
+        of = f"T={tokens}, E={experts}, K={k}"
+        x, chosen, gates, weights = a_world(g, tokens, k, experts)
+        raw = of_the_chosen(x, chosen, *weights)
+        y = every_expert(x, chosen, gates, *weights)
+        same(f"y of gated_sum, {of}", student.kernels.gated_sum(raw, gates, False), y)
+        for rung in ("reference", "sliced"):
+            same(f"y of {rung}, {of}", getattr(student.kernels, rung)(x, chosen, gates, *weights),
+                 y)
+        C = math.ceil(0.6 * k * tokens / experts)
+        same(f"served, {of}", student.router.within_capacity(chosen, experts, 0.6),
+             in_the_queue(chosen, C))
+        mlp, copies = student.moe.MLP(D, H), student.moe.Experts(D, H, experts)
+        torch.nn.init.normal_(mlp.fc_in.bias, generator=g)
+        torch.nn.init.normal_(mlp.fc_out.bias, generator=g)
+        copies.copy_mlp(mlp)
+        for name, value in (("w_in", mlp.fc_in.weight.T), ("b_in", mlp.fc_in.bias),
+                            ("w_out", mlp.fc_out.weight.T), ("b_out", mlp.fc_out.bias)):
+            same(f"{name} of {experts} copies", getattr(copies, name),
+                 value.expand(experts, *value.shape))
+
+
+@check(hint="multiply in the dtype of x; only the gates and their sum are wider")
+def experts_compute_in_the_dtype_of_x(student, g):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, chosen, gates, weights = a_world(g)
+        x, gates, weights = x.to(dtype), gates.float(), [w.to(dtype) for w in weights]
+        wide = [w.double() for w in weights]
+        for rung in ("reference", "sliced"):
+            y, raw = getattr(student.kernels, rung)(x, chosen, gates, *weights,
+                                                    return_choices=True)
+            same(f"raw of {rung} in {dtype}", raw, of_the_chosen(x.double(), chosen, *wide)
+                 .to(dtype))
+            same(f"y of {rung} in {dtype}", y, every_expert(x.double(), chosen, gates.double(),
+                                                            *wide).to(dtype))
+
+
+@check(hint="device=x.device wherever a tensor is made, or new_zeros, empty_like and the like")
+def what_is_made_lies_where_the_tokens_lie(student, g):
+    x, chosen, gates, weights = a_world(g)
+    kernels = student.kernels
+    plan = where_given("plan_choices", lambda: kernels.plan_choices(chosen, E))
+    where_given("sliced_mlp", lambda: kernels.sliced_mlp(x[plan.order // K], plan, *weights))
+    for name in ("reference", "sliced"):
+        where_given(name, lambda name=name: getattr(kernels, name)(x, chosen, gates, *weights))
+    raw = of_the_chosen(x, chosen, *weights)
+    where_given("gated_sum", lambda: kernels.gated_sum(raw, gates, False))
+    where_given("within_capacity", lambda: student.router.within_capacity(chosen, E, 0.7))
+    routing, layer = student.router.Routing(chosen, gates, None, None), a_layer(student, None)
+    where_given("a layer", lambda: layer(x, routing))
+
+
+@check(hint="do not replace NaN: who sees it finds the cause; and never sum over other tokens")
+def a_token_that_is_no_number_spoils_itself_alone(student, g):
+    x, chosen, gates, weights = a_world(g)
+    expected = every_expert(x, chosen, gates, *weights)
+    x[4], expected[4] = math.nan, math.nan
+    for rung in ("reference", "sliced"):
+        same(f"y of {rung}, token 4 is NaN", getattr(student.kernels, rung)(
+            x, chosen, gates, *weights), expected)
+
+
+@check(hint="count in whole numbers: float32 has none above 2**24, and misses some in between")
+def counts_are_exact_however_many(student, g):
+    # what float32 does to sums above 2**24, it does here to those above 256
+    chosen = torch.randint(0, 2, (700, 2), generator=g)
+    for C in (301, 303, 407, 599):
+        with Coarse():
+            kept = student.router.within_capacity(chosen, 2, (C - 0.5) / 700)
+        same(f"served, T=700, E=2, C={C}", kept, in_the_queue(chosen, C))
+    flat = chosen.flatten().tolist()
+    with Coarse():
+        plan = student.kernels.plan_choices(chosen, 3)
+    same("order of 1400 choices", plan.order,
+         torch.tensor(sorted(range(1400), key=flat.__getitem__)))
+    same("offsets of 1400 choices", plan.offsets, torch.tensor([0, flat.count(0), 1400, 1400]))
+    everybody = torch.zeros(200, 1, dtype=torch.long)
+    same("choices served, T=200, K=1, E=2, factor 1.00001, so C = 101",
+         int(student.router.within_capacity(everybody, 2, 1.00001).sum()), 101)
 
 
 # --- the answers, measured ---
@@ -238,4 +437,4 @@ def which_upcycled_layers_start_as_the_dense_one(student, g):
             "sigmoid, K=4 of 4": top.sigmoid().sum(dim=1)}
     found = answered(student, "upcycled_is_the_same", dict.fromkeys(sums, True))
     for name, total in sums.items():
-        same(f"E5, {name}", found[name], bool(((total - 1).abs() < 1e-9).all()))
+        same(f"E5, {name}", found[name], bool(((total - 1).abs() <= tolerance(z.dtype, 1)).all()))

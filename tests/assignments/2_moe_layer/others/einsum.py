@@ -38,7 +38,8 @@ def sliced(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
 
 def sliced_mlp(rows, plan, w_in, b_in, w_out, b_out):
     E, M = len(w_in), max(plan.offsets.diff().max().item(), 1)
-    place = torch.arange(len(rows)) - plan.offsets[plan.ids]            # within the group
+    # the place of each row within its group
+    place = torch.arange(len(rows), device=rows.device) - plan.offsets[plan.ids]
     padded = rows.new_zeros(E, M, rows.shape[1]).index_put((plan.ids, place), rows)
     hidden = F.gelu(torch.einsum("emd,edh->emh", padded, w_in) + b_in[:, None])
     out = torch.einsum("emh,ehd->emd", hidden, w_out) + b_out[:, None]

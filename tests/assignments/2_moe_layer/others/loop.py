@@ -31,8 +31,8 @@ def plan_choices(chosen, E):       # noqa: F811
     offsets = [0]
     for e in range(E):
         offsets.append(offsets[-1] + flat.count(e))
-    ids = torch.tensor([flat[s] for s in order], dtype=torch.long)
-    return Plan(ids, torch.tensor(order, dtype=torch.long), torch.tensor(offsets))
+    rows = [flat[s] for s in order], order, offsets
+    return Plan(*(torch.tensor(v, dtype=torch.long, device=chosen.device) for v in rows))
 
 
 def sliced(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
@@ -58,7 +58,7 @@ def within_capacity(chosen, n_experts, capacity_factor):       # noqa: F811
     T, K = chosen.shape
     share = capacity_factor * K * T / n_experts
     C = T if share > T else -int(-(share - 1e-9) // 1)
-    served, kept = [0] * n_experts, torch.zeros(T, K, dtype=torch.bool)
+    served, kept = [0] * n_experts, torch.zeros_like(chosen, dtype=torch.bool)
     for k in range(K):
         for t in range(T):
             e = int(chosen[t, k])

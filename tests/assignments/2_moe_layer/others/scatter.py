@@ -19,7 +19,7 @@ def reference(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
 def gated_sum(raw, gates, return_choices):
     T, K, D = raw.shape
     weighted = (gates.reshape(-1, 1) * raw.reshape(-1, D))
-    token = torch.arange(T).repeat_interleave(K)
+    token = torch.arange(T, device=raw.device).repeat_interleave(K)
     y = weighted.new_zeros(T, D).index_add(0, token, weighted)
     return (y.to(raw.dtype), raw) if return_choices else y.to(raw.dtype)
 
@@ -28,7 +28,7 @@ def plan_choices(chosen, E):
     flat = chosen.contiguous().view(-1)
     order = torch.argsort(flat, stable=True)
     ids = torch.take(flat, order)
-    offsets = torch.zeros(E + 1, dtype=torch.long).scatter_add(0, flat + 1, torch.ones_like(flat))
+    offsets = flat.new_zeros(E + 1).scatter_add(0, flat + 1, torch.ones_like(flat))
     return Plan(ids=ids, order=order, offsets=offsets.cumsum(0))
 
 
@@ -55,7 +55,7 @@ def within_capacity(chosen, n_experts, capacity_factor):
     T, K = chosen.shape
     C = T if capacity_factor > n_experts else math.ceil(capacity_factor * K * T / n_experts - 1e-9)
     flat = torch.cat([chosen[:, k] for k in range(K)])                 # in service order
-    kept = torch.zeros(K * T, dtype=torch.bool)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
     for e in range(n_experts):
         kept[torch.nonzero(flat == e).flatten()[:C]] = True
     return torch.stack(kept.chunk(K), dim=1) if T else kept.view(T, K)
