@@ -426,3 +426,24 @@ class Student:
 
 def generator(seed, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+# --- more helpers of assignments 3, 4 and 5 ---
+
+def on_a_gpu(student, call, *tensors):
+    """What `call` returns of such tensors on a GPU: its dtype and shape, without a GPU.
+
+    torch's fakes hold no numbers: of code that looks at them nothing can be said, and that is None.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        fakes = [torch.empty(v.shape, dtype=v.dtype, device="cuda") for v in tensors]
+        inside, student.watch.inside = student.watch.inside, True       # no numbers to watch
+        try:
+            return call(*fakes)
+        except NotImplementedError:
+            raise
+        except RuntimeError:
+            return None
+        finally:
+            student.watch.inside = inside

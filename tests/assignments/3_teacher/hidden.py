@@ -2,8 +2,24 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from checking import D, E, T, answered, check, gradient, raises, random, require, same
+from checking import (
+    D,
+    E,
+    T,
+    answered,
+    check,
+    gradient,
+    keeps_nothing,
+    on_a_gpu,
+    raises,
+    random,
+    require,
+    same,
+    where_given,
+    with_gradients,
+)
 
 N = 10              # tokens of an image of 24 x 24 pixels in patches of 8, with the class token
 
@@ -85,13 +101,13 @@ def a_student_that_ruled_an_expert_out_is_guided_back(student, g):
 
 @check(hint="reshape the T tokens to (images, n_tokens), then take the first or leave it out")
 def the_tokens_that_are_not_asked_about_get_no_gradient(student, g):
-    B = 3
-    t, z = random(g, B * N, E), random(g, B * N, E)
-    is_class = torch.tensor([i % N == 0 for i in range(B * N)])
-    for tokens, asked in (("class", is_class), ("patches", ~is_class)):
-        slope = gradient(lambda z, k=tokens: student.teacher.guidance_loss(t, z, k, N), z)
-        expected = (z.softmax(1) - t.softmax(1)) * asked[:, None] / asked.sum()
-        same(f"gradient with tokens={tokens!r}", slope, expected)
+    t, z = random(g, 2 * N, E), random(g, 2 * N, E)
+    for n in (N, 5, 2):                     # 2, 4 and 10 images
+        is_class = torch.tensor([i % n == 0 for i in range(2 * N)])
+        for tokens, asked in (("class", is_class), ("patches", ~is_class)):
+            slope = gradient(lambda z, k=tokens, n=n: student.teacher.guidance_loss(t, z, k, n), z)
+            expected = (z.softmax(1) - t.softmax(1)) * asked[:, None] / asked.sum()
+            same(f"gradient with tokens={tokens!r}, n_tokens={n}", slope, expected)
 
 
 @check(hint="a mean, not a sum; softmax over the experts (the last axis), at temperature 1")
@@ -102,9 +118,54 @@ def guidance_is_silent_where_the_student_agrees_and_no_louder_for_more_tokens(st
          torch.tensor(0.0, dtype=torch.float64), scale=10.0)
     expected = divergences(t, z).sum() / T
     same("guidance_loss of every token twice", guidance(t.repeat(2, 1), z.repeat(2, 1)), expected)
+    same("guidance_loss of T tokens, and of T more that agree", guidance(
+        torch.cat([t, z]), torch.cat([z, z])), expected / 2)
     for c in (0.1, 4.0):
         same(f"guidance_loss of logits times {c}", guidance(c * t, c * z),
              divergences(c * t, c * z).sum() / T, scale=10.0)
+
+
+@check(points=2, hint="exp overflows at 89 in float32, and log of what underflowed is -inf: take "
+                      "softmax, log_softmax and the losses that are imported")
+def logits_of_200_are_no_more_than_large_and_float32_stays_float32(student, g):
+    stand_ins(student)
+    t, z = (200 * torch.randint(-1, 2, (T, E), generator=g) + random(g, T, E) for _ in range(2))
+    z[0], t[0] = 200, -200                                      # all of them: still even
+    guidance = student.teacher.guidance_loss
+    same("guidance_loss of float32 logits near -200, 0 and 200", guidance(t.float(), z.float()),
+         (divergences(t, z).sum() / T).float())
+    slope = gradient(lambda z: guidance(t.float(), z), z.float())
+    same("its gradient", slope, ((z.softmax(1) - t.softmax(1)) / T).float())
+    losses = student.teacher.teacher_router_losses({2: t.float(), 4: z.float()})
+    for name, loss, got in (("L_load", lambda z: load(z.softmax(1)), losses[0]),
+                            ("L_ent", entropy, losses[1])):
+        same(f"{name} of float32 logits near -200, 0 and 200", got,
+             (loss(t) + loss(z)).float(), scale=E)
+
+
+@check(hint="make tensors with device=, that of the logits, and hand h.device.type to autocast")
+def on_a_gpu_nothing_is_made_on_the_cpu(student, g):
+    stand_ins(student)
+    t, z = random(g, 2 * N, E), random(g, 2 * N, E)
+    for tokens in ("all", "class", "patches"):
+        where_given(f"guidance_loss, tokens={tokens!r}",
+                    lambda k=tokens: student.teacher.guidance_loss(t, z, k, N))
+    where_given("teacher_router_losses",
+                lambda: student.teacher.teacher_router_losses({2: t, 5: z}))
+    guide, x = student.teacher.Guide(vit(student), pupil(student), E), pictures(g)
+    where_given("Guide.forward", lambda: guide(x))
+    router = student.teacher.TeacherRouter(D, E)
+
+    def under_autocast(h, weight):
+        router.weight = torch.nn.Parameter(weight)
+        torch.set_autocast_enabled("cuda", True)        # torch.autocast asks whether there is a GPU
+        try:
+            return router(h)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    z = on_a_gpu(student, under_autocast, torch.empty(T, D), router.weight)
+    require(z is None or z.dtype == torch.float32, "dtype of a TeacherRouter's logits on a GPU, "
+            "under autocast", torch.float32, getattr(z, "dtype", None))
 
 
 @check(hint="raise ValueError with a sentence that names what was given")
@@ -158,6 +219,10 @@ def every_block_gets_targets_from_its_own_router(student, g):
     weights = {b: random(g, E, D, dtype=torch.float32) for b in (2, 5)}
     require(not torch.equal(guide.routers["2"].weight, guide.routers["5"].weight),
             "the first weights of two teacher routers", "different ones", "the same")
+    other = student.teacher.Guide(vit(student, 12), pupil(student), E)
+    require(not torch.equal(guide.routers["2"].weight, other.routers["2"].weight),
+            "the first weights of the teacher routers of two guides", "different ones", "the same",
+            "do not set the seed: that is for whoever starts the run")
     with torch.no_grad():
         for b, weight in weights.items():
             guide.routers[str(b)].weight.copy_(weight)
@@ -181,6 +246,11 @@ def another_alignment_is_followed(student, g):
         same(f"features for block {mine} with blocks={{2: 12, 5: 3}}", h[mine],
              layers[theirs].h.detach())
     same("the blocks with targets", sorted(guide(x)), [2, 5])
+    guide = student.teacher.Guide(dense, pupil(student), E, blocks={5: 7})
+    same("the blocks with a router, blocks={5: 7} for a student with sparse blocks 2 and 5",
+         sorted(guide.routers), ["5"])
+    guide = student.teacher.Guide(vit(student, 8), pupil(student), E)
+    same("blocks for a teacher of 8 blocks and a student of 6", dict(guide.blocks), {2: 3, 5: 7})
 
 
 @check(hint="on_grid brings features (B, N, D) to as many tokens as the student has")
@@ -195,6 +265,39 @@ def a_teacher_that_cuts_images_into_other_patches_is_brought_on_the_students_gri
         tokens = h[mine].unflatten(0, (len(x), 10))
         same("the class token", tokens[:, 0], theirs[:, 0])
         same("the middle patch, as near to all four", tokens[:, 5], theirs[:, 1:].mean(dim=1))
+    fine = vit(student, patch=6)                                    # 17 tokens
+    h = student.teacher.Guide(fine, pupil(student), E).features(x)
+    theirs = fine(x).layers[2].h.detach().unflatten(0, (len(x), 17))
+    same("the shape of block 2's features by a teacher of 17 tokens an image", tuple(h[2].shape),
+         (10 * len(x), theirs.shape[2]))
+    same("the first of 9 patches, over four of 16", h[2].unflatten(0, (len(x), 10))[:, 1],
+         theirs[:, [1, 2, 5, 6]].mean(dim=1), scale=theirs.abs().max().item())
+
+
+@check(points=2, hint="Guide.train sets modes and nothing else; a look at images keeps neither "
+                      "features nor targets")
+def what_somebody_set_stays_and_a_second_batch_gets_features_of_its_own(student, g):
+    guide = with_gradients(student.teacher.Guide(vit(student), pupil(student), E))
+    for learning in (False, True):
+        guide.routers.requires_grad_(learning)          # the paper has a control that is frozen
+        for mode in (True, False, True):
+            guide.train(mode)
+            found = {p.requires_grad for p in guide.routers.parameters()}
+            require(found == {learning}, f"requires_grad of teacher routers that somebody set to "
+                    f"{learning}, after guide.train({mode})", learning, not learning)
+    for name, p in guide.routers.named_parameters():
+        same(f"the .grad that {name} of a guide had before guide.train()", p.grad,
+             torch.ones_like(p))
+    one, two = pictures(g), pictures(g)
+    guide(one)
+    seen = {}
+    for number, block in enumerate(guide.teacher.blocks, start=1):
+        block.norm2.register_forward_hook(lambda m, args, y, n=number: seen.update({n: y}))
+    guide.teacher(two)
+    expected = {mine: seen[theirs].flatten(0, 1) for mine, theirs in guide.blocks.items()}
+    for mine, h in guide.features(two).items():
+        same(f"features for block {mine} of a second batch", h, expected[mine])
+    keeps_nothing("a guide", lambda: guide(pictures(g)))
 
 
 @check(points=2, hint="the teacher runs without a graph, the teacher routers with one; handout, C")
@@ -205,6 +308,9 @@ def the_teacher_learns_from_nothing_and_its_routers_from_their_own_losses(studen
     guide.teacher.requires_grad_(True)              # somebody thaws it: still no graph is kept
     require(not any(h.requires_grad for h in guide.features(x).values()),
             "features of a teacher that somebody thawed", "no graph", "a graph")
+    require(not any(h.is_inference() for h in guide.features(x).values()),
+            "features of a guide", "tensors that a router can learn from",
+            "those of torch.inference_mode, which no backward accepts", "torch.no_grad will do")
     guide.teacher.requires_grad_(False)
     mine = random(g, E, 16, dtype=torch.float32).requires_grad_()       # a student's router
     logits = random(g, 3 * N, 16, dtype=torch.float32) @ mine.T
@@ -240,6 +346,15 @@ def kappa_is_undefined_where_chance_always_agrees_and_nowhere_else(student, g):
         got, expected = kappa(a, b, E), (together - chance) / (1 - chance)
         require(isinstance(got, float) and abs(got - expected) < 1e-12, f"kappa of {name}",
                 f"{expected:.9g}", repr(got))
+    # one of 400 tokens changed its expert, of 12
+    a = torch.randint(E, (1,), generator=g).repeat(400)
+    b, c = (torch.where(torch.arange(400) < n, 11, a) for n in (1, 100))
+    for name, one, two in (("a router that sends one of 400 tokens elsewhere", a, b),
+                           ("two that send 1 and 100 of 400 to expert 11 of 12", b, c)):
+        together, chance = cohen(one.tolist(), two.tolist(), 12)
+        got, expected = kappa(one.numpy(), two.numpy(), 12), (together - chance) / (1 - chance)
+        require(isinstance(got, float) and abs(got - expected) < 1e-12, f"kappa of {name}",
+                f"{expected:.9g}", repr(got), "chance is 1 only where both loads are one expert's")
     # images and tokens, and an expert that nobody visits
     a, b = torch.randint(E - 1, (2, 4, T), generator=g)
     together, chance = cohen(a.flatten().tolist(), b.flatten().tolist(), E)
@@ -257,6 +372,12 @@ def a_history_may_have_images_and_tokens(student, g):
         expected[history[t] != history[4]] = t + 1
     got = torch.as_tensor(student.report.last_fluctuation(history.numpy()))
     same("last_fluctuation of a history (5, 4, 10)", got, expected)
+    got = torch.as_tensor(student.report.last_fluctuation(history[:, :1].numpy()))
+    same("last_fluctuation of a history (5, 1, 10)", got, expected[:1])
+    long = np.zeros((300, 3), dtype=np.uint8)       # of 300 epochs, as a run may have
+    long[:299, 1], long[270:290, 2] = 4, 200
+    same("last_fluctuation of 300 epochs", torch.as_tensor(student.report.last_fluctuation(long)),
+         torch.tensor([0, 299, 290]))
     got = torch.as_tensor(student.report.last_fluctuation(history[4:].numpy()))
     same("last_fluctuation of one epoch", got, torch.zeros(4, N, dtype=torch.long))
 

@@ -16,7 +16,7 @@ BLANKS = {
         "narrow_vision": "its docstring; handout.md, part D",
     },
 }
-CHECKS = (13, 17)            # public, hidden
+CHECKS = (13, 19)            # public, hidden
 NOT_ASKED = dict.fromkeys(
     ["torch.float32", "", "    expect"],
     "what the function's arguments may be is in tests/test_distill.py")

@@ -5,7 +5,22 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from checking import D, E, T, answered, check, gradient, random, require, same
+from checking import (
+    D,
+    E,
+    T,
+    answered,
+    check,
+    gradient,
+    keeps_nothing,
+    on_a_gpu,
+    random,
+    require,
+    same,
+    where_given,
+    with_gradients,
+)
+from torch import nn
 
 NAN = math.nan
 
@@ -17,6 +32,11 @@ def spread(raw):
     K = raw.shape[1]
     pairs = ((raw[:, :, None] - raw[:, None]) ** 2).sum(dim=(1, 2)).mean()      # all K * K
     return pairs / (2 if K == 2 else 2 * K * K)
+
+
+def size(raw):
+    """The mean square of the outputs: what cancels in L_md as E[x^2] - E[x]^2, a right way too."""
+    return raw.double().square().mean().item()
 
 
 def table(correct, domain):
@@ -105,13 +125,16 @@ def only_differences_between_experts_count(student, g):
     loss = student.distill.mutual_distillation_loss
     for K in (2, 3, 4, E):
         raw = random(g, T, K, D, dtype=torch.float32)
-        expected = spread(raw.double()).float()
-        same(f"L_md, K={K}", loss(raw), expected)
-        same(f"L_md of the same experts in another order, K={K}", loss(raw.flip(1)), expected)
-        same(f"L_md of twice the tokens, K={K}", loss(raw.repeat(2, 1, 1)), expected)
-        same(f"L_md of twice the features, K={K}", loss(raw.repeat(1, 1, 2)), expected)
+        expected, scale = spread(raw.double()).float(), size(raw)
+        for of, said in (("", raw), (" of the same experts in another order", raw.flip(1)),
+                         (" of twice the tokens", raw.repeat(2, 1, 1)),
+                         (" of twice the features", raw.repeat(1, 1, 2))):
+            same(f"L_md{of}, K={K}", loss(said), expected, scale=scale)
         alike = raw[:, :1].repeat(1, K, 1)
-        same(f"L_md of {K} experts that agree", loss(alike), torch.tensor(0.0), scale=1e-3)
+        same(f"L_md of {K} experts that agree", loss(alike), torch.tensor(0.0), scale=size(alike))
+        for of, said in (("one token", raw[:1]), ("one feature", raw[..., :1])):
+            same(f"L_md of {of}, K={K}", loss(said), spread(said.double()).float(),
+                 scale=size(said))
 
 
 @check(hint="raw.float() first: bfloat16 has 8 bits, and a mean of many squares loses them")
@@ -122,20 +145,23 @@ def it_is_computed_in_float32_from_bfloat16_outputs(student, g):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             got = student.distill.mutual_distillation_loss(raw)
-        same(f"L_md of bfloat16 outputs, K={K}", got, expected)
-        require(got.dtype == torch.float32, f"dtype of L_md of bfloat16 outputs, K={K}",
-                torch.float32, got.dtype)
+        same(f"L_md of bfloat16 outputs, K={K}", got, expected, scale=size(raw))
 
 
 # --- B: domains ---
 
 @check(hint="image by image: rows b * N to (b + 1) * N - 1 of probs belong to image b")
 def domains_need_every_token_of_an_image_and_no_other(student, g):
-    B, N = 9, 5
-    probs = random(g, B * N, E).mul(2).softmax(dim=1)
-    image = torch.tensor([i // N for i in range(B * N)])
-    whole = torch.zeros(B, E, dtype=torch.float64).index_add(0, image, probs)
-    same("domains", student.distill.domains(probs, N), whole.argmax(dim=1))
+    for B, N in ((9, 5), (1, 4), (6, 1)):
+        probs = random(g, B * N, E).mul(2).softmax(dim=1)
+        image = torch.tensor([i // N for i in range(B * N)])
+        whole = torch.zeros(B, E, dtype=torch.float64).index_add(0, image, probs)
+        same(f"domains of {B} images of {N} tokens", student.distill.domains(probs, N),
+             whole.argmax(dim=1))
+    first = torch.full((T, E), 0.25, dtype=torch.float64)       # with no other numbers added
+    last = torch.randint(E, (T,), generator=g)
+    first[torch.arange(T), last] += 1e-9
+    same("domains where two means differ by 1e-9", student.distill.domains(first, 1), last)
 
 
 @check(hint="a column adds up to 1, and the column of a class without images is NaN, not 0")
@@ -149,9 +175,63 @@ def the_classes_may_be_few_or_absent(student, g):
         n = labels.tolist().count(c)
         same(f"class_domains of class {c}", shares[:, c],
              torch.tensor([pairs.count((i, c)) / n for i in range(E)]))
+    shares = student.distill.class_domains(domain, labels, E + 2, 6)
+    same("class_domains of two more experts, who dominate no image", shares[E:, ::2],
+         torch.zeros(2, 3))
+    # as many images as a data set has
+    domain = (torch.rand(9000, generator=g) < 0.3).long()
+    shares = student.distill.class_domains(domain, torch.zeros_like(domain), 2, 1)
+    n = int(domain.sum())
+    same("class_domains of 9000 images of one class", shares[:, 0],
+         torch.tensor([(9000 - n) / 9000, n / 9000]))
 
 
 # --- C: probing ---
+
+@check(points=2, hint="chosen is int64 and the rest float32, as a router makes them; a second call "
+                      "may be about other tokens")
+def every_forced_routing_is_made_for_its_call_and_as_a_router_makes_it(student, g):
+    for n in (T, 1, 2 * T):
+        routing = student.distill.forced(2, n, E)
+        for field, expected in (("chosen", torch.full((n, 1), 2)), ("gates", torch.ones(n, 1)),
+                                ("probs", torch.eye(E)[[2] * n])):
+            same(f"{field} of forced(2, {n}, {E})", getattr(routing, field), expected)
+        same(f"dtype of the logits of forced(2, {n}, {E})", routing.logits.dtype, torch.float32)
+    keeps_nothing("forced", lambda: student.distill.forced(2, T, E))
+
+
+@check(points=2, hint="make tensors with device=, that of the arguments; probe has images.device "
+                      "for forced")
+def on_a_gpu_nothing_is_made_on_the_cpu(student, g):
+    distill, found = student.distill, []
+    correct, domain = torch.rand(E, T, generator=g) < 0.5, torch.arange(T) % E
+    probs, pair = random(g, 2 * T, E).softmax(dim=1), random(g, T, 2, D)
+    for name, *given in (("mutual_distillation_loss", random(g, T, 3, D)),
+                         ("mutual_distillation_loss", pair), ("domains", probs, 2),
+                         ("forced", 2, T, E, domain.device), ("accuracy_matrix", correct, domain),
+                         ("own_and_others", random(g, E, E)), ("gate_accuracy", correct, domain),
+                         ("narrow_vision", probs)):
+        where_given(name, lambda name=name, given=given: getattr(distill, name)(*given))
+
+    class Any(nn.Module):
+        """A model that any expert serves alike; it notes where its routings lie."""
+        n_tokens = 3
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Module()])
+            self.blocks[0].mlp = nn.Module()
+            self.blocks[0].mlp.router = nn.Module()
+            self.blocks[0].mlp.router.n_experts = E
+
+        def forward(self, images, routings=None):
+            found.extend(v.device.type for r in routings.values() for v in r[:2])
+            return student.moe.Output(images.flatten(1), {})
+    on_a_gpu(student, lambda *batch: distill.probe(Any(), *batch, 1), torch.ones(4, 3),
+             torch.arange(4))
+    require("cpu" not in found, "the device of the routings that probe makes for images on a GPU",
+            "the images'", "the CPU")
+
 
 @check(points=2, hint="blocks are numbered from 1; all T = images * vit.n_tokens tokens are forced")
 def a_forced_expert_is_the_blocks_plain_mlp(student, g):
@@ -166,6 +246,7 @@ def a_forced_expert_is_the_blocks_plain_mlp(student, g):
 @check(hint="evaluation mode while one looks, afterwards the old mode; no gradient stays behind")
 def looking_at_a_model_leaves_it_as_it_was(student, g):
     vit, images, labels = small_vit(student, g, drop_path=0.6)
+    with_gradients(vit)                             # a step of training is half done
     for look in (student.distill.probe, student.distill.expert_gradient_norms):
         for mode in (True, False):
             vit.train(mode)
@@ -178,10 +259,13 @@ def looking_at_a_model_leaves_it_as_it_was(student, g):
                     not mode)
             changed = [n for n, v in vit.state_dict().items() if not torch.equal(v, before[n])]
             require(not changed, f"parameters changed by {what}", "none", ", ".join(changed))
-            left = [n for n, p in vit.named_parameters()
-                    if p.grad is not None and p.grad.abs().max() > 0]
-            require(not left, f"parameters with a gradient left by {what}", "none",
-                    f"{len(left)}, such as {left[:1]}")
+            other = [n for n, p in vit.named_parameters()
+                     if p.grad is None or not bool((p.grad == 1).all()) or not p.requires_grad]
+            require(not other, f"parameters whose .grad or requires_grad is another after {what}",
+                    "none", f"{len(other)}, such as {other[:1]}")
+    keeps_nothing("probe", lambda: student.distill.probe(vit, images, labels, 2))
+    keeps_nothing("expert_gradient_norms",
+                  lambda: student.distill.expert_gradient_norms(vit, images, labels, 2))
 
 
 @check(hint="rows are experts, columns domains; divide by the images of the domain")
@@ -192,6 +276,9 @@ def an_empty_domain_is_nan_and_not_zero(student, g):
         got = student.distill.accuracy_matrix(correct, domain)
         same(f"accuracy_matrix without images of domain {empty}", got,
              torch.tensor(table(correct, domain)))
+    correct, domain = torch.rand(2, 9000, generator=g) < 0.7, torch.zeros(9000, dtype=torch.long)
+    same("accuracy_matrix of 9000 images of one domain",
+         student.distill.accuracy_matrix(correct, domain), torch.tensor(table(correct, domain)))
 
 
 @check(hint="a domain without images is NaN in its column: nanmean leaves it out of the others")
@@ -224,16 +311,24 @@ def a_gate_with_nothing_to_solve_has_no_accuracy(student, g):
 @check(points=2, hint="all four weights of an expert; the root of the sum of all their squares")
 def the_norm_is_over_all_parameters_of_an_expert_in_a_real_vit(student, g):
     vit, images, labels = small_vit(student, g)
-    norms = student.distill.expert_gradient_norms(vit, images, labels, 2)
-    expected = torch.zeros(6, E)
-    for n in range(6):
-        twin = copy.deepcopy(vit)
-        F.cross_entropy(twin(images[n:n + 1]).logits, labels[n:n + 1]).backward()
-        for e in range(E):
-            parts = [p.grad[e].flatten() for p in twin.blocks[1].mlp.experts.parameters()]
-            expected[n, e] = torch.cat(parts).double().norm()
-    same("expert_gradient_norms of block 2", norms, expected, scale=10 * expected.max().item())
-    require(not norms.requires_grad, "expert_gradient_norms", "no graph", "a graph")
+    for loud in (1, 3000):                          # scores of some hundreds, sure and often wrong
+        with torch.no_grad():
+            vit.head.weight *= loud
+        norms = student.distill.expert_gradient_norms(vit, images, labels, 2)
+        expected = torch.zeros(6, E)
+        for n in range(6):
+            twin = copy.deepcopy(vit)
+            F.cross_entropy(twin(images[n:n + 1]).logits, labels[n:n + 1]).backward()
+            for e in range(E):
+                parts = [p.grad[e].flatten() for p in twin.blocks[1].mlp.experts.parameters()]
+                expected[n, e] = torch.cat(parts).double().norm()
+        of = "" if loud == 1 else ", of a model with scores in the hundreds"
+        same(f"expert_gradient_norms of block 2{of}", norms, expected,
+             scale=10 * expected.max().item())
+        require(not norms.requires_grad, "expert_gradient_norms", "no graph", "a graph")
+    same("expert_gradient_norms of one image",
+         student.distill.expert_gradient_norms(vit, images[:1], labels[:1], 2), expected[:1],
+         scale=10 * expected.max().item())
 
 
 @check(hint="sums over images first: an image that sends more gradient counts more")

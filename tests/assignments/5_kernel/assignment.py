@@ -13,7 +13,7 @@ BLANKS = {
         "grouped_dw": "one expert's a^T b, summed over its rows; handout.md, part E",
     },
 }
-CHECKS = (9, 15)             # public, hidden
+CHECKS = (9, 17)             # public, hidden
 HARD_CODED = ("kernels.py", "over_choices")
 NOT_ASKED = {
     "choice = tl.load(ORDER + r, mask=alive)\n    row":

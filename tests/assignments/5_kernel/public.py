@@ -1,7 +1,8 @@
 """The public checks of assignment 5: tiles, gradients in torch, the kernels in the interpreter.
 
 Every launch is watched: a lane that reads or writes outside the tensors of its launch is a failure,
-and masked lanes of a load without other= hold NaN, as they may on a GPU.
+and so is a product of float32 in TF32; masked lanes of a load without other= hold NaN, as they may
+on a GPU.
 """
 import linecache
 import math
@@ -20,9 +21,9 @@ try:
 except ImportError:
     triton = None
 
-D, H, E, K = 20, 24, 4, 2            # neither D nor H is a multiple of a block
+D, H, E, K = 20, 24, 3, 2            # neither D nor H is a multiple of a block
 BLOCK = 16
-SIZES = (17, 0, 4, 1)                # rows of each expert: two tiles, an idle expert, few, one
+SIZES = (17, 0, 1)                   # rows of each expert: two tiles, an idle expert, one row
 NAMES = ("x", "gates", "w_in", "b_in", "w_out", "b_out")
 
 
@@ -62,11 +63,16 @@ def gradients(run, world, d):
     return gradient(lambda x, *rest: (run(x, chosen, *rest) * d.to(x.dtype)).sum(), x, *rest)
 
 
-def same_gradients(run, world, d, of):
-    """Compare with autograd's gradients of the loop, in float64."""
+def same_results(run, world, d, of):
+    """Compare y and the gradients of <y, d> with those of the loop, by autograd, in float64."""
+    def noted(*world):
+        results.append(run(*world))
+        return results[0]
+    results, true_y = [], loop(*doubles(world))[0]
     expected = gradients(lambda *w: loop(*w)[0], doubles(world), d)
-    for name, got, true, v in zip(NAMES, gradients(run, world, d), expected,
-                                  (world[0], *world[2:]), strict=True):
+    found = gradients(noted, world, d)
+    same(f"y of {of}", results[0], true_y.to(world[0].dtype))
+    for name, got, true, v in zip(NAMES, found, expected, (world[0], *world[2:]), strict=True):
         same(f"d{name} of {of}", got, true.to(v.dtype))
 
 
@@ -112,7 +118,8 @@ class Watched:
 
 
 class Lanes:
-    """While open, no lane leaves the tensors, and masked lanes hold NaN unless other= says."""
+    """While open, no lane leaves the tensors, masked lanes hold NaN unless other= says, and float32
+    is multiplied as float32."""
 
     def __init__(self, kernel, tensors):
         self.kernel, self.failure = kernel, None
@@ -134,20 +141,19 @@ class Lanes:
         if len(live):
             self.fail(how, "an address before or after all of them")
 
-    def fail(self, how, where):
+    def fail(self, how, where, expected="elements of its tensors", hint="mask lanes beyond the "
+             "group's rows, DEPTH, WIDTH or HEIGHT; int64 indices"):
         frame = sys._getframe()
         while frame and not frame.f_code.co_filename.endswith("kernels.py"):
             frame = frame.f_back
         place = f"line {frame.f_lineno} of kernels.py" if frame else "a launch"
-        self.failure = Failure(f"what {self.kernel} {how} in {place}", "elements of its tensors",
-                               where,
-                               "mask lanes beyond the group's rows, DEPTH, WIDTH or HEIGHT; "
-                               "int64 indices")
+        self.failure = Failure(f"what {self.kernel} {how} in {place}", expected, where, hint)
         raise self.failure
 
     def __enter__(self):
         builder = interpreter.interpreter_builder
         load, store = builder.create_masked_load, builder.create_masked_store
+        dot = builder.create_dot
 
         def watched_load(ptrs, mask, other, *rest):
             self.look("reads", ptrs.data, mask.data)
@@ -161,11 +167,19 @@ class Lanes:
         def watched_store(ptrs, value, mask, *rest):
             self.look("writes", ptrs.data, mask.data)
             return store(ptrs, value, mask, *rest)
+
+        def watched_dot(a, b, acc, precision, *rest):
+            half = a.dtype.primitive_bitwidth == 16
+            if not half and precision == interpreter._ir.INPUT_PRECISION.TF32:
+                self.fail("multiplies", "TF32, which has 10 bits, the default of tl.dot",
+                          "float32 in float32", "tl.dot(..., input_precision=PRECISION)")
+            return dot(a, b, acc, precision, *rest)
         builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+        builder.create_dot = watched_dot
 
     def __exit__(self, *_):
-        del interpreter.interpreter_builder.create_masked_load       # the class's own again
-        del interpreter.interpreter_builder.create_masked_store
+        for name in ("create_masked_load", "create_masked_store", "create_dot"):
+            delattr(interpreter.interpreter_builder, name)              # the class's own again
         if self.failure:
             raise self.failure
 
@@ -218,16 +232,18 @@ def launched(launch, epilogue, a, shared_by=0, **options):
 def a_token_gets_the_sum_of_its_choices(student, g):
     over = kernels(student, launches=False).over_choices
     for k in (1, 2, 3):
-        rows = random(g, 5 * k, 3)
-        expected = torch.tensor([[sum(rows[t * k + i, j].item() for i in range(k))
-                                  for j in range(3)] for t in range(5)], dtype=torch.float64)
-        same(f"over_choices, K={k}", over(rows, k), expected)
+        for dtype in (torch.float64, torch.float32):
+            rows = random(g, 5 * k, 3, dtype=dtype)
+            expected = torch.tensor([[sum(rows[t * k + i, j].item() for i in range(k))
+                                      for j in range(3)] for t in range(5)], dtype=dtype)
+            same(f"over_choices, K={k}", over(rows, k), expected, scale=10.0)
 
 
 @check(points=3, hint="expert e needs ceil(n_e / rows) tiles; ceil(S / rows) + E are always enough")
 def every_row_is_in_one_tile_and_a_tile_has_rows_of_one_expert(student, g):
     module = kernels(student, launches=False)
-    for sizes in ((2, 0, 5), (0, 4, 0, 1), torch.randint(0, 9, (6,), generator=g).tolist()):
+    for sizes in ((2, 0, 5), (4, 3, 0), (0, 4, 0, 1),
+                  torch.randint(0, 9, (6,), generator=g).tolist()):
         starts = [sum(sizes[:e]) for e in range(len(sizes) + 1)]
         for rows in (1, 2, 4):
             tiles_cover(module, starts, rows)
@@ -260,7 +276,7 @@ def tiles_cover(module, starts, rows):
 def the_backward_written_by_hand_is_autograds(student, g):
     lean = kernels(student, launches=False).lean
     world = a_world(g, (3, 0, 4, 1), dtype=torch.float64)
-    same_gradients(lean, world, random(g, 4, D), "lean")
+    same_results(lean, world, random(g, 4, D), "lean")
 
 
 # --- part C ---
@@ -285,6 +301,10 @@ def gelu_comes_with_its_slope(student, g):
     phi = torch.tensor([math.exp(-v * v / 2) / math.sqrt(2 * math.pi) for v in z.tolist()])
     same("gelu(z)", value, z * Phi)
     same("gelu'(z)", slope, Phi + z * phi)
+    z = torch.tensor([20.0, -20.0, 200.0, -200.0]).repeat(8)
+    twice[(1,)](z, value, slope, gelu)
+    same("gelu of +-20 and +-200", value, z.clamp(min=0))
+    same("gelu' of +-20 and +-200", slope, (z > 0).float())
 
 
 # --- part D ---
@@ -300,12 +320,13 @@ def up_gathers_each_row_and_keeps_what_comes_before_the_gelu(student, g):
 
 @check(points=2, hint="A is sorted (SHARED_BY = 0), C and GATES are in the order of the choices")
 def down_scatters_each_gated_row_to_its_choice(student, g):
-    launch = a_launch(student, g)
-    out = in_order(launch, products(launch, launch.rows, 0) + launch.bias.double()[launch.ids])
-    launched(launch, "down", launch.rows, bias=launch.bias)
-    same("OUT of 'down' without gates", launch.out, out.float())
-    launched(launch, "down", launch.rows, bias=launch.bias, gates=launch.gates)
-    same("OUT of 'down'", launch.out, (out * launch.gates.double()[:, None]).float())
+    for sizes, n, of in ((SIZES, H, "with gates"), ((3, 0, 1), 5, "without gates")):
+        launch = a_launch(student, g, sizes, n=n)
+        out = in_order(launch, products(launch, launch.rows, 0) + launch.bias.double()[launch.ids])
+        gates = launch.gates if of == "with gates" else None
+        launched(launch, "down", launch.rows, bias=launch.bias, gates=gates)
+        same(f"OUT of 'down' {of}", launch.out,
+             (out * (1 if gates is None else gates.double()[:, None])).float())
 
 
 # --- part E ---
@@ -318,7 +339,7 @@ def each_expert_gets_a_transposed_times_b_over_its_rows(student, g):
     b = random(g, launch.S, H).float()
     for of, sorted_rows, kept, words in (
             ("x and dz", b, launch.x, {"a_shared_by": K}),
-            ("a and dout", launch.rows, b[:launch.S // K], {"b_shared_by": K})):
+            ("a and dout", launch.rows, b[:launch.S // K, :7], {"b_shared_by": K})):
         left, right = (kept, sorted_rows) if "a_shared_by" in words else (sorted_rows, kept)
         expected = torch.zeros(E, left.shape[1], right.shape[1], dtype=torch.float64)
         for r, e in enumerate(launch.ids):
@@ -330,9 +351,7 @@ def each_expert_gets_a_transposed_times_b_over_its_rows(student, g):
 
 @check(points=3, hint="the parts are right alone? Then look at what fused_forward hands to them")
 def forward_and_backward_are_those_of_the_loop(student, g):
-    module, world = kernels(student), a_world(g, (5, 0, 12, 1))
-    same("y of fused", module.fused(*world), loop(*doubles(world))[0].float())
-    same_gradients(module.fused, world, random(g, 9, D), "fused")
+    same_results(kernels(student).fused, a_world(g, (5, 0, 13)), random(g, 9, D), "fused")
 
 
 # --- part F ---

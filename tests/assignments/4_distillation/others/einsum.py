@@ -38,19 +38,20 @@ def probe(vit, images, labels, block):
     with ExitStack() as after, torch.no_grad():
         after.callback(vit.train, vit.training)
         vit.train(False)
-        scores = [vit(images, routings={block: forced(e, vit.n_tokens * len(images), E)})[0]
+        scores = [vit(images, routings={block: forced(e, vit.n_tokens * len(images), E,
+                                                images.device)})[0]
                   for e in range(E)]
     return torch.stack(scores).max(dim=2).indices.eq(labels)
 
 
 def accuracy_matrix(correct, domain):
-    hot = (domain[:, None] == torch.arange(len(correct))).to(torch.float32)
+    hot = (domain[:, None] == torch.arange(len(correct), device=domain.device)).to(torch.float32)
     return torch.einsum("ib,bj->ij", correct.to(torch.float32), hot) / torch.einsum("bj->j", hot)
 
 
 def own_and_others(A):
     known = A == A
-    away = known & ~torch.eye(len(A)).bool()
+    away = known & ~torch.eye(len(A), device=A.device).bool()
     others = torch.where(away, A, 0.0).sum(dim=1) / away.sum(dim=1)
     return torch.einsum("ii->i", A), others
 

@@ -49,7 +49,8 @@ def probe(vit, images, labels, block):
     with torch.no_grad():
         for i in range(E):
             for b, image in enumerate(images):
-                scores = vit(image[None], {block: forced(i, vit.n_tokens, E)}).logits[0]
+                routing = forced(i, vit.n_tokens, E, image.device)
+                scores = vit(image[None], {block: routing}).logits[0]
                 correct[i, b] = scores.argmax() == labels[b]
     vit.train(mode)
     return correct
@@ -57,7 +58,7 @@ def probe(vit, images, labels, block):
 
 def accuracy_matrix(correct, domain):
     E = len(correct)
-    A = torch.empty(E, E)
+    A = torch.empty(E, E, device=domain.device)
     for i in range(E):
         for j in range(E):
             A[i, j] = correct[i, domain == j].float().mean()            # NaN of nothing

@@ -18,7 +18,8 @@ def mutual_distillation_loss(raw):
 
 
 def domains(probs, n_tokens):
-    image = torch.div(torch.arange(len(probs)), n_tokens, rounding_mode="floor")
+    row = torch.arange(len(probs), device=probs.device)
+    image = torch.div(row, n_tokens, rounding_mode="floor")
     total = probs.new_zeros(len(probs) // n_tokens, probs.shape[1])
     return total.index_add(0, image, probs).sort(dim=1, descending=True, stable=True).indices[:, 0]
 
@@ -42,14 +43,15 @@ def probe(vit, images, labels, block):
     E = calm.blocks[block - 1].mlp.router.n_experts
     rows = []
     for e in range(E):
-        guess = calm(images, {block: forced(e, len(images) * calm.n_tokens, E)}).logits
-        rows.append(guess.max(dim=1)[1] == labels)
+        routing = forced(e, len(images) * calm.n_tokens, E, images.device)
+        rows.append(calm(images, {block: routing}).logits.max(dim=1)[1] == labels)
     return torch.vstack(rows)
 
 
 def accuracy_matrix(correct, domain):
     E, B = correct.shape
-    hits = torch.zeros(E, E).scatter_add(1, domain.expand(E, B), correct.float())
+    none = torch.zeros(E, E, device=domain.device)
+    hits = none.scatter_add(1, domain.expand(E, B), correct.float())
     return hits / torch.bincount(domain, minlength=E)
 
 

@@ -15,9 +15,10 @@ def plan_tiles(offsets, S, rows):
     E = len(offsets) - 1
     sizes = offsets[1:] - offsets[:-1]
     needed = torch.ceil(sizes.double() / rows).long()
-    expert = torch.repeat_interleave(torch.arange(E), needed)
+    expert = torch.repeat_interleave(torch.arange(E, device=offsets.device), needed)
     before = torch.cumsum(needed, 0) - needed
-    start = offsets[expert] + rows * (torch.arange(len(expert)) - before[expert])
+    tile = torch.arange(len(expert), device=offsets.device)
+    start = offsets[expert] + rows * (tile - before[expert])
     rest = -(-S // rows) + E - len(expert)
     return Tiles(F.pad(expert, (0, rest), value=E), F.pad(start, (0, rest)))
 
@@ -35,7 +36,7 @@ class Lean:
         z, b = z.to(wide), b_out.to(wide)
         # every expert's rows in a block of its own, padded to the longest
         sizes = offsets.diff()
-        place = torch.arange(len(ids)) - offsets[ids]
+        place = torch.arange(len(ids), device=ids.device) - offsets[ids]
 
         def padded(v):
             block = v.new_zeros(E, int(sizes.max()), *v.shape[1:])
@@ -46,7 +47,7 @@ class Lean:
         dgates = None
         if gates is not None:
             per_row = (da * a).sum(1) + (d * b[ids]).sum(1)
-            dgates = torch.zeros(T * K, dtype=wide).index_add(0, order, per_row)
+            dgates = torch.zeros(T * K, dtype=wide, device=x.device).index_add(0, order, per_row)
             dgates = dgates.view(T, K).to(gates.dtype)
             gate = gates.reshape(-1)[order][:, None].to(wide)
             da, d = gate * da, gate * d
@@ -55,7 +56,7 @@ class Lean:
         dw_out = torch.einsum("srh,srd->shd", padded(a), padded(d))
         dw_in = torch.einsum("srd,srh->sdh", padded(rows), padded(dz))
         dx = torch.einsum("srh,sdh->srd", padded(dz), w_in.to(wide))[ids, place]
-        grads = (torch.zeros(T, D, dtype=wide).index_add(0, token, dx), None, dgates, dw_in,
+        grads = (torch.zeros_like(x, dtype=wide).index_add(0, token, dx), None, dgates, dw_in,
                  padded(dz).sum(1), dw_out, padded(d).sum(1))
         return tuple(v if v is None or v is dgates else v.to(x.dtype) for v in grads)
 

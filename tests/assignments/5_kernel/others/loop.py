@@ -21,7 +21,8 @@ def plan_tiles(offsets, S, rows):
             first += rows
     E = len(offsets) - 1
     missing = -(-S // rows) + E - len(expert)
-    return Tiles(torch.tensor([E] * missing + expert), torch.tensor([0] * missing + start))
+    return Tiles(torch.tensor([E] * missing + expert, device=offsets.device),
+                 torch.tensor([0] * missing + start, device=offsets.device))
 
 
 class Lean:
@@ -31,10 +32,10 @@ class Lean:
         x, gates, z, ids, order, _, w_in, w_out, b_out = ctx.saved_tensors
         K = ctx.K
         wide = torch.promote_types(x.dtype, torch.float32)
-        dx = torch.zeros(x.shape, dtype=wide)
-        dgates = None if gates is None else torch.zeros(gates.shape, dtype=gates.dtype)
+        dx = torch.zeros_like(x, dtype=wide)
+        dgates = None if gates is None else torch.zeros_like(gates)
         dw_in, dw_out = torch.zeros_like(w_in, dtype=wide), torch.zeros_like(w_out, dtype=wide)
-        db_in = torch.zeros(w_in.shape[0], w_in.shape[2], dtype=wide)
+        db_in = torch.zeros_like(w_in[:, 0], dtype=wide)
         db_out = torch.zeros_like(b_out, dtype=wide)
         for r, (e, s) in enumerate(torch.stack([ids, order], dim=1).tolist()):
             t, k = s // K, s % K

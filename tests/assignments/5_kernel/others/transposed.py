@@ -8,7 +8,7 @@ from kernels import Tiles
 
 
 def over_choices(rows, K):
-    token = torch.arange(len(rows)) // K
+    token = torch.arange(len(rows), device=rows.device) // K
     return rows.new_zeros(len(rows) // K, rows.shape[1]).index_add_(0, token, rows)
 
 
@@ -17,7 +17,7 @@ def plan_tiles(offsets, S, rows):
     E, n = len(offsets) - 1, -(-S // rows) + len(offsets) - 1
     pairs = [(e, r) for e in range(E) for r in range(int(offsets[e]), int(offsets[e + 1]), rows)]
     pairs.sort(key=lambda pair: pair[1] - int(offsets[pair[0] + 1]))
-    expert, start = torch.full((n,), E), torch.zeros(n, dtype=torch.long)
+    expert, start = offsets.new_full((n,), E), offsets.new_zeros(n)
     for i, (e, r) in enumerate(pairs):
         expert[i], start[i] = e, r
     return Tiles(expert, start)
