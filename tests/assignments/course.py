@@ -62,12 +62,21 @@ def main():
     # as checkpoint.printable, whose file would import torch and may be a student's
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+    for name in ("release", "grade", "self-test"):
+        commands.choices[name].add_argument("--variant", type=int, metavar="SEED", help="ask for "
+                                            "other definitions than the published solutions have")
     args = parser.parse_args()
     if not hasattr(os, "fork"):
         return "this system cannot fork: use Linux, macOS or the Windows Subsystem for Linux"
     student = not (HERE / "selftest.py").exists()
     if student and args.command != "check":
         return f"{ROOT} is a student tree: its one command is `course.py check`"
+    if (seed := getattr(args, "variant", None)) is not None and (HERE / "variants.py").exists():
+        import variants
+        print(f"variant {seed}:\n{variants.sentences(seed)}", flush=True)
+        with variants.repository(seed) as copy:      # it has no variants.py: there, this is skipped
+            return subprocess.run([sys.executable, "-B", copy / TOOL / "course.py",
+                                   *sys.argv[1:]]).returncode
     if args.command == "release":
         return release(args.dir, args.only)
     if args.command == "check":
