@@ -70,9 +70,10 @@ def run():
     env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     with subprocess.Popen([sys.executable, "-B", "-c", RUNNER, HERE], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, encoding="utf-8", env=env) as process:
-        def run(tool, tree, folder):
-            job = {"tool": str(tool), "tree": str(tree), "folder": folder, "public": False,
-                   "seeds": [0], "seconds": 100, "guard": None, "quiet": True, "together": True}
+        def run(tool, tree, a):
+            job = {"tool": str(tool), "tree": str(tree), "folder": a.folder, "public": False,
+                   "seeds": [0], "seconds": 100, "guard": None, "quiet": True, "together": True,
+                   "watched": course.watched(a)}
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
@@ -103,7 +104,7 @@ def test_its_own_solution_gets_all_points_and_the_published_one_is_told_what_is_
 
     def results(who, bodies, answers):
         tree = selftest.write(tmp_path / who, solved(a, texts, bodies, answers))
-        return run(tmp_path / course.TOOL, tree, a.folder)
+        return run(tmp_path / course.TOOL, tree, a)
 
     own = results("own", published | texts, texts.get(solution) or variants.original(solution))
     assert not [r for r in own if r["kind"] != "passed"]
