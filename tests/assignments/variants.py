@@ -68,6 +68,8 @@ SWITCHES = [
             ("n / (T * K) * s", "n / T * s")],
         "hidden.py": [("sum(row.count(e) for row in experts.tolist()) / (T * K)",
                        "experts[:, 0].tolist().count(e) / T"),
+                      ("chosen.flatten().tolist().count(e)", "chosen[:, 0].tolist().count(e)"),
+                      ("importance).sum() * E / (T * K)", "importance).sum() * E / T"),
                       ("8 * (1 / 2 * 1)", "8 * (1 * 1)")],
         "solution.py": [("balance_loss_when_collapsed = 4", "balance_loss_when_collapsed = 8")]}),
     switch(1, "z-loss", "z_loss takes log E off each log-sum-exp before it squares.", {
@@ -90,6 +92,7 @@ SWITCHES = [
             ("sum(map(math.exp, row))) ** 2", "sum(map(math.exp, row)) / E) ** 2")],
         "hidden.py": [("z.exp().sum(dim=1, keepdim=True).log()",
                        "z.exp().mean(dim=1, keepdim=True).log()"),
+                      ("(z.logsumexp(dim=1) ** 2)", "((z.logsumexp(dim=1) - math.log(E)) ** 2)"),
                       ("(z.exp().sum(dim=1).log()", "(z.exp().mean(dim=1).log()")]}),
 
     switch(2, "queue", "Capacity serves token by token, first choice before second.", {
@@ -116,6 +119,10 @@ SWITCHES = [
              "[[True, True], [True, True], [False, True], [True, False]]")],
         "hidden.py": [("all first choices queue before all second ones",
                        "all choices of a token queue before those of the next"),
+                      ("for k, t in ((k, t) for k in range(chosen.shape[1]) for t in "
+                       "range(len(chosen))):",
+                       "for t, k in ((t, k) for t in range(len(chosen)) for k in "
+                       "range(chosen.shape[1])):"),
                       ("for t, k, e in queue:", "for t, k, e in sorted(queue):")],
         "solution.py": [("[[0, 0], [0, 1], [0, 0], [1, 0], [0, 1], [0, 0]]",
                          "[[0, 0], [0, 0], [0, 0], [1, 0], [0, 1], [1, 0]]")]}),
@@ -138,6 +145,10 @@ SWITCHES = [
             ("math.ceil(0.75 * 3", "math.floor(0.75 * 3")],
         "hidden.py": [
             ("9 digits before ceil", "9 digits before floor"),
+            ("math.ceil(0.8 *", "math.floor(0.8 *"), ("math.ceil(0.6 *", "math.floor(0.6 *"),
+            ("(C - 0.5) / 700", "(C + 0.5) / 700"),
+            ("factor 1.00001, so C = 101", "factor 1.00001, so C = 100"),
+            ("1.00001).sum()), 101)", "1.00001).sum()), 100)"),
             ("1.1 * 2 * 100 / 4 is 55.00000000000001", "0.58 * 2 * 100 / 4 is 28.999999999999996"),
             ("E=4, factor 1.1", "E=4, factor 0.58"),
             ("within_capacity(both, 4, 1.1)", "within_capacity(both, 4, 0.58)"),
@@ -159,7 +170,9 @@ SWITCHES = [
             ('("order", [1, 2, 0, 4, 3, 5])', '("order", [2, 1, 0, 4, 3, 5])'),
             ("for e in range(E) for s in range(T * K) if flat[s] == e]",
              "for e in range(E) for k in range(K) for s in range(k, T * K, K)\n"
-             "             if flat[s] == e]")]}),
+             "             if flat[s] == e]")],
+        "hidden.py": [("sorted(range(1400), key=flat.__getitem__)",
+                       "sorted(range(1400), key=lambda s: (flat[s], s % 2))")]}),
 
     switch(3, "mean over blocks", "The teacher routers' two losses are means over the blocks.", {
         "teacher.py": [
@@ -178,7 +191,8 @@ SWITCHES = [
             ("in targets.values()), scale=10.0)", "in targets.values()) / 3, scale=10.0)"),
             ("torch.tensor(surprise / T,", "torch.tensor(surprise / T / 3,")],
         "hidden.py": [("no detach, no mean over the blocks", "no detach, a mean over the blocks"),
-                      ("sum(map(loss, zs)), *zs)", "sum(map(loss, zs)) / 3, *zs)")]}),
+                      ("sum(map(loss, zs)), *zs)", "sum(map(loss, zs)) / 3, *zs)"),
+                      ("(loss(t) + loss(z)).float()", "((loss(t) + loss(z)) / 2).float()")]}),
     switch(3, "depth", "The aligned block of the teacher is at the same depth, rounded up.", {
         "teacher.py": [
             ("by default the one at the same relative depth. ",
@@ -208,7 +222,8 @@ SWITCHES = [
                        "expected = torch.full((4, N), -1)"),
                       ("[history[t] != history[4]] = t + 1", "[history[t] != history[4]] = t"),
                       ("got, torch.zeros(4, N, dtype=torch.long)",
-                       "got, torch.full((4, N), -1)")]}),
+                       "got, torch.full((4, N), -1)"),
+                      ("[0, 299, 290]", "[-1, 298, 289]")]}),
 
     switch(4, "class token", "An image's domain is the favourite of its class token.", {
         "distill.py": [
