@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from checking import answered, check, gradient, random, require, same, where_given
+from checking import answered, check, gradient, random, require, same, tolerance, where_given
 from torch.autograd.profiler import profile
 
 # what the public checks expect is expected here too; a copy, so that no submission can reach it
@@ -25,7 +25,7 @@ def as_good_as_the_loop(quantity, got, plain, true):
          (tuple(plain.shape), plain.dtype))
     error, noise = ((v.detach().double() - true).square().mean().sqrt().item()
                     for v in (got, plain))
-    bound = 2 * noise + 1e-6 * true.abs().max().item()              # sums in another order
+    bound = 2 * noise + tolerance(torch.float32, true.abs().max().item())   # in another order
     require(error <= bound, f"error of {quantity}", f"at most {bound:.3g}, from the "
             f"{noise:.3g} of plain torch in {got.dtype}", f"{error:.3g}",
             "add products up in float32 and round once, when the result is stored")
@@ -86,7 +86,8 @@ def what_a_gate_of_0_stops_what_is_kept_and_how_float16_counts(student, g):
     parts = {"x": x, "z": z, "gelu(z)": F.gelu(z), "raw": loop(x, chosen, gates, *weights)[1]}
     kept, bytes_kept = answered(student, "kept", dict.fromkeys(parts, True)), 0
     for name, part in parts.items():
-        there = any(v.shape == part.shape and torch.allclose(v.double(), part.double(), 0.01, 0.01)
+        near = tolerance(torch.float16, part.abs().max())
+        there = any(v.shape == part.shape and (v.double() - part).abs().max() <= near
                     for v in saved)
         bytes_kept += part.numel() * x.itemsize * there
         same(f"F5, {name} is kept", kept[name], there)
@@ -162,8 +163,8 @@ def the_backward_makes_four_products_and_none_of_the_forward_again(student, g):
         y.backward(random(g, 12, D))
     work = sum(e.flops for e in seen.key_averages() if e.key.endswith(("::mm", "bmm", "addmm")))
     one = 2 * 24 * D * H
-    require(work <= 4.8 * one, "work of the products in Lean.backward", f"{4 * one} operations, "
-            f"four products of all choices (at most {int(4.8 * one)})", work)
+    require(work < 5 * one, "work of the products in Lean.backward", f"{4 * one} operations, "
+            f"four products of all choices (and less than five, {5 * one})", work)
 
 
 @check(points=2, hint="torch.promote_types(x.dtype, torch.float32) for d(gate), a sum of products")
@@ -218,13 +219,14 @@ def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
     same("OUT of 'da', which is dz, sorted by expert", launch.out, dz.float())
     same("GATED_A, gate gelu(z), sorted by expert", launch.extra, (gate * F.gelu(z)).float())
     same("DGATES, <da, gelu(z)> of each choice, summed over its tiles", dgates.sum(dim=1),
-         public.in_order(launch, (da * F.gelu(z)).sum(dim=1)).float(), scale=10.0)
+         public.in_order(launch, (da * F.gelu(z)).sum(dim=1)).float(),
+         scale=(da * F.gelu(z)).abs().sum(dim=1).max())
     expected = torch.zeros(E, n, dtype=torch.float64)
     for r, e in enumerate(launch.ids):
         expected[e] += dz[r]
     got = torch.zeros(E + 1, n).index_add_(0, launch.tiles.expert, db)[:E]
     same("DB, the sum of dz over each expert's rows, summed over its tiles", got,
-         expected.float(), scale=10.0)
+         expected.float(), scale=dz.abs().sum(dim=0).max())
     launch = public.a_launch(student, g, (3, 0, 1), n=5, depth=H)
     launch.z = random(g, 4, 5).float()
     public.launched(launch, "da", launch.x, K, z=launch.z, gated_a=launch.extra,
