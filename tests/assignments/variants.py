@@ -371,6 +371,11 @@ ALWAYS = {
     "tests/mutants.py": [(
         "\n\nif __name__ ==", "\n\nMUTANTS = [m for m in MUTANTS if not stale(*m[:2])]\n"
         "if __name__ ==")],
+    f"{TOOL}/selftest.py": [
+        ("from mutants import MUTANTS", "from mutants import MUTANTS, stale"),
+        ("    for kind, file, old, new in module.WRONG:",
+         "    module.WRONG = [w for w in module.WRONG if not stale(*w[1:3])]\n"
+         "    for kind, file, old, new in module.WRONG:")],
 }
 
 
