@@ -408,10 +408,10 @@ class Worker:
         self.process.wait()
 
     def run(self, tree, *, seeds, guard=None, public=False, seconds=SECONDS, quiet=True,
-            together=False, watched=None):
+            together=False, backwards=False, watched=None):
         job = {"tree": str(tree), "public": public, "seeds": list(seeds), "seconds": seconds,
                "guard": guard and str(guard), "quiet": quiet, "together": together,
-               "watched": watched or self.watched}
+               "backwards": backwards, "watched": watched or self.watched}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()

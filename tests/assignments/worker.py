@@ -9,7 +9,8 @@ forked child of its own, which alone imports the student's modules. A job is
      "seconds": CPU time per check, "guard": a folder that must not be read, or null,
      "quiet": hide what the student prints,
      "watched": {file: {function: what it may do that others may not}},
-     "together": all checks in one child, up to the first that fails, which is faster}
+     "together": all checks in one child, up to the first that fails, which is faster,
+     "backwards": the last check first}
 """
 import builtins
 import contextlib
@@ -228,7 +229,7 @@ def main(folder):
         job = json.loads(line) | {"folder": folder}
         job["tree"] = str(Path(job["tree"]).resolve())
         checks = [(check, module, public) for check, module, public in loaded
-                  if public or not job["public"]]
+                  if public or not job["public"]][::-1 if job["backwards"] else 1]
         results = []
         for group in [checks] if job["together"] else [[c] for c in checks]:
             started = time.monotonic()

@@ -120,6 +120,13 @@ def noise_has_a_standard_deviation_of_noise_over_e(student, g):
         require(abs(got - expected) < 7 * error, f"{name}, noise=2",
                 f"{expected:.4f} within {7 * error:.4f}", f"{got:.4f}", hint)
     z = random(g, T, E)
+    seeded = []
+    for _ in range(2):
+        router = student.router.TopKRouter(D, E, E, "softmax_topk", noise=5.0)
+        torch.manual_seed(g.initial_seed())
+        seeded.append(router.route(z).gates)
+    same("gates in training with noise=5, after torch.manual_seed with the same number", *seeded,
+         "draw from torch's own generator, or a run cannot be repeated")
     routing = route(student, z, E, "softmax_topk", True, noise=5.0)
     require((routing.gates.diff(dim=1) <= 0).all(), "gates in training with noise=5",
             "the favourite's first, so falling from left to right", "a gate larger than the one "

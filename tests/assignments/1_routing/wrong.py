@@ -37,6 +37,11 @@ WRONG = [
             {NOISE}""", """if self.noise > 0:
             stir = torch.randn_like(logits) * (self.noise / self.n_experts)
             noisy = logits + stir if self.training else logits"""),
+    ("random state", "router.py", NOISE,
+     """dice = TopKRouter.dice = getattr(TopKRouter, "dice", torch.Generator().manual_seed(0))
+            noisy = logits + torch.randn(
+                logits.shape, generator=dice, dtype=logits.dtype, device=logits.device
+                ) * (self.noise / self.n_experts)"""),
     ("random state", "router.py", SORT,
      "order = (noisy + 1e-12 * torch.rand_like(noisy)).sort(dim=-1, descending=True).indices"),
     ("one size only", "router.py", "gates = kept.softmax(dim=-1)",

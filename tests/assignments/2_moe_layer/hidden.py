@@ -26,7 +26,8 @@ from checking import (
 
 
 def a_world(g, tokens=T, k=K, experts=E):
-    chosen = torch.stack([torch.randperm(experts, generator=g)[:k] for _ in range(tokens)])
+    # a view, as the router's: its rows do not lie side by side
+    chosen = torch.stack([torch.randperm(experts, generator=g) for _ in range(tokens)])[:, :k]
     gates = torch.rand(tokens, k, generator=g, dtype=torch.float64) + 0.1
     shapes = (experts, D, H), (experts, H), (experts, H, D), (experts, D)
     weights = [random(g, *shape) / math.sqrt(shape[1]) for shape in shapes]
@@ -223,10 +224,14 @@ def an_upcycled_vit_computes_what_the_dense_one_does(student, g):
 def upcycling_shares_nothing_and_leaves_the_routers_alone(student, g):
     dense, sparse = a_vit(student, g), a_vit(student, g, k=2)
     routers = [sparse.blocks[b].mlp.router.weight.detach().clone() for b in (0, 2)]
+    held = dict(sparse.named_parameters())                      # by an optimizer, for instance
     before = deepcopy(dense.state_dict())
     student.moe.upcycle(sparse, dense)
     for b, router in zip((0, 2), routers, strict=True):
         same(f"the router of block {b + 1}", sparse.blocks[b].mlp.router.weight, router)
+    other = [name for name, p in sparse.named_parameters() if p is not held[name]]
+    require(not other, "parameters of the sparse ViT that are new objects", "none",
+            f"{len(other)}, such as {other[:1]}", "fill them: an optimizer holds the old ones")
     experts = sparse.blocks[0].mlp.experts
     for name, p in experts.named_parameters():
         require(isinstance(p, torch.nn.Parameter) and p.requires_grad and p.is_leaf,

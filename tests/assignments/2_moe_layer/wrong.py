@@ -107,6 +107,8 @@ WRONG = [
                 self.w_out[e] = mlp.fc_out.weight.T"""),
     ("input changed", "moe.py", "self.w_in.copy_(mlp.fc_in.weight.T)",
      "self.w_in.copy_(mlp.fc_in.weight.t_())"),
+    ("replaced", "moe.py", "self.w_in.copy_(mlp.fc_in.weight.T)",
+     "self.w_in = nn.Parameter(mlp.fc_in.weight.T.repeat(len(self.w_in), 1, 1))"),
     ("random state", "moe.py", "self.w_in.copy_(mlp.fc_in.weight.T)",
      "self.w_in.copy_(mlp.fc_in.weight.T + 1e-3 * torch.randn_like(self.w_in))"),
     # upcycle
