@@ -60,7 +60,8 @@ for line in sys.stdin:
         worker.HERE, sys.stdin = Path(json.loads(line)["tool"]), io.StringIO(line)
         worker.main(json.loads(line)["folder"])
         os._exit(0)
-    os.waitpid(child, 0)
+    if os.waitpid(child, 0)[1]:
+        print("[]", flush=True)         # its traceback is on stderr
 """
 
 
@@ -73,7 +74,7 @@ def run():
         def run(tool, tree, a):
             job = {"tool": str(tool), "tree": str(tree), "folder": a.folder, "public": False,
                    "seeds": [0], "seconds": 100, "guard": None, "quiet": True, "together": True,
-                   "watched": course.watched(a)}
+                   "backwards": False, "watched": course.watched(a)}
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())

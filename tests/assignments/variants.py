@@ -188,7 +188,7 @@ SWITCHES = [
             ("each a sum over the blocks", "each a mean over the blocks"),
             ("the_teacher_routers_losses_are_two_sums_over_the_blocks",
              "the_teacher_routers_losses_are_two_means_over_the_blocks"),
-            ("in targets.values()), scale=10.0)", "in targets.values()) / 3, scale=10.0)"),
+            ("in targets.values())\n    # as", "in targets.values()) / 3\n    # as"),
             ("torch.tensor(surprise / T,", "torch.tensor(surprise / T / 3,")],
         "hidden.py": [("no detach, no mean over the blocks", "no detach, a mean over the blocks"),
                       ("sum(map(loss, zs)), *zs)", "sum(map(loss, zs)) / 3, *zs)"),
