@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import report
-from notebooks import bench, steps, study
+from notebooks import bench, decided, steps, study
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +41,14 @@ def test_every_row_says_where_it_comes_from(path):
     for row in report.read_lines(path):
         assert all(row[name] for name in ("command", "commit", "versions", "device", "data_md5"))
         assert row["seed"] is not None and "dirty" not in row["commit"]
+
+
+def test_in_the_newer_runs_a_guided_routers_interval_contains_0():
+    rows = study.rows_of("placement", "cpu")
+    for late in ("", "-late"):
+        found = decided.contrast(rows, "accuracy", (f"tgr-k1-router-alone{late}",),
+                                 (f"moe-k1{late}",))
+        assert found.n >= 5 and found.low < 0 < found.high
 
 
 def test_every_flag_in_a_command_exists_and_every_method_is_known():
