@@ -37,7 +37,7 @@ from course import (
 sys.path.insert(0, str(ROOT / "tests"))
 from mutants import MUTANTS
 
-LEAST_MUTANTS, LEAST_WRONG, LEAST_OTHERS, GRADING_SECONDS = 15, 0, 3, 60
+LEAST_MUTANTS, LEAST_WRONG, LEAST_OTHERS, GRADING_SECONDS = 15, 15, 5, 60
 SEED = 12345        # stands for the one that is drawn at grading
 
 KINDS = {       # of plausible wrong answers, in wrong.py of each assignment
