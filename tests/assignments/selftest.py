@@ -266,7 +266,8 @@ def prove(a, seeds):
                 for value in wrong(values[name]):
                     files = right | {answers: f"{right[answers]}\n{name} = {value!r}\n"}
                     wrongs += 1
-                    demand(any(r["kind"] == "failed" for r in run(files, together=True)),
+                    results = run(files, together=True, backwards=True)
+                    demand(any(r["kind"] == "failed" for r in results),
                            f"{a.folder}: {name} = {value!r} passes")
 
         # it is the student's file that is graded
