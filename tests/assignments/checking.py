@@ -170,7 +170,10 @@ def keeps_nothing(quantity, call, hint="keep no inputs and no results in a list,
     def alive():
         gc.collect()
         return sum(issubclass(type(v), torch.Tensor) for v in gc.get_objects())
-    call()                                              # the last one may stay, and constants
+    call()                                              # constants may stay, and the last results
+    gc.collect()
+    gc.freeze()                                         # what is there now is not looked at again
+    call()
     before, calls = alive(), 4
     for _ in range(calls):
         call()

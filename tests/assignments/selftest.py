@@ -188,7 +188,8 @@ def prove(a, seeds):
                       if "/" not in path or path.endswith("answers.py")}
             student = write(folder / "student", graded)         # over the one before
             tree = graded_tree(student, folder / "tree", a.number)
-            return worker.run(tree, **{"seeds": [0, SEED], "guard": ROOT} | how)
+            time = {"seconds": 100} if how.get("together") else {}      # for all checks in one child
+            return worker.run(tree, **{"seeds": [0, SEED], "guard": ROOT} | time | how)
 
         def passed(results):
             return [r["check"] for r in results if r["kind"] == "passed"]
@@ -234,8 +235,7 @@ def prove(a, seeds):
             """Whether some check says in words that a part is wrong."""
             demand(right[file].count(old) == 1, f"{a.folder}: {old!r} is not once in {file}")
             files = right | {file: right[file].replace(old, new)}
-            failed = [r for r in run(files, together=True, seconds=100, **how)
-                      if r["kind"] == "failed"]
+            failed = [r for r in run(files, together=True, **how) if r["kind"] == "failed"]
             for r in failed:
                 silent = [key for key in ("quantity", "expected", "got", "hint") if not r[key]]
                 demand(not silent, f"{r['check']} fails on {new!r} without {silent}")
@@ -267,8 +267,8 @@ def prove(a, seeds):
                 for value in wrong(values[name]):
                     files = right | {answers: f"{right[answers]}\n{name} = {value!r}\n"}
                     wrongs += 1
-                    demand(any(r["kind"] == "failed"
-                               for r in run(files, together=True, backwards=True)),
+                    results = run(files, together=True, backwards=True)
+                    demand(any(r["kind"] == "failed" for r in results),
                            f"{a.folder}: {name} = {value!r} passes")
 
         # it is the student's file that is graded
@@ -286,7 +286,7 @@ def prove(a, seeds):
         cheats(a, run, worker, folder)
         endings(a, run, right, passed)
         honest = right | {f: right[f] + USES_OF_TORCH for f in a.blanks}
-        all_pass(run(honest, together=True, seconds=100), "who tries parts of torch that rebind "
+        all_pass(run(honest, together=True), "who tries parts of torch that rebind "
                  "names of it")
 
     others = ", ".join(p.stem for p in others)

@@ -31,74 +31,6 @@ def as_good_as_the_loop(quantity, got, plain, true):
             "add products up in float32 and round once, when the result is stored")
 
 
-# --- the answers, measured ---
-
-@check(points=2, hint="F1: the length of Tiles times the blocks across. F2: which have expert E?")
-def how_many_programs_start_and_how_many_find_work(student, g):
-    tiles, columns = -(-37 * 2 // 32) + 5, -(-45 // 32)
-    used = len(range(0, 37 * 2, 32))
-    for name, value in (("programs_started", tiles * columns),
-                        ("programs_without_work", (tiles - used) * columns)):
-        same(f"F1, F2: {name}", float(answered(student, name, 1)), float(value))
-
-
-@check(points=2, hint="0 * NaN is NaN. Over what is each number a sum, and is it stored?")
-def which_masked_lanes_may_hold_anything(student, g):
-    # 12 rows of 16 are the group's, 20 columns of A of 32 are there, 10 columns of W of 16
-    a, w, z = torch.zeros(16, 32), torch.zeros(32, 16), torch.zeros(16, 16)
-    a[:12, :20], w[:20, :10], z[:12, :10] = 1, 1, 1
-    found = answered(student, "nan_is_seen", dict.fromkeys((
-        "A beyond DEPTH", "W beyond WIDTH", "A after the group, up", "Z after the group, da",
-        "A after the group, dw"), True))
-    def stored(a=a, w=w, z=z):
-        return (a @ w)[:12, :10], ((a @ w) * F.gelu(z)).sum(dim=0)[:10], (a.mT @ z)[:20, :10]
-    depth, columns, after, after_z = a.clone(), w.clone(), a.clone(), z.clone()
-    depth[:, 20:] = columns[:, 10:] = after[12:] = after_z[12:] = math.nan
-    for name, value in (("A beyond DEPTH", stored(a=depth)[0]),
-                        ("W beyond WIDTH", stored(w=columns)[0]),
-                        ("A after the group, up", stored(a=after)[0]),
-                        ("Z after the group, da", stored(z=after_z)[1]),
-                        ("A after the group, dw", stored(a=after)[2])):
-        same(f"F3, {name}", found[name], bool(value.isnan().any()))
-
-
-@check(points=3, hint="F4: which is multiplied by the gate? F5, F6: the docstring of lean. F7: "
-                      "which number comes after 2048 in float16?")
-def what_a_gate_of_0_stops_what_is_kept_and_how_float16_counts(student, g):
-    x, chosen, gates, *weights = a_world(g, (1,), 1, torch.float64)
-    leaves = x, torch.zeros_like(gates), *weights
-    d = random(g, 1, D)
-    grads = dict(zip(public.NAMES, gradient(
-        lambda x, *rest: (loop(x, chosen, *rest)[0] * d).sum(), *leaves), strict=True))
-    grads["gate"] = grads["gates"]
-    found = answered(student, "gets_nothing_from_gate_0",
-                     dict.fromkeys(("x", "w_in", "b_out", "gate"), True))
-    for name, answer in found.items():
-        same(f"F4, {name}", answer, not grads[name].any())
-
-    module, saved = kernels(student, launches=False), []
-    x, chosen, gates, *weights = a_world(g, (7, 7), K, torch.float16, 192, 768)
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
-        module.Lean.apply(x.requires_grad_(), chosen, gates, *weights)
-    order = sorted(range(14), key=chosen.flatten().tolist().__getitem__)
-    z = torch.stack([x[s // K].double() @ weights[0][e].double() + weights[1][e]
-                     for s, e in zip(order, [0] * 7 + [1] * 7, strict=True)])
-    parts = {"x": x, "z": z, "gelu(z)": F.gelu(z), "raw": loop(x, chosen, gates, *weights)[1]}
-    kept, bytes_kept = answered(student, "kept", dict.fromkeys(parts, True)), 0
-    for name, part in parts.items():
-        near = tolerance(torch.float16, part.abs().max())
-        there = any(v.shape == part.shape and (v.double() - part).abs().max() <= near
-                    for v in saved)
-        bytes_kept += part.numel() * x.itemsize * there
-        same(f"F5, {name} is kept", kept[name], there)
-    same("F6, bytes kept per token", float(answered(student, "bytes_kept_per_token", 1)),
-         bytes_kept / 7)
-    total = torch.zeros((), dtype=torch.float16)
-    for _ in range(4096):
-        total += 1
-    same("F7, 4096 ones in float16", float(answered(student, "ones_in_float16", 1)), total.item())
-
-
 # --- part A ---
 
 @check(points=2, hint="offsets beyond 2**31 are int64 all the way; no tile for an idle expert")
@@ -314,10 +246,13 @@ def idle_experts_get_zeros_from_dirty_memory(student, g):
     for w in world[3:]:
         w[1] = math.nan                                   # nobody visits expert 1
     # as torch.use_deterministic_algorithms, which imports a compiler first: torch.empty gives NaN
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
     for name, rung in (("lean", module.lean), ("fused", module.fused)):
         x, chosen, *rest = world
-        grads = gradient(lambda x, *rest, r=rung, c=chosen: r(x, c, *rest), x, *rest)
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
+        try:
+            grads = gradient(lambda x, *rest, r=rung, c=chosen: r(x, c, *rest), x, *rest)
+        finally:                                          # empty memory of 4 GB comes in a check
+            torch._C._set_deterministic_algorithms(False)
         for of, grad in zip(public.NAMES, grads, strict=True):
             require(bool(grad.isfinite().all()), f"d{of} of {name}", "finite numbers",
                     f"{int((~grad.isfinite()).sum())} entries that are not")
@@ -330,3 +265,71 @@ def idle_experts_get_zeros_from_dirty_memory(student, g):
 def fused_is_as_exact_in_float16_as_plain_torch(student, g):
     the_rung_is_as_exact(kernels(student).fused, g, (9, 0, 15), torch.float16,
                          "fused", forward=True)
+
+
+# --- the answers, measured ---
+
+@check(points=2, hint="F1: the length of Tiles times the blocks across. F2: which have expert E?")
+def how_many_programs_start_and_how_many_find_work(student, g):
+    tiles, columns = -(-37 * 2 // 32) + 5, -(-45 // 32)
+    used = len(range(0, 37 * 2, 32))
+    for name, value in (("programs_started", tiles * columns),
+                        ("programs_without_work", (tiles - used) * columns)):
+        same(f"F1, F2: {name}", float(answered(student, name, 1)), float(value))
+
+
+@check(points=2, hint="0 * NaN is NaN. Over what is each number a sum, and is it stored?")
+def which_masked_lanes_may_hold_anything(student, g):
+    # 12 rows of 16 are the group's, 20 columns of A of 32 are there, 10 columns of W of 16
+    a, w, z = torch.zeros(16, 32), torch.zeros(32, 16), torch.zeros(16, 16)
+    a[:12, :20], w[:20, :10], z[:12, :10] = 1, 1, 1
+    found = answered(student, "nan_is_seen", dict.fromkeys((
+        "A beyond DEPTH", "W beyond WIDTH", "A after the group, up", "Z after the group, da",
+        "A after the group, dw"), True))
+    def stored(a=a, w=w, z=z):
+        return (a @ w)[:12, :10], ((a @ w) * F.gelu(z)).sum(dim=0)[:10], (a.mT @ z)[:20, :10]
+    depth, columns, after, after_z = a.clone(), w.clone(), a.clone(), z.clone()
+    depth[:, 20:] = columns[:, 10:] = after[12:] = after_z[12:] = math.nan
+    for name, value in (("A beyond DEPTH", stored(a=depth)[0]),
+                        ("W beyond WIDTH", stored(w=columns)[0]),
+                        ("A after the group, up", stored(a=after)[0]),
+                        ("Z after the group, da", stored(z=after_z)[1]),
+                        ("A after the group, dw", stored(a=after)[2])):
+        same(f"F3, {name}", found[name], bool(value.isnan().any()))
+
+
+@check(points=3, hint="F4: which is multiplied by the gate? F5, F6: the docstring of lean. F7: "
+                      "which number comes after 2048 in float16?")
+def what_a_gate_of_0_stops_what_is_kept_and_how_float16_counts(student, g):
+    x, chosen, gates, *weights = a_world(g, (1,), 1, torch.float64)
+    leaves = x, torch.zeros_like(gates), *weights
+    d = random(g, 1, D)
+    grads = dict(zip(public.NAMES, gradient(
+        lambda x, *rest: (loop(x, chosen, *rest)[0] * d).sum(), *leaves), strict=True))
+    grads["gate"] = grads["gates"]
+    found = answered(student, "gets_nothing_from_gate_0",
+                     dict.fromkeys(("x", "w_in", "b_out", "gate"), True))
+    for name, answer in found.items():
+        same(f"F4, {name}", answer, not grads[name].any())
+
+    module, saved = kernels(student, launches=False), []
+    x, chosen, gates, *weights = a_world(g, (7, 7), K, torch.float16, 192, 768)
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        module.Lean.apply(x.requires_grad_(), chosen, gates, *weights)
+    order = sorted(range(14), key=chosen.flatten().tolist().__getitem__)
+    z = torch.stack([x[s // K].double() @ weights[0][e].double() + weights[1][e]
+                     for s, e in zip(order, [0] * 7 + [1] * 7, strict=True)])
+    parts = {"x": x, "z": z, "gelu(z)": F.gelu(z), "raw": loop(x, chosen, gates, *weights)[1]}
+    kept, bytes_kept = answered(student, "kept", dict.fromkeys(parts, True)), 0
+    for name, part in parts.items():
+        near = tolerance(torch.float16, part.abs().max())
+        there = any(v.shape == part.shape and (v.double() - part).abs().max() <= near
+                    for v in saved)
+        bytes_kept += part.numel() * x.itemsize * there
+        same(f"F5, {name} is kept", kept[name], there)
+    same("F6, bytes kept per token", float(answered(student, "bytes_kept_per_token", 1)),
+         bytes_kept / 7)
+    total = torch.zeros((), dtype=torch.float16)
+    for _ in range(4096):
+        total += 1
+    same("F7, 4096 ones in float16", float(answered(student, "ones_in_float16", 1)), total.item())
