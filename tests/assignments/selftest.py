@@ -188,8 +188,8 @@ def prove(a, seeds):
                       if "/" not in path or path.endswith("answers.py")}
             student = write(folder / "student", graded)         # over the one before
             tree = graded_tree(student, folder / "tree", a.number)
-            time = {"seconds": 100} if how.get("together") else {}      # for all checks in one child
-            return worker.run(tree, **{"seeds": [0, SEED], "guard": ROOT} | time | how)
+            limit = {"seconds": 100} if how.get("together") else {}     # for all checks at once
+            return worker.run(tree, **{"seeds": [0, SEED], "guard": ROOT} | limit | how)
 
         def passed(results):
             return [r["check"] for r in results if r["kind"] == "passed"]
