@@ -504,6 +504,22 @@ def contrast(rows, metric, plus, minus=()):
                      for b in blocks], left_out)
 
 
+def effects(arms):
+    """{what a factor does: (plus, minus)}, for `contrast`, of four arms as `cells` has them."""
+    none, router, features, both = arms
+    return {"guided features, router free": ((features,), (none,)),
+            "guided features, router guided": ((both,), (router,)),
+            "guided router, features free": ((router,), (none,)),
+            "guided router, features guided": ((both,), (features,)),
+            "both together, beyond the sum": ((both, none), (router, features))}
+
+
+def complete(rows, arms):
+    """The rows of the blocks that have all of some arms."""
+    blocks = set.intersection(*({block(r) for r in rows if r["arm"] == arm} for arm in arms))
+    return [r for r in rows if r["arm"] in arms and block(r) in blocks]
+
+
 def resampled(rows, plus, minus, draws=2_000):
     """95 % of the values that the contrast in test accuracy takes, in points, when blocks and test
     images are both drawn anew, with replacement: (low, high).

@@ -68,9 +68,11 @@ class Folded:
         return self.text
 
     def _repr_html_(self):
-        summary, text = html.escape(self.summary), html.escape(self.text)
-        text = re.sub("`(.*?)`", r"<code>\1</code>", text).replace("\n", "<br>")
-        return f"<details><summary>{summary}</summary>{text}</details>"
+        return f"<details><summary>{html.escape(self.summary)}</summary>{self.inside()}</details>"
+
+    def inside(self):
+        text = re.sub("`(.*?)`", r"<code>\1</code>", html.escape(self.text))
+        return text.replace("\n", "<br>")
 
 
 def move(draw, **sliders):

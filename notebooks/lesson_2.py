@@ -25,15 +25,14 @@ class Table(Folded):
     """Rows of cells, read when the summary is clicked; in a terminal they are just read."""
 
     def __init__(self, summary, head, rows):
-        self.summary, self.rows = summary, [head, *rows]
-        self.text = "\n".join(" | ".join(map(str, row)) for row in self.rows)
+        self.rows = [head, *rows]
+        super().__init__(summary, "\n".join(" | ".join(map(str, row)) for row in self.rows))
 
-    def _repr_html_(self):
+    def inside(self):
         head, *body = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
                        for tag, row in zip(["th"] + ["td"] * len(self.rows), self.rows,
                                            strict=False)]
-        return (f"<details><summary>{html.escape(self.summary)}</summary><table><tr>{head}</tr>"
-                f"{''.join(f'<tr>{row}</tr>' for row in body)}</table></details>")
+        return (f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>")
 
 
 # --- what the teacher knows, and what its routers ask for ---
@@ -194,21 +193,11 @@ def exchanged(tally):
 
 # --- two factors, crossed ---
 
-def effects(cells):
-    """{what changes: (plus, minus)} of the four arms in the order of decided.CELLS."""
-    none, router, features, both = cells
-    return {"guided features, router free": ((features,), (none,)),
-            "guided features, router guided": ((both,), (router,)),
-            "guided router, features free": ((router,), (none,)),
-            "guided router, features guided": ((both,), (features,)),
-            "both together, beyond the sum": ((both, none), (router, features))}
-
-
 def estimates(of, metric, cells):
     """{what changes: its Estimate}, from the blocks that have all four arms."""
-    blocks = set.intersection(*({decided.block(r) for r in of if r["arm"] == arm} for arm in cells))
-    of = [r for r in of if decided.block(r) in blocks]
-    return {name: decided.contrast(of, metric, *arms) for name, arms in effects(cells).items()}
+    of = decided.complete(of, cells)
+    return {name: decided.contrast(of, metric, *arms)
+            for name, arms in decided.effects(cells).items()}
 
 
 def crossed(of, metric, cells, title, ylabel, digits=1):
@@ -230,7 +219,7 @@ def crossed(of, metric, cells, title, ylabel, digits=1):
                    xticklabels=("features free", "features guided"))
     axes[0, 0].legend(loc="upper left")
     axes[0, 1].axhline(0, color="black", lw=0.8)
-    for at, (plus, minus) in enumerate(list(effects(cells).values())[:4]):
+    for at, (plus, minus) in enumerate(list(decided.effects(cells).values())[:4]):
         dots(axes[0, 1], at, of, metric, plus, minus, COLOURS[2 if at < 2 else 4])
     axes[0, 1].set(xlim=(-0.5, 3.5), xticks=range(4), ylabel="difference, within a block",
                    xticklabels=["guided features,\nrouter free", "guided features,\nrouter guided",
@@ -269,7 +258,7 @@ def effects_table(summary, metrics, settings):
             found = estimates(of, metric, cells)
             body.append([setting, what, *(decided.signed(e, digits) for e in found.values()),
                          min(e.n for e in found.values())])
-    return Table(summary, ["setting", "measure", *effects("abcd"), "blocks"], body)
+    return Table(summary, ["setting", "measure", *decided.effects("abcd"), "blocks"], body)
 
 
 def arms_table(summary, metrics, arms):

@@ -131,7 +131,7 @@ def maps(title, tables, axis_names, label, alt, **colours):
 def explained(axis, colour, **where):
     """A legend for what lesson.dots draws."""
     axis.plot([], [], "o", ms=7, mfc="none", mew=1.5, color=colour, label="a run")
-    axis.plot([], [], "_", ms=18, mew=3, color=colour, label="mean of five")
+    axis.plot([], [], "_", ms=18, mew=3, color=colour, label="mean of the runs")
     axis.plot([], [], lw=1.2, color=colour, label="its 95 % interval")
     axis.legend(fontsize=9, **where)
 

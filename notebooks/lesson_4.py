@@ -34,6 +34,7 @@ if not torch.cuda.is_available():
 import kernels
 import report
 from notebooks import bench, contenders
+from notebooks.lesson import Folded
 from report import COLOURS
 
 # --- drawings ---
@@ -243,18 +244,11 @@ def finish(axis, xlabel, ylabel="", log_ticks=(), where="best"):
 
 # --- code: how it is written, what it moves ---
 
-class Listing:
-    """Lines that are read when their summary is clicked; in a terminal they are just read."""
+class Listing(Folded):
+    """Lines that stay lines."""
 
-    def __init__(self, summary, text):
-        self.summary, self.text = summary, text
-
-    def __repr__(self):
-        return self.text
-
-    def _repr_html_(self):
-        summary, text = html.escape(self.summary), html.escape(self.text)
-        return f"<details><summary>{summary}</summary><pre>{text}</pre></details>"
+    def inside(self):
+        return f"<pre>{html.escape(self.text)}</pre>"
 
 
 def fold(summary, text):

@@ -407,9 +407,8 @@ def factors(title, rows, arms):
 
     `arms` are those of decided.CELLS. Empty unless three blocks have all of them.
     """
-    rows = [row for row in rows if row["arm"] in arms]
-    blocks = set.intersection(*({decided.block(r) for r in rows if r["arm"] == a} for a in arms))
-    rows = alike([row for row in rows if decided.block(row) in blocks], list(arms))
+    rows = alike(decided.complete(rows, arms), list(arms))
+    blocks = {decided.block(row) for row in rows}
     if len(blocks) < 3:
         return ""
     none, router, features, both = arms
@@ -421,12 +420,7 @@ def factors(title, rows, arms):
             f"{report.pooled([METRICS[decided.HALF](row) for row in some])}" for some in cells)
             + " |")
     lines += ["", "| effect | on accuracy, points [95 %] | on the agreement [95 %] |", "|-|-|-|"]
-    effects = {"guided features, router free": ((features,), (none,)),
-               "guided features, router guided": ((both,), (router,)),
-               "guided router, features free": ((router,), (none,)),
-               "guided router, features guided": ((both,), (features,)),
-               "interaction": ((both, none), (router, features))}
-    for name, (plus, minus) in effects.items():
+    for name, (plus, minus) in decided.effects(arms).items():
         cells = (decided.signed(decided.contrast(rows, metric, plus, minus), digits)
                  for metric, digits in ((ACC, 2), (decided.HALF, 3)))
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -1003,11 +1003,13 @@ MUTANTS = [
     ("notebooks/decided.py", '(1 - inside) / 2 if t > 0', '1 - inside if t > 0'),
     ("notebooks/decided.py", '    if n < 3:', '    if n < 2:'),
     ("notebooks/decided.py", 'if p is None or p < 0.05 else', 'if True else'),
+    ("notebooks/decided.py", '"both together, beyond the sum": ((both, none), (router, features))',
+     '"both together, beyond the sum": ((both, router), (none, features))'),
+    ("notebooks/decided.py", 'return [r for r in rows if r["arm"] in arms and block(r) in blocks]',
+     'return [r for r in rows if r["arm"] in arms]'),
 
     # study.py: rows, runs, report
     ("notebooks/study.py", '    if len(blocks) < 3:', '    if len(blocks) < 2:'),
-    ("notebooks/study.py", '"interaction": ((both, none), (router, features))',
-                           '"interaction": ((both, router), (none, features))'),
     ("notebooks/study.py", '[" · ".join(links), *sections.values(), again]',
      '[*sections.values(), again]'),
     ("notebooks/study.py", 'os.O_APPEND | os.O_CREAT', 'os.O_CREAT'),

@@ -570,6 +570,7 @@ def test_a_listing_is_folded_on_a_page_and_printed_in_a_terminal(monkeypatch, ca
         "def fold(summary, text):\n    display(Listing(summary, text))\n")
     assert seen[0]._repr_html_() == (
         f"<details><summary>a &lt; b</summary><pre>{said.strip()}</pre></details>")
+    assert "<pre>1 &lt; 2\n3</pre>" in lesson_4.Listing("", "1 < 2\n3")._repr_html_()
 
 
 def test_tiles_and_equal_rectangles_hold_every_choice_wherever_the_sliders_stand():

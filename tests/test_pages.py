@@ -43,6 +43,14 @@ def test_every_row_says_where_it_comes_from(path):
         assert row["seed"] is not None and "dirty" not in row["commit"]
 
 
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "notebooks/results").iterdir()
+                                        if p.suffix in (".json", ".jsonl", ".txt")),
+                         ids=lambda path: path.name)
+def test_no_result_names_a_folder_of_the_machine_that_made_it(path):
+    assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|Users)/\w+",
+                      path.read_text(encoding="utf-8")) == []
+
+
 def test_in_the_newer_runs_a_guided_routers_interval_contains_0():
     rows = study.rows_of("placement", "cpu")
     for late in ("", "-late"):

@@ -619,7 +619,7 @@ def test_two_factors_crossed_say_what_each_does_and_what_they_do_together():
     assert "| router free | 31.00 ± 1.00; 0.50 ± 0.00 | 41.00 ± 1.00; 0.50 ± 0.00 |" in said
     assert "| guided features, router free | +10.00 [" in said
     assert "| guided router, features guided | +4.00 [" in said
-    assert "| interaction | +3.00 [" in said            # 44 + 30 - 31 - 40
+    assert "| both together, beyond the sum | +3.00 [" in said            # 44 + 30 - 31 - 40
     assert "3 seeds that all four have" in said and "0.5 points is not established" in said
     assert study.factors("", [r for r in rows if r["seed"] < 2], tuple(reached)) == ""
     assert study.factors("", [r for r in rows if r["arm"] != "tgr-k1"], tuple(reached)) == ""

@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 T, D, H, E, K = 37, 20, 24, 5, 2     # tokens, width, hidden, experts, choices: odd, and tiny
+TYPED = 1e-6        # how far an answer may be that somebody typed: none has more decimals
 
 
 class Failure(AssertionError):
@@ -235,6 +236,25 @@ class OneDevice(TorchFunctionMode):
         return out
 
 
+def on_a_gpu(student, call, *tensors):
+    """What `call` returns of such tensors on a GPU: its dtype and shape, without a GPU.
+
+    torch's fakes hold no numbers: of code that looks at them nothing can be said, and that is None.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        fakes = [torch.empty(v.shape, dtype=v.dtype, device="cuda") for v in tensors]
+        inside, student.watch.inside = student.watch.inside, True       # no numbers to watch
+        try:
+            return call(*fakes)
+        except NotImplementedError:
+            raise
+        except RuntimeError:
+            return None
+        finally:
+            student.watch.inside = inside
+
+
 class Coarse(TorchFunctionMode):
     """Gives float32 the 8 bits of bfloat16: a count above 256 goes wrong as one over 2**24 does."""
 
@@ -429,24 +449,3 @@ class Student:
 
 def generator(seed, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-
-
-# --- more helpers of assignments 3, 4 and 5 ---
-
-def on_a_gpu(student, call, *tensors):
-    """What `call` returns of such tensors on a GPU: its dtype and shape, without a GPU.
-
-    torch's fakes hold no numbers: of code that looks at them nothing can be said, and that is None.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode():
-        fakes = [torch.empty(v.shape, dtype=v.dtype, device="cuda") for v in tensors]
-        inside, student.watch.inside = student.watch.inside, True       # no numbers to watch
-        try:
-            return call(*fakes)
-        except NotImplementedError:
-            raise
-        except RuntimeError:
-            return None
-        finally:
-            student.watch.inside = inside

@@ -286,8 +286,7 @@ def prove(a, seeds):
         cheats(a, run, worker, folder)
         endings(a, run, right, passed)
         honest = right | {f: right[f] + USES_OF_TORCH for f in a.blanks}
-        all_pass(run(honest, together=True), "who tries parts of torch that rebind "
-                 "names of it")
+        all_pass(run(honest, together=True), "who tries parts of torch that rebind names of it")
 
     others = ", ".join(p.stem for p in others)
     print(f"{a.folder}: {a.checks[0]} public and {a.checks[1]} hidden checks; the reference passes "

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from checking import (
+    TYPED,
     D,
     E,
     T,
@@ -23,7 +24,6 @@ from checking import (
 )
 
 N = 10              # tokens of an image of 24 x 24 pixels in patches of 8, with the class token
-TYPED = 1e-6        # how far an answer may be that somebody typed: none has more decimals
 TWO_DECIMALS = 0.01     # "two decimals are enough", says answers.py
 
 

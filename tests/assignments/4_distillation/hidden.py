@@ -6,6 +6,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from checking import (
+    TYPED,
     D,
     E,
     T,
@@ -24,8 +25,7 @@ from checking import (
 from torch import nn
 
 NAN = math.nan
-TYPED = 1e-6            # how far an answer may be that somebody typed: none has more decimals
-TWO_DECIMALS = 0.005    # ... but for 1/3, 2/3 and the like
+TWO_DECIMALS = 0.005    # of 1/3, 2/3 and the like
 
 
 # --- what is expected, written down without the student's code ---
