@@ -1,0 +1,199 @@
+"""tiles.py -- which block sizes make the fused kernels fast on this GPU?
+
+    python notebooks/tiles.py --json notebooks/results/tiles_h200.json
+    python notebooks/tiles.py notebooks/results/tiles_h200.json     # the fastest, in a table
+
+`fused` is six products: "up" and "down" forward, "da", "dx" and two gradients of weights backward.
+Each is timed alone on one layer in bfloat16, with every block of `BLOCKS`. A block that gives
+another result than the one in use is refused. Triton compiles for seconds, so --workers processes
+compile first, and one process alone then times what they left in Triton's cache. Letters as in
+kernels.py.
+"""
+import argparse
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import commit, printable
+
+import torch
+
+import kernels
+from notebooks.bench import save, sizes
+from notebooks.contenders import draw
+
+
+def blocks(steps_and_stages):
+    """Every (rows, columns, step, warps, stages) that keeps 32 to 128 sums in a thread."""
+    return [(rows, columns, step, warps, stages)
+            for rows, columns, warps in itertools.product((64, 128), (64, 128, 256), (4, 8))
+            if 32 <= rows * columns // (32 * warps) <= 128
+            for step, stages in steps_and_stages
+            if 2 * stages * step * (rows + columns) <= 227 * 1024]      # shared memory, bfloat16
+
+
+SHAPE, BLOCK = ("T", "D", "H", "E", "K"), ("rows", "columns", "step", "warps", "stages")
+GEMM, DW = blocks([(32, 4), (64, 3), (64, 4)]), blocks([(32, 4), (64, 2), (64, 4), (64, 6)])
+BLOCKS = {"up": GEMM, "down": GEMM, "da": GEMM, "dx": GEMM, "dw_in": DW, "dw_out": DW}
+
+
+def block_sizes(rows, columns, step, warps, stages):
+    return kernels.BlockSizes(rows, columns, columns, step, warps, stages)
+
+
+def products(layer):
+    """The six launches on one layer: name -> a function of a block, which returns what it wrote."""
+    x, gates, w_in, b_in, w_out, b_out = layer.leaves.values()
+    (T, K), (E, D, H), dy = layer.chosen.shape, w_in.shape, layer.dy
+    S, plan = T * K, kernels.plan_choices(layer.chosen, E)
+    z, a, dz = (torch.randn(S, H, device=x.device, dtype=x.dtype) for _ in range(3))
+    tiles = {rows: kernels.plan_tiles(plan.offsets, S, rows) for rows in (64, 128)}
+
+    def gemm(name, block, *operands, width, **words):
+        out = x.new_empty(S, width)
+        kernels.gemm(name, block_sizes(*block), plan, tiles[block[0]], *operands, out, **words)
+        return out
+
+    def up(block):
+        z = x.new_empty(S, H)
+        return gemm("up", block, x, w_in, width=H, shared_by=K, bias=b_in, z=z), z
+
+    def down(block):
+        return [gemm("down", block, a, w_out, width=D, bias=b_out, gates=gates)]
+
+    def da(block):
+        gated_a, dgates = x.new_empty(S, H), gates.new_empty(S, -(-H // block[1]))
+        db = gates.new_zeros(len(tiles[block[0]].expert), H)
+        dz = gemm("da", block, dy, w_out.mT, width=H, shared_by=K, gates=gates, z=z,
+                  gated_a=gated_a, dgates=dgates, db=db)
+        return dz, gated_a, dgates.sum(dim=1), db.sum(dim=0)
+
+    def dx(block):
+        return [gemm("dx", block, dz, w_in.mT, width=D)]
+
+    def dw(block, *operands, **words):
+        *sized, stages = block
+        return [kernels.gemm_dw(block_sizes(*sized, stages // 2), plan, *operands, **words)]
+
+    return {"up": up, "down": down, "da": da, "dx": dx,
+            "dw_in": lambda block: dw(block, x, dz, a_shared_by=K),
+            "dw_out": lambda block: dw(block, a, dy, b_shared_by=K)}
+
+
+def in_use(name, S, E, dtype):
+    """The block that `fused` gives this product."""
+    b = kernels.choose_block_sizes(S, E, dtype)
+    stages = 2 * b.stages if name.startswith("dw") else b.stages
+    return b.rows, b.narrow if name == "da" else b.columns, b.step, b.warps, stages
+
+
+def close(ours, theirs):
+    """Whether two results differ by a few roundings of bfloat16 at most."""
+    return all((a.double() - b.double()).norm() <= 0.01 * b.double().norm()
+               for a, b in zip(ours, theirs, strict=True))
+
+
+def microseconds(launch, repeats=15):
+    """The median time of one launch, by CUDA events."""
+    times = []
+    for _ in range(3 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in times[3:])
+
+
+def compile_share(layer, worker, workers):
+    """Launch every workers-th block once, for what it leaves in Triton's cache."""
+    everything = [(launch, block) for name, launch in products(layer).items()
+                  for block in BLOCKS[name]]
+    for launch, block in everything[worker::workers]:
+        try:
+            launch(block)
+        except Exception as error:              # too much shared memory, say: the race notes it
+            print(block, type(error).__name__, error)
+    torch.cuda.synchronize()
+
+
+def race(layer):
+    """A row for each product and block, the fastest of each product first."""
+    (T, K), (E, D, H) = layer.chosen.shape, layer.leaves["w_in"].shape
+    dtype = layer.dy.dtype
+    for name, launch in products(layer).items():
+        usual, rows = in_use(name, T * K, E, dtype), []
+        truth = launch(usual)
+        for block in dict.fromkeys([usual, *BLOCKS[name]]):
+            row = {"product": name, "dtype": str(dtype)[6:], "T": T, "D": D, "H": H, "E": E, "K": K,
+                   **dict(zip(BLOCK, block, strict=True)), "in_use": block == usual,
+                   "us": None, "tflops": None, "note": ""}
+            try:
+                if close(launch(block), truth):
+                    row["us"] = microseconds(lambda b=block: launch(b))     # noqa: B023
+                    row["tflops"] = 2 * T * K * D * H / row["us"] / 1e6
+                else:
+                    row["note"] = "refused: another result"
+            except Exception as error:
+                row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            rows.append(row)
+        yield from sorted(rows, key=lambda row: row["us"] or float("inf"))
+
+
+def table(rows, best=3):
+    """Markdown: for each layer and product the fastest blocks, and the one in use."""
+    head = *SHAPE, "product", *BLOCK, "µs", "TFLOP/s", ""
+    lines = [f"| {' | '.join(head)} |", "|-" * len(head) + "|"]
+    for _, own in itertools.groupby(rows, key=lambda r: (*(r[n] for n in SHAPE), r["product"])):
+        own = [r for r in own if r["us"]]
+        for r in own[:best] + [r for r in own[best:] if r["in_use"]]:
+            cells = [*(r[n] for n in SHAPE), r["product"], *(r[n] for n in BLOCK),
+                     f"{r['us']:.0f}", f"{r['tflops']:.0f}", "in use" if r["in_use"] else ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    printable()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", nargs="?", help="a JSON file to show")
+    add("--shapes", default="perf64k,small", help="as in bench.py")
+    add("--experts", type=int, default=8)
+    add("--k", type=int, default=2)
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="compile first")
+    add("--worker", type=int, help=argparse.SUPPRESS)
+    add("--json", help="write the rows to this file")
+    args = parser.parse_args(argv)
+    if args.path:
+        return print(table(json.loads(Path(args.path).read_text(encoding="utf-8"))["rows"]))
+    rows = []
+    for name in args.shapes.split(","):
+        (shape,) = sizes(name, "cuda")
+        layer = draw(*shape, args.experts, args.k, torch.bfloat16, "cuda")
+        if args.worker is not None:
+            return compile_share(layer, args.worker, args.workers)
+        command = [sys.executable, __file__, *argv, "--shapes", name, "--worker"]
+        for process in [subprocess.Popen([*command, str(i)]) for i in range(args.workers)]:
+            process.wait()
+        rows += race(layer)
+        if args.json:
+            save(args.json, {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                             "triton": kernels.triton.__version__, "commit": commit(),
+                             "command": f"python notebooks/tiles.py {shlex.join(argv)}".strip()},
+                 rows)
+    print(table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
