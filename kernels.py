@@ -356,7 +356,7 @@ def fused_backward(
     dout = dout.reshape(-1, x.shape[1]).contiguous()        # .sum()'s gradient has strides 0
     shared = 1 if gates is None else K                      # choices per row of dout
     dz, a, dx = (x.new_empty(S, n) for n in (H, H, x.shape[1]))
-    dgates = z.new_empty(S, -(-H // block.narrow), dtype=torch.float32)
+    dgates = z.new_empty(S, -(-H // block.da), dtype=torch.float32)
     db = z.new_zeros(len(tiles.expert), H, dtype=torch.float32)
     gemm("da", block, plan, tiles, dout, w_out.mT, dz, shared_by=shared, gates=gates, z=z,
          gated_a=a, dgates=dgates, db=db)
@@ -428,33 +428,39 @@ def plan_tiles(offsets, S, rows):
 class BlockSizes(NamedTuple):
     """How large a block of the result does one program compute, and in what steps?"""
     rows: int
-    columns: int
-    narrow: int              # the columns in "da", whose epilogue needs registers of its own
+    columns: int             # in "down", "dx" and the gradients of weights
+    up: int                  # the columns in "up" and in "da", whose epilogues need registers of
+    da: int                  # their own
     step: int                # along the sums, at a time
     warps: int
+    plain_warps: int         # in "down" and "dx", whose epilogues have little to do
     stages: int              # steps that are loaded ahead
 
 
 def choose_block_sizes(S, E, dtype):
-    """Three fixed choices, ours, by shape and dtype. Trying out others would wait for the GPU."""
+    """Three fixed choices, ours, by shape and dtype. Trying out others would wait for the GPU.
+
+    The third was found by `notebooks/tiles.py` on an H200; the others were never timed.
+    """
     if S < 64 * E:
-        return BlockSizes(rows=32, columns=32, narrow=32, step=16, warps=4, stages=2)
+        return BlockSizes(32, 32, up=32, da=32, step=16, warps=4, plain_warps=4, stages=2)
     if dtype == torch.float32:
-        return BlockSizes(rows=64, columns=64, narrow=32, step=32, warps=4, stages=2)
-    return BlockSizes(rows=128, columns=128, narrow=64, step=64, warps=8, stages=3)
+        return BlockSizes(64, 64, up=64, da=32, step=32, warps=4, plain_warps=4, stages=2)
+    return BlockSizes(128, 128, up=64, da=64, step=64, warps=8, plain_warps=4, stages=3)
 
 
 def gemm(epilogue, block, plan, tiles, a, w, out, shared_by=0, bias=None, gates=None, z=None,
          gated_a=None, dgates=None, db=None):
     """Launch `grouped_gemm`. Each row of a serves `shared_by` choices; 0: its rows are sorted."""
     E, depth, width = w.shape
-    columns = block.narrow if epilogue == "da" else block.columns
+    columns = {"up": block.up, "da": block.da}.get(epilogue, block.columns)
+    warps = block.plain_warps if epilogue in ("down", "dx") else block.warps
     bias, gates = (v if v is None else v.contiguous() for v in (bias, gates))
     with torch.cuda.device_of(a):
         grouped_gemm[(len(tiles.expert) * -(-width // columns),)](
             a, w, out, bias, gates, z, gated_a, dgates, db, plan.order, plan.offsets, *tiles,
             a.stride(0), *w.stride(), E, depth, width, shared_by, epilogue, PRECISION,
-            block.rows, columns, block.step, num_warps=block.warps, num_stages=block.stages)
+            block.rows, columns, block.step, num_warps=warps, num_stages=block.stages)
 
 
 def gemm_dw(block, plan, a, b, a_shared_by=0, b_shared_by=0):

@@ -316,7 +316,7 @@ def launched(device):
     x, _, w_in, b_in, *_ = layer.leaves.values()
     plan = kernels.plan_choices(layer.chosen, 4)
     tiles = kernels.plan_tiles(plan.offsets, S=48, rows=16)
-    block = kernels.BlockSizes(rows=16, columns=16, narrow=16, step=16, warps=4, stages=2)
+    block = kernels.BlockSizes(16, 16, up=16, da=16, step=16, warps=4, plain_warps=4, stages=2)
     z, a = (torch.full((48, 36), torch.nan, device=device) for _ in "za")
     if kernels.triton:
         kernels.gemm("up", block, plan, tiles, x, w_in, a, shared_by=2, bias=b_in, z=z)

@@ -45,7 +45,7 @@ BLOCKS = {"up": GEMM, "down": GEMM, "da": GEMM, "dx": GEMM, "dw_in": DW, "dw_out
 
 
 def block_sizes(rows, columns, step, warps, stages):
-    return kernels.BlockSizes(rows, columns, columns, step, warps, stages)
+    return kernels.BlockSizes(rows, columns, columns, columns, step, warps, warps, stages)
 
 
 def products(layer):
@@ -90,8 +90,9 @@ def products(layer):
 def in_use(name, S, E, dtype):
     """The block that `fused` gives this product."""
     b = kernels.choose_block_sizes(S, E, dtype)
-    stages = 2 * b.stages if name.startswith("dw") else b.stages
-    return b.rows, b.narrow if name == "da" else b.columns, b.step, b.warps, stages
+    columns = {"up": b.up, "da": b.da}.get(name, b.columns)
+    warps = b.plain_warps if name in ("down", "dx") else b.warps
+    return b.rows, columns, b.step, warps, 2 * b.stages if name.startswith("dw") else b.stages
 
 
 def close(ours, theirs):

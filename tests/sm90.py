@@ -60,11 +60,12 @@ def product(epilogue, D, H, dtype):
     depth, width = (D, H) if epilogue in ("up", "da") else (H, D)
     constants = {"E": E, "DEPTH": depth, "WIDTH": width, "EPILOGUE": epilogue, "PRECISION": "ieee",
                  "SHARED_BY": K if epilogue in ("up", "da") else 0, "ROWS": block.rows,
-                 "COLUMNS": block.narrow if epilogue == "da" else block.columns,
+                 "COLUMNS": {"up": block.up, "da": block.da}.get(epilogue, block.columns),
                  "STEP": block.step,
                  "stride_wc" if epilogue in ("up", "down") else "stride_wd": 1}
     constants |= {name: None for name in optional if name not in used}
-    return compiled(kernels.grouped_gemm, pointers, constants, block.warps, block.stages)
+    warps = block.plain_warps if epilogue in ("down", "dx") else block.warps
+    return compiled(kernels.grouped_gemm, pointers, constants, warps, block.stages)
 
 
 def gradient(which, D, H, dtype):
