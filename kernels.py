@@ -297,9 +297,11 @@ def groups(plan, rows, w_in):
 #
 #     grouped_gemm  up    x at order // K, times w_in          -> z and gelu(z)
 #                   down  gelu(z), times w_out                 -> out, at order
-#                   da    dy at order // K, times w_out^T      -> dz, gate gelu(z), d(gate), db_in
+#                   da    dy, times w_out^T                    -> dz, gate gelu(z), d(gate), db_in
 #                   dx    dz, times w_in^T                     -> dx, at order
 #     grouped_dw    each expert's a^T b                        -> dw_in, dw_out
+#
+# Backward gathers its rows of x and dy once, before the products: two of them read each.
 
 def fused(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """What must still pass through memory? What six products read and write, and 3*S*H more.
@@ -325,12 +327,12 @@ def fused_forward(
     The host never reads how many rows an expert has, so one CUDA graph serves every routing.
     """
     (T, K), (E, D, H), S = chosen.shape, w_in.shape, chosen.numel()
-    block, plan = choose_block_sizes(S, E, x.dtype), plan_choices(chosen, E)
-    tiles = plan_tiles(plan.offsets, S, block.rows)
+    blocks, plan = choose_blocks(S, E, x.dtype), plan_choices(chosen, E)
+    tiles = plan_tiles(plan.offsets, S, blocks["up"].rows)
     z, a = x.new_empty(S, H), x.new_empty(S, H)             # two tensors: z is kept, a is freed
     raw = x.new_empty(S, D)                                 # row s is choice s, not sorted
-    gemm("up", block, plan, tiles, x, w_in, a, shared_by=K, bias=b_in, z=z)
-    gemm("down", block, plan, tiles, a, w_out, raw, bias=b_out, gates=gates)
+    gemm("up", blocks, plan, tiles, x, w_in, a, shared_by=K, bias=b_in, z=z)
+    gemm("down", blocks, plan, tiles, a, w_out, raw, bias=b_out, gates=gates)
     y = raw.view(T, K, D) if gates is None else over_choices(raw, K)
     return y, z, *plan[1:], *tiles
 
@@ -338,7 +340,7 @@ def fused_forward(
 @fused_forward.register_fake
 def _(x, chosen, gates, w_in, b_in, w_out, b_out):
     (T, K), (E, D, H), S = chosen.shape, w_in.shape, chosen.numel()
-    tiles = -(-S // choose_block_sizes(S, E, x.dtype).rows) + E
+    tiles = -(-S // choose_blocks(S, E, x.dtype)["up"].rows) + E
     y = x.new_empty((T, K, D) if gates is None else (T, D))
     return y, x.new_empty(S, H), *(chosen.new_empty(n) for n in (S, E + 1, tiles, tiles))
 
@@ -351,29 +353,31 @@ def fused_backward(
     """The gradients of x, gates, w_in, b_in, w_out and b_out; that of gates that are None is empty.
     """
     plan, tiles = Plan(None, order, offsets), Tiles(expert, start)
-    (T, K), (S, H) = chosen.shape, z.shape
-    block = choose_block_sizes(S, len(w_in), x.dtype)
-    dout = dout.reshape(-1, x.shape[1]).contiguous()        # .sum()'s gradient has strides 0
+    (T, K), (E, D, H), S = chosen.shape, w_in.shape, len(z)
+    blocks = choose_blocks(S, E, x.dtype)
+    dout = dout.reshape(-1, D)
     shared = 1 if gates is None else K                      # choices per row of dout
-    dz, a, dx = (x.new_empty(S, n) for n in (H, H, x.shape[1]))
-    dgates = z.new_empty(S, -(-H // block.da), dtype=torch.float32)
+    rows, d = x.index_select(0, order // K), dout.index_select(0, order // shared)  # (S, D) sorted
+    dz, a, dx = (x.new_empty(S, n) for n in (H, H, D))
+    dgates = z.new_empty(S, -(-H // blocks["da"].columns), dtype=torch.float32)
     db = z.new_zeros(len(tiles.expert), H, dtype=torch.float32)
-    gemm("da", block, plan, tiles, dout, w_out.mT, dz, shared_by=shared, gates=gates, z=z,
-         gated_a=a, dgates=dgates, db=db)
-    gemm("dx", block, plan, tiles, dz, w_in.mT, dx)
-    dw_in = gemm_dw(block, plan, x, dz, a_shared_by=K)
-    dw_out = gemm_dw(block, plan, a, dout, b_shared_by=shared)
-    # the gradients of biases are products with a side of E, small enough for torch in float32
-    every, dout = torch.arange(len(w_in), device=x.device), dout.float()
+    gemm("da", blocks, plan, tiles, d, w_out.mT, dz, gates=gates, z=z, gated_a=a, dgates=dgates,
+         db=db)
+    gemm("dx", blocks, plan, tiles, dz, w_in.mT, dx)
+    dw_in, dw_out = gemm_dw(blocks, plan, rows, dz), gemm_dw(blocks, plan, a, d)
+    # the gradients of biases are products with a side of E, small enough for torch
+    every = torch.arange(E, device=x.device)
     db_in = (every[:, None] == tiles.expert).float() @ db               # (E, tiles) @ (tiles, H)
     weight = (chosen[..., None] == every).float()                       # (T, K, E)
     if gates is None:
         dgates = dgates.new_empty(0)
     else:
-        dgates = dgates.sum(dim=1).view(T, K) + (dout @ b_out.float().mT).gather(1, chosen)
+        wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32  # float16 could overflow
+        dots = dout.to(wide) @ b_out.to(wide).mT                        # (T, E)
+        dgates = dgates.sum(dim=1).view(T, K) + dots.gather(1, chosen)
         dgates, weight = dgates.to(gates.dtype), weight * gates[..., None]
-    db_out = weight.view(-1, shared, len(w_in)).sum(dim=1).mT @ dout    # (E, D)
-    return over_choices(dx, K), dgates, dw_in, db_in.to(x.dtype), dw_out, db_out.to(x.dtype)
+    db_out = weight.view(-1, shared, E).sum(dim=1).to(x.dtype).mT @ dout            # (E, D)
+    return over_choices(dx, K), dgates, dw_in, db_in.to(x.dtype), dw_out, db_out
 
 
 @fused_backward.register_fake
@@ -401,7 +405,10 @@ fused_forward.register_autograd(backward_of_fused, setup_context=keep_for_backwa
 
 def over_choices(rows, K):
     """Add up each token's K rows of (S, D) -> (T, D), in their dtype: autocast's sum is float32."""
-    return rows if K == 1 else rows.view(-1, K, rows.shape[1]).sum(dim=1, dtype=rows.dtype)
+    rows = rows.view(-1, K, rows.shape[1])
+    if K == 2:                  # as torch.sum, and on an H200 in two thirds of its time
+        return rows[:, 0] + rows[:, 1]
+    return rows.sum(dim=1, dtype=rows.dtype) if K > 1 else rows[:, 0]
 
 
 class Tiles(NamedTuple):
@@ -425,55 +432,55 @@ def plan_tiles(offsets, S, rows):
     return Tiles(expert, torch.where(expert < E, start, 0))
 
 
-class BlockSizes(NamedTuple):
-    """How large a block of the result does one program compute, and in what steps?"""
+class Block(NamedTuple):
+    """How large a part of its result does one program compute, and in what steps?"""
     rows: int
-    columns: int             # in "down", "dx" and the gradients of weights
-    up: int                  # the columns in "up" and in "da", whose epilogues need registers of
-    da: int                  # their own
+    columns: int
     step: int                # along the sums, at a time
     warps: int
-    plain_warps: int         # in "down" and "dx", whose epilogues have little to do
     stages: int              # steps that are loaded ahead
 
 
-def choose_block_sizes(S, E, dtype):
+def choose_blocks(S, E, dtype):
     """Three fixed choices, ours, by shape and dtype. Trying out others would wait for the GPU.
 
-    The third was found by `notebooks/tiles.py` on an H200; the others were never timed.
+    Returns a `Block` for each product; all but "dw" share tiles, and so their rows. The choice for
+    half precision is what `notebooks/tiles.py` found on an H200; the others were never timed.
     """
     if S < 64 * E:
-        return BlockSizes(32, 32, up=32, da=32, step=16, warps=4, plain_warps=4, stages=2)
+        block = Block(rows=32, columns=32, step=16, warps=4, stages=2)
+        return dict.fromkeys(("up", "down", "da", "dx"), block) | {"dw": block._replace(stages=4)}
     if dtype == torch.float32:
-        return BlockSizes(64, 64, up=64, da=32, step=32, warps=4, plain_warps=4, stages=2)
-    return BlockSizes(128, 128, up=64, da=64, step=64, warps=8, plain_warps=4, stages=3)
+        block = Block(rows=64, columns=64, step=32, warps=4, stages=2)
+        return {"up": block, "down": block, "da": block._replace(columns=32), "dx": block,
+                "dw": block._replace(stages=4)}
+    wide = Block(rows=64, columns=128, step=64, warps=4, stages=3)
+    return {"up": Block(rows=64, columns=64, step=32, warps=4, stages=4), "down": wide,
+            "da": Block(rows=64, columns=64, step=64, warps=4, stages=3), "dx": wide,
+            "dw": Block(rows=128, columns=128, step=64, warps=8, stages=6)}
 
 
-def gemm(epilogue, block, plan, tiles, a, w, out, shared_by=0, bias=None, gates=None, z=None,
+def gemm(epilogue, blocks, plan, tiles, a, w, out, shared_by=0, bias=None, gates=None, z=None,
          gated_a=None, dgates=None, db=None):
     """Launch `grouped_gemm`. Each row of a serves `shared_by` choices; 0: its rows are sorted."""
-    E, depth, width = w.shape
-    columns = {"up": block.up, "da": block.da}.get(epilogue, block.columns)
-    warps = block.plain_warps if epilogue in ("down", "dx") else block.warps
+    (E, depth, width), block = w.shape, blocks[epilogue]
     bias, gates = (v if v is None else v.contiguous() for v in (bias, gates))
     with torch.cuda.device_of(a):
-        grouped_gemm[(len(tiles.expert) * -(-width // columns),)](
+        grouped_gemm[(len(tiles.expert) * -(-width // block.columns),)](
             a, w, out, bias, gates, z, gated_a, dgates, db, plan.order, plan.offsets, *tiles,
             a.stride(0), *w.stride(), E, depth, width, shared_by, epilogue, PRECISION,
-            block.rows, columns, block.step, num_warps=warps, num_stages=block.stages)
+            *block[:3], num_warps=block.warps, num_stages=block.stages)
 
 
-def gemm_dw(block, plan, a, b, a_shared_by=0, b_shared_by=0):
-    """Launch `grouped_dw`: each expert's a^T b -> (E, columns of a, columns of b)."""
-    E, height, width = len(plan.offsets) - 1, a.shape[1], b.shape[1]
+def gemm_dw(blocks, plan, a, b):
+    """Launch `grouped_dw`: each expert's a^T b, of sorted rows -> (E, columns of a, columns of b).
+    """
+    (E, height, width), block = (len(plan.offsets) - 1, a.shape[1], b.shape[1]), blocks["dw"]
     dw = a.new_empty(E, height, width)
     with torch.cuda.device_of(a):
         grouped_dw[(E * -(-height // block.rows) * -(-width // block.columns),)](
-            a, b, dw, plan.order, plan.offsets, a.stride(0), b.stride(0),
-            height, width, a_shared_by, b_shared_by, PRECISION,
-            block.rows, block.columns, block.step,
-            # a row is found through `order`, by a load before the load: twice the stages
-            num_warps=block.warps, num_stages=2 * block.stages)
+            a, b, dw, plan.offsets, height, width, PRECISION, *block[:3],
+            num_warps=block.warps, num_stages=block.stages)
     return dw
 
 
@@ -530,15 +537,30 @@ def grouped_gemm(A, W, OUT,                  # A (., DEPTH), W (E, DEPTH, WIDTH)
         tl.store(OUT + there, (acc * gate).to(dtype), mask=mask)
     elif EPILOGUE == "dx":
         tl.store(OUT + there, acc.to(dtype), mask=mask)
-    else:                                            # "da": acc is dL/da before the gate
-        z = tl.load(Z + here, mask=mask, other=0.0).to(tl.float32)
-        a, slope = gelu(z)
-        dz = acc * gate * slope
-        tl.store(OUT + here, dz.to(dtype), mask=mask)
-        tl.store(GATED_A + here, (a * gate).to(dtype), mask=mask)
-        # this block's share of <da, a> and of db; no atomics, so two runs give the same bits
-        tl.store(DGATES + choice * across + part, tl.sum(acc * a, 1), mask=alive)
-        tl.store(DB + tile * WIDTH + c, tl.sum(dz, 0), mask=c < WIDTH)
+    else:
+        # "da", half of the columns after the other: what one half needs fits into the registers
+        # beside acc, and an SM holds twice the programs, so that one computes while another waits
+        left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        c = part * COLUMNS + tl.arange(0, COLUMNS // 2)
+        dgate = backward_of_gelu(left, gate, c, r, alive, tile, Z, OUT, GATED_A, DB, WIDTH)
+        c += COLUMNS // 2
+        dgate += backward_of_gelu(right, gate, c, r, alive, tile, Z, OUT, GATED_A, DB, WIDTH)
+        # this block's share of <da, a>; no atomics, so two runs give the same bits
+        tl.store(DGATES + choice * across + part, dgate, mask=alive)
+
+
+@jit
+def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: constexpr):
+    """From da, dL/da before the gate, at rows r and columns c: stores dz, gate * a and this tile's
+    share of db; returns each row's share of <da, a>."""
+    mask = alive[:, None] & (c < WIDTH)[None, :]
+    here = r[:, None] * WIDTH + c[None, :]
+    a, slope = gelu(tl.load(Z + here, mask=mask, other=0.0).to(tl.float32))
+    dz = da * gate * slope
+    tl.store(DZ + here, dz.to(DZ.dtype.element_ty), mask=mask)
+    tl.store(GATED_A + here, (a * gate).to(DZ.dtype.element_ty), mask=mask)
+    tl.store(DB + tile * WIDTH + c, tl.sum(dz, 0), mask=c < WIDTH)
+    return tl.sum(da * a, 1)
 
 
 @jit
@@ -550,10 +572,9 @@ def gelu(z):
 
 
 @jit
-def grouped_dw(A, B, DW,                     # A (., HEIGHT), B (., WIDTH), DW (E, HEIGHT, WIDTH)
-               ORDER, OFFSETS, stride_a, stride_b,
-               HEIGHT: constexpr, WIDTH: constexpr, A_SHARED_BY: constexpr, B_SHARED_BY: constexpr,
-               PRECISION: constexpr, ROWS: constexpr, COLUMNS: constexpr, STEP: constexpr):
+def grouped_dw(A, B, DW,                     # A (S, HEIGHT), B (S, WIDTH), DW (E, HEIGHT, WIDTH)
+               OFFSETS, HEIGHT: constexpr, WIDTH: constexpr, PRECISION: constexpr,
+               ROWS: constexpr, COLUMNS: constexpr, STEP: constexpr):
     """One program: ROWS x COLUMNS of one expert's gradient, over all its rows; 0 if it has none."""
     down: tl.constexpr = (HEIGHT + ROWS - 1) // ROWS
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -565,12 +586,9 @@ def grouped_dw(A, B, DW,                     # A (., HEIGHT), B (., WIDTH), DW (
     for start in range(tl.load(OFFSETS + e), end, STEP):
         r = start + tl.arange(0, STEP).to(tl.int64)
         alive = r < end
-        choice = tl.load(ORDER + r, mask=alive, other=0)
-        row_a = choice // A_SHARED_BY if A_SHARED_BY else r
-        row_b = choice // B_SHARED_BY if B_SHARED_BY else r
-        a = tl.load(A + row_a[None, :] * stride_a + h[:, None],
+        a = tl.load(A + r[None, :] * HEIGHT + h[:, None],
                     mask=(h < HEIGHT)[:, None] & alive[None, :], other=0.0)     # (ROWS, STEP)
-        b = tl.load(B + row_b[:, None] * stride_b + c[None, :],
+        b = tl.load(B + r[:, None] * WIDTH + c[None, :],
                     mask=alive[:, None] & (c < WIDTH)[None, :], other=0.0)      # (STEP, COLUMNS)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     at = e * HEIGHT * WIDTH + h[:, None] * WIDTH + c[None, :]

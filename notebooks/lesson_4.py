@@ -316,10 +316,10 @@ def launched(device):
     x, _, w_in, b_in, *_ = layer.leaves.values()
     plan = kernels.plan_choices(layer.chosen, 4)
     tiles = kernels.plan_tiles(plan.offsets, S=48, rows=16)
-    block = kernels.BlockSizes(16, 16, up=16, da=16, step=16, warps=4, plain_warps=4, stages=2)
+    blocks = {"up": kernels.Block(rows=16, columns=16, step=16, warps=4, stages=2)}
     z, a = (torch.full((48, 36), torch.nan, device=device) for _ in "za")
     if kernels.triton:
-        kernels.gemm("up", block, plan, tiles, x, w_in, a, shared_by=2, bias=b_in, z=z)
+        kernels.gemm("up", blocks, plan, tiles, x, w_in, a, shared_by=2, bias=b_in, z=z)
     return SimpleNamespace(x=x, w_in=w_in, b_in=b_in, plan=plan, tiles=tiles, z=z)
 
 

@@ -3,8 +3,8 @@
     python notebooks/tiles.py --json notebooks/results/tiles_h200.json
     python notebooks/tiles.py notebooks/results/tiles_h200.json     # the fastest, in a table
 
-`fused` is six products: "up" and "down" forward, "da", "dx" and two gradients of weights backward.
-Each is timed alone on one layer in bfloat16, with every block of `BLOCKS`. A block that gives
+`fused` is six products: "up" and "down" forward, "da", "dx" and two of "dw" backward. Each kind is
+timed alone on one layer in bfloat16, with every block of `BLOCKS`. A block that gives
 another result than the one in use is refused. Triton compiles for seconds, so --workers processes
 compile first, and one process alone then times what they left in Triton's cache. Letters as in
 kernels.py.
@@ -31,34 +31,30 @@ from notebooks.contenders import draw
 
 
 def blocks(steps_and_stages):
-    """Every (rows, columns, step, warps, stages) that keeps 32 to 128 sums in a thread."""
-    return [(rows, columns, step, warps, stages)
+    """Every block that keeps 32 to 128 sums in a thread and fits into shared memory."""
+    return [kernels.Block(rows, columns, step, warps, stages)
             for rows, columns, warps in itertools.product((64, 128), (64, 128, 256), (4, 8))
             if 32 <= rows * columns // (32 * warps) <= 128
             for step, stages in steps_and_stages
-            if 2 * stages * step * (rows + columns) <= 227 * 1024]      # shared memory, bfloat16
+            if 2 * stages * step * (rows + columns) <= 227 * 1024]      # bytes, in bfloat16
 
 
-SHAPE, BLOCK = ("T", "D", "H", "E", "K"), ("rows", "columns", "step", "warps", "stages")
+SHAPE = "T", "D", "H", "E", "K"
 GEMM, DW = blocks([(32, 4), (64, 3), (64, 4)]), blocks([(32, 4), (64, 2), (64, 4), (64, 6)])
-BLOCKS = {"up": GEMM, "down": GEMM, "da": GEMM, "dx": GEMM, "dw_in": DW, "dw_out": DW}
-
-
-def block_sizes(rows, columns, step, warps, stages):
-    return kernels.BlockSizes(rows, columns, columns, columns, step, warps, warps, stages)
+BLOCKS = {"up": GEMM, "down": GEMM, "da": GEMM, "dx": GEMM, "dw": DW}
 
 
 def products(layer):
     """The six launches on one layer: name -> a function of a block, which returns what it wrote."""
     x, gates, w_in, b_in, w_out, b_out = layer.leaves.values()
-    (T, K), (E, D, H), dy = layer.chosen.shape, w_in.shape, layer.dy
+    (T, K), (E, D, H) = layer.chosen.shape, w_in.shape
     S, plan = T * K, kernels.plan_choices(layer.chosen, E)
-    z, a, dz = (torch.randn(S, H, device=x.device, dtype=x.dtype) for _ in range(3))
+    d, z, a, dz = (torch.randn(S, n, device=x.device, dtype=x.dtype) for n in (D, H, H, H))
     tiles = {rows: kernels.plan_tiles(plan.offsets, S, rows) for rows in (64, 128)}
 
     def gemm(name, block, *operands, width, **words):
         out = x.new_empty(S, width)
-        kernels.gemm(name, block_sizes(*block), plan, tiles[block[0]], *operands, out, **words)
+        kernels.gemm(name, {name: block}, plan, tiles[block.rows], *operands, out, **words)
         return out
 
     def up(block):
@@ -69,30 +65,19 @@ def products(layer):
         return [gemm("down", block, a, w_out, width=D, bias=b_out, gates=gates)]
 
     def da(block):
-        gated_a, dgates = x.new_empty(S, H), gates.new_empty(S, -(-H // block[1]))
-        db = gates.new_zeros(len(tiles[block[0]].expert), H)
-        dz = gemm("da", block, dy, w_out.mT, width=H, shared_by=K, gates=gates, z=z,
-                  gated_a=gated_a, dgates=dgates, db=db)
+        gated_a, dgates = x.new_empty(S, H), gates.new_empty(S, -(-H // block.columns))
+        db = gates.new_zeros(len(tiles[block.rows].expert), H)
+        dz = gemm("da", block, d, w_out.mT, width=H, gates=gates, z=z, gated_a=gated_a,
+                  dgates=dgates, db=db)
         return dz, gated_a, dgates.sum(dim=1), db.sum(dim=0)
 
     def dx(block):
         return [gemm("dx", block, dz, w_in.mT, width=D)]
 
-    def dw(block, *operands, **words):
-        *sized, stages = block
-        return [kernels.gemm_dw(block_sizes(*sized, stages // 2), plan, *operands, **words)]
+    def dw(block):
+        return [kernels.gemm_dw({"dw": block}, plan, d, dz)]
 
-    return {"up": up, "down": down, "da": da, "dx": dx,
-            "dw_in": lambda block: dw(block, x, dz, a_shared_by=K),
-            "dw_out": lambda block: dw(block, a, dy, b_shared_by=K)}
-
-
-def in_use(name, S, E, dtype):
-    """The block that `fused` gives this product."""
-    b = kernels.choose_block_sizes(S, E, dtype)
-    columns = {"up": b.up, "da": b.da}.get(name, b.columns)
-    warps = b.plain_warps if name in ("down", "dx") else b.warps
-    return b.rows, columns, b.step, warps, 2 * b.stages if name.startswith("dw") else b.stages
+    return {"up": up, "down": down, "da": da, "dx": dx, "dw": dw}
 
 
 def close(ours, theirs):
@@ -131,11 +116,11 @@ def race(layer):
     (T, K), (E, D, H) = layer.chosen.shape, layer.leaves["w_in"].shape
     dtype = layer.dy.dtype
     for name, launch in products(layer).items():
-        usual, rows = in_use(name, T * K, E, dtype), []
+        usual, rows = kernels.choose_blocks(T * K, E, dtype)[name], []
         truth = launch(usual)
         for block in dict.fromkeys([usual, *BLOCKS[name]]):
             row = {"product": name, "dtype": str(dtype)[6:], "T": T, "D": D, "H": H, "E": E, "K": K,
-                   **dict(zip(BLOCK, block, strict=True)), "in_use": block == usual,
+                   **block._asdict(), "in_use": block == usual,
                    "us": None, "tflops": None, "note": ""}
             try:
                 if close(launch(block), truth):
@@ -151,12 +136,12 @@ def race(layer):
 
 def table(rows, best=3):
     """Markdown: for each layer and product the fastest blocks, and the one in use."""
-    head = *SHAPE, "product", *BLOCK, "µs", "TFLOP/s", ""
+    head = *SHAPE, "product", *kernels.Block._fields, "µs", "TFLOP/s", ""
     lines = [f"| {' | '.join(head)} |", "|-" * len(head) + "|"]
     for _, own in itertools.groupby(rows, key=lambda r: (*(r[n] for n in SHAPE), r["product"])):
         own = [r for r in own if r["us"]]
         for r in own[:best] + [r for r in own[best:] if r["in_use"]]:
-            cells = [*(r[n] for n in SHAPE), r["product"], *(r[n] for n in BLOCK),
+            cells = [*(r[n] for n in SHAPE), r["product"], *(r[n] for n in kernels.Block._fields),
                      f"{r['us']:.0f}", f"{r['tflops']:.0f}", "in use" if r["in_use"] else ""]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -168,7 +153,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("path", nargs="?", help="a JSON file to show")
-    add("--shapes", default="perf64k,small", help="as in bench.py")
+    add("--shapes", default="perf64k", help="as in bench.py")
     add("--experts", type=int, default=8)
     add("--k", type=int, default=2)
     add("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="compile first")

@@ -49,7 +49,7 @@ def compiled(kernel, pointers, constants, warps, stages):
 
 
 def product(epilogue, D, H, dtype):
-    block, numbers = kernels.choose_block_sizes(S, E, DTYPES[dtype]), "*" + dtype
+    block, numbers = kernels.choose_blocks(S, E, DTYPES[dtype])[epilogue], "*" + dtype
     index = dict.fromkeys(("ORDER", "OFFSETS", "EXPERT", "START"), "*i64")
     used = {"up": ("BIAS", "Z"), "down": ("BIAS", "GATES"), "dx": (),
             "da": ("GATES", "Z", "GATED_A", "DGATES", "DB")}[epilogue]
@@ -59,23 +59,20 @@ def product(epilogue, D, H, dtype):
     pointers |= {name: optional[name] for name in used}
     depth, width = (D, H) if epilogue in ("up", "da") else (H, D)
     constants = {"E": E, "DEPTH": depth, "WIDTH": width, "EPILOGUE": epilogue, "PRECISION": "ieee",
-                 "SHARED_BY": K if epilogue in ("up", "da") else 0, "ROWS": block.rows,
-                 "COLUMNS": {"up": block.up, "da": block.da}.get(epilogue, block.columns),
-                 "STEP": block.step,
+                 "SHARED_BY": K if epilogue == "up" else 0, "ROWS": block.rows,
+                 "COLUMNS": block.columns, "STEP": block.step,
                  "stride_wc" if epilogue in ("up", "down") else "stride_wd": 1}
     constants |= {name: None for name in optional if name not in used}
-    warps = block.plain_warps if epilogue in ("down", "dx") else block.warps
-    return compiled(kernels.grouped_gemm, pointers, constants, warps, block.stages)
+    return compiled(kernels.grouped_gemm, pointers, constants, block.warps, block.stages)
 
 
 def gradient(which, D, H, dtype):
-    block, numbers = kernels.choose_block_sizes(S, E, DTYPES[dtype]), "*" + dtype
-    pointers = dict.fromkeys(("A", "B", "DW"), numbers) | {"ORDER": "*i64", "OFFSETS": "*i64"}
+    block, numbers = kernels.choose_blocks(S, E, DTYPES[dtype])["dw"], "*" + dtype
+    pointers = dict.fromkeys(("A", "B", "DW"), numbers) | {"OFFSETS": "*i64"}
     height, width = (D, H) if which == "dw_in" else (H, D)
-    constants = {"HEIGHT": height, "WIDTH": width, "A_SHARED_BY": K if which == "dw_in" else 0,
-                 "B_SHARED_BY": 0 if which == "dw_in" else K, "PRECISION": "ieee",
+    constants = {"HEIGHT": height, "WIDTH": width, "PRECISION": "ieee",
                  "ROWS": block.rows, "COLUMNS": block.columns, "STEP": block.step}
-    return compiled(kernels.grouped_dw, pointers, constants, block.warps, 2 * block.stages)
+    return compiled(kernels.grouped_dw, pointers, constants, block.warps, block.stages)
 
 
 def main(words):
