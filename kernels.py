@@ -535,8 +535,8 @@ def grouped_gemm(A, W, OUT,                  # A (., DEPTH), W (E, DEPTH, WIDTH)
     elif EPILOGUE == "dx":
         tl.store(OUT + there, acc.to(dtype), mask=mask)
     else:
-        # "da", half of the columns after the other: what one half needs fits into the registers
-        # beside acc, and an SM holds twice the programs, so that one computes while another waits
+        # "da", one half of the columns after the other: fewer numbers are in registers at a time,
+        # so an SM holds more programs, and one computes while another waits
         left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
         c = part * COLUMNS + tl.arange(0, COLUMNS // 2)
         dgate = backward_of_gelu(left, gate, c, r, alive, tile, Z, OUT, GATED_A, DB, WIDTH)
