@@ -2,7 +2,7 @@
 
     python notebooks/bench.py                                      # the table, on this machine
     python notebooks/bench.py --threads 1,2 --json notebooks/results/kernels_cpu.json
-    python notebooks/bench.py --page PAGE.md notebooks/results/kernels_cpu.json
+    python notebooks/bench.py --page PAGE.md notebooks/results/kernels_{cpu,h200}.json
     python notebooks/bench.py notebooks/results/kernels_cpu.json   # which goals are met
 
 One MLP layer, forward and backward, from the same weights, routing and dL/dy for everybody in
@@ -292,10 +292,10 @@ def one_table(rows, threads):
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 
 
-def write_page(page, json_path):
-    """Put `table` onto a page."""
-    put_between(page, BEGIN, END, lambda: table(json_path),
-                f"python notebooks/bench.py --page {page} {json_path}")
+def write_page(page, *json_paths):
+    """Put the `table` of each file onto a page."""
+    put_between(page, BEGIN, END, lambda: "\n\n".join(map(table, json_paths)),
+                f"python notebooks/bench.py --page {page} {' '.join(map(str, json_paths))}")
 
 
 # --- the command ---
@@ -344,8 +344,8 @@ def parse(argv):
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", nargs="?", help="a JSON file to show, by --page or else its goals")
-    add("--page", help="rewrite the kernels table of this file")
+    add("paths", nargs="*", help="JSON files to show, by --page or else their goals")
+    add("--page", help="rewrite the kernels tables of this file")
     add("--device", default="cuda" if gpu else "cpu", choices=("cuda", "cpu"))
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
     add("--shapes", default="presets,perf", help="also tiny, small, IMAGESxTOKENSxDxH")
@@ -367,9 +367,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.page:
-        return write_page(args.page, args.path)
-    if args.path:
-        return print(goals(json.loads(Path(args.path).read_text(encoding="utf-8"))["rows"]))
+        return write_page(args.page, *args.paths)
+    if args.paths:
+        return print(goals([row for path in args.paths for row in
+                            json.loads(Path(path).read_text(encoding="utf-8"))["rows"]]))
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     builds = everybody(args.device == "cuda" if args.compiled is None else args.compiled)
     random.seed(0)

@@ -1,7 +1,7 @@
 """tiles.py -- which block sizes make the fused kernels fast on this GPU?
 
     python notebooks/tiles.py --json notebooks/results/tiles_h200.json
-    python notebooks/tiles.py notebooks/results/tiles_h200.json     # the fastest, in a table
+    python notebooks/tiles.py --page PAGE.md notebooks/results/tiles_h200{_before,}.json
 
 `fused` is six products: "up" and "down" forward, "da", "dx" and two of "dw" backward. Each kind is
 timed alone on one layer in bfloat16, with every block of `BLOCKS`. A block that gives
@@ -28,6 +28,7 @@ import torch
 import kernels
 from notebooks.bench import save, sizes
 from notebooks.contenders import draw
+from report import put_between
 
 
 def blocks(steps_and_stages):
@@ -50,7 +51,7 @@ def products(layer):
     (T, K), (E, D, H) = layer.chosen.shape, w_in.shape
     S, plan = T * K, kernels.plan_choices(layer.chosen, E)
     d, z, a, dz = (torch.randn(S, n, device=x.device, dtype=x.dtype) for n in (D, H, H, H))
-    tiles = {rows: kernels.plan_tiles(plan.offsets, S, rows) for rows in (64, 128)}
+    tiles = {rows: kernels.plan_tiles(plan.offsets, S, rows) for rows in (32, 64, 128)}
 
     def gemm(name, block, *operands, width, **words):
         out = x.new_empty(S, width)
@@ -134,6 +135,17 @@ def race(layer):
         yield from sorted(rows, key=lambda row: row["us"] or float("inf"))
 
 
+BEGIN, END = "<!-- tiles:begin -->", "<!-- tiles:end -->"
+
+
+def page(path):
+    """Markdown for a page: the table of a file, and where its numbers are from."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    env = record["env"]
+    return (f"{table(record['rows'], best=1)}\n\n{env['device']}; torch {env['torch']}, triton "
+            f"{env['triton']}; commit {env['commit']}; `{env['command']}`. Medians of 15 launches.")
+
+
 def table(rows, best=3):
     """Markdown: for each layer and product the fastest blocks, and the one in use."""
     head = *SHAPE, "product", *kernels.Block._fields, "µs", "TFLOP/s", ""
@@ -152,7 +164,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", nargs="?", help="a JSON file to show")
+    add("paths", nargs="*", help="JSON files to show, by --page")
+    add("--page", help="rewrite the tiles tables of this file")
     add("--shapes", default="perf64k", help="as in bench.py")
     add("--experts", type=int, default=8)
     add("--k", type=int, default=2)
@@ -160,8 +173,9 @@ def main(argv=None):
     add("--worker", type=int, help=argparse.SUPPRESS)
     add("--json", help="write the rows to this file")
     args = parser.parse_args(argv)
-    if args.path:
-        return print(table(json.loads(Path(args.path).read_text(encoding="utf-8"))["rows"]))
+    if args.page:
+        return put_between(args.page, BEGIN, END, lambda: "\n\n".join(map(page, args.paths)),
+                           f"python notebooks/tiles.py --page {args.page} {' '.join(args.paths)}")
     rows = []
     for name in args.shapes.split(","):
         (shape,) = sizes(name, "cuda")

@@ -1,4 +1,5 @@
-"""Tests of bench.py, contenders.py, steps.py: is what is printed true, and what is wrong not timed?
+"""Tests of bench.py, contenders.py, tiles.py and steps.py: is what they print true, and is nothing
+timed that is wrong?
 
 Nothing here looks at how long something takes, and no peer need be installed.
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import kernels
-from notebooks import bench, contenders, steps
+from notebooks import bench, contenders, steps, tiles
 
 IMAGES, TOKENS, D, H = 2, 9, 8, 16
 FLAGS = ["--device=cpu", "--shapes=2x9x8x16", "--experts=4", "--k=2", "--repeats=2", "--threads=1"]
@@ -262,6 +263,50 @@ def test_a_goal_is_judged_by_its_worst_case():
 def test_goal_of_lean_bytes_is_the_formula_of_the_issue():
     # D=384, H=1536, K=1 in float32: (384 + 1536) * 4 + 64 = 7744 bytes are allowed
     assert bench.lean_bytes({"lean": a_row("lean", 1, 1, bytes_kept_per_token=3872)}) == 0.5
+
+
+# --- tiles.py: the blocks of the fused kernels ---
+
+@pytest.fixture
+def a_race(monkeypatch):
+    """The rows of a race of two blocks in the interpreter, where only right and wrong count."""
+    if kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's test")
+    monkeypatch.setattr(tiles, "microseconds", lambda launch: 1.0)
+    two = [kernels.Block(64, 64, 32, 4, 4), kernels.Block(128, 64, 32, 4, 2)]
+    monkeypatch.setattr(tiles, "BLOCKS", dict.fromkeys(tiles.BLOCKS, two))
+    layer = contenders.draw(2, 35, D, H, E=3, K=2, dtype=torch.float16, device="cpu")
+    return lambda: list(tiles.race(layer))
+
+
+def test_every_product_is_timed_with_every_block_that_computes_what_the_one_in_use_does(a_race):
+    rows = a_race()
+    known = kernels.choose_blocks(140, 3, torch.float16)
+    assert [row["product"] for row in rows if row["in_use"]] == list(known)
+    for name in known:
+        own = [row for row in rows if row["product"] == name]
+        assert len(own) == 3 and all(row["us"] == 1.0 and not row["note"] for row in own)
+        assert own[0]["tflops"] == pytest.approx(2 * 70 * 2 * D * H / 1e6)
+
+
+@pytest.mark.parametrize("of", ["up", "down", "da", "dx", "dw"])
+def test_a_block_with_another_result_is_not_timed(of, a_race, monkeypatch):
+    right = {name: getattr(kernels, name) for name in ("gemm", "gemm_dw")}
+
+    def gemm(name, blocks, *operands, **words):
+        right["gemm"](name, blocks, *operands, **words)
+        if name == of and blocks[of].rows == 128:               # the last that each one writes
+            (words["db"] if of == "da" else words["z"] if of == "up" else operands[4]).mul_(1.5)
+
+    def gemm_dw(blocks, *operands):
+        return right["gemm_dw"](blocks, *operands) * (1 + (of == "dw" and blocks[of].rows == 128))
+
+    monkeypatch.setattr(kernels, "gemm", gemm)
+    monkeypatch.setattr(kernels, "gemm_dw", gemm_dw)
+    refused = {(row["product"], row["rows"]) for row in a_race() if row["us"] is None}
+    assert (of, 128) in refused and {name for name, _ in refused} == {of}
 
 
 # --- steps.py: whole training steps ---

@@ -1,12 +1,15 @@
 """Do README.md and RESULTS.md say what is true? Their tables, commands, links, list of tests."""
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+import kernels
 import report
-from notebooks import bench, decided, steps, study
+from notebooks import bench, decided, steps, study, tiles
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +25,22 @@ def test_the_results_table_is_what_its_rows_say():
 
 def test_the_table_of_speeds_is_what_its_rows_say():
     _, between, _ = report.cut(RESULTS, bench.BEGIN, bench.END)
-    assert bench.table(ROOT / "notebooks/results/kernels_cpu.json") in between
+    for name in ("kernels_cpu.json", "kernels_h200.json"):
+        assert bench.table(ROOT / "notebooks/results" / name) in between
+
+
+def test_the_table_of_tiles_is_what_its_rows_say():
+    _, between, _ = report.cut(RESULTS, tiles.BEGIN, tiles.END)
+    for name in ("tiles_h200_before.json", "tiles_h200.json"):
+        assert tiles.page(ROOT / "notebooks/results" / name) in between
+
+
+def test_the_blocks_in_use_are_those_that_the_table_of_tiles_calls_so():
+    rows = json.loads((ROOT / "notebooks/results/tiles_h200.json").read_text())["rows"]
+    known = {row["product"]: {name: row[name] for name in kernels.Block._fields}
+             for row in rows if row["in_use"]}
+    blocks = kernels.choose_blocks(65536 * 2, 8, torch.bfloat16)
+    assert known == {name: block._asdict() for name, block in blocks.items()}
 
 
 def test_the_table_of_steps_is_what_its_rows_say():
