@@ -304,7 +304,7 @@ def groups(plan, rows, w_in):
 # Backward gathers its rows of x and dy once, before the products: two of them read each.
 
 def fused(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
-    """What must still pass through memory? What six products read and write, and 3*S*H more.
+    """What must still pass through memory? What six products move, and 3*S*H + 4*S*D numbers more.
 
     Notebook 4 counts them. `fused` keeps for its backward what `lean` keeps, and it has no second
     derivatives either. torch.compile sees two operations, and nothing of what happens inside.

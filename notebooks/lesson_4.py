@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
 import kernels
 import report
 from notebooks import bench, contenders
-from notebooks.lesson import Folded
+from notebooks.lesson import Folded, measured, predict
 from report import COLOURS
 
 # --- drawings ---
@@ -340,13 +340,37 @@ class Moved(TorchDispatchMode):
 
 # --- what was timed before, and by whom ---
 
-def timings():
-    """Who made results/kernels_cpu.json, and those of its rows that no other program disturbed."""
-    path = Path(__file__).parent / "results/kernels_cpu.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
+def record_of(name):
+    return json.loads((Path(__file__).parent / f"results/{name}.json").read_text(encoding="utf-8"))
+
+
+def timings(name="kernels_cpu"):
+    """Who made results/NAME.json, and those of its rows that no other program disturbed."""
+    record = record_of(name)
     timed = [r for r in record["rows"] if r["ms"] and not bench.disturbed(r)]
     return (record["env"] | {"seed": 0},                    # contenders.draw knows no other seed
             sorted(timed, key=lambda r: (-r["D"], -r["E"], -r["K"], r["threads"])))
+
+
+def products(name):
+    """What each product of `fused` took, by results/NAME.json: {product: (µs, TFLOP/s)}."""
+    return {r["product"]: (r["us"], r["tflops"]) for r in record_of(name)["rows"] if r["in_use"]}
+
+
+def on_an_h200(guess):
+    """Ask for a guess of what `fused` takes over dense, and fold the answers.
+
+    Returns the rows of the race, and `products` before and after the kernels were changed for it.
+    """
+    about, timed = timings("kernels_h200")
+    before, now = products("tiles_h200_before"), products("tiles_h200")
+    measured(about)
+    predict(guess, over(timed, "fused")[0], "times the dense MLP's time, fused on an H200")
+    fold("Everybody's times there, over the dense MLP's", "\n".join(
+        f"{r['backend']:24}{r['times_dense']:6.2f}  {r['note']}" for r in timed))
+    fold("Its products, each timed alone: microseconds, and 10¹² FLOPs a second", "\n".join(
+        f"{name:8}{us:7,.0f}{rate:6.0f}" for name, (us, rate) in before.items()))
+    return timed, before, now
 
 
 def over(timed, name, rival="dense", field="times_dense", **where):
