@@ -441,8 +441,9 @@ class Block(NamedTuple):
 def choose_blocks(S, E, dtype):
     """Three fixed choices, ours, by shape and dtype. Trying out others would wait for the GPU.
 
-    Returns a `Block` for each product; all but "dw" share tiles, and so their rows. The choice for
-    half precision is what `notebooks/tiles.py` found on an H200; the others were never timed.
+    Returns a `Block` for each product; all but "dw" share tiles, and so their rows. Those for half
+    precision are the fastest of 64 rows by `notebooks/tiles.py` on an H200: 128 rows are as fast
+    there, and waste more on small experts. The others were never timed.
     """
     if S < 64 * E:
         block = Block(rows=32, columns=32, step=16, warps=4, stages=2)
