@@ -323,14 +323,14 @@ def which_masked_lanes_may_hold_anything(student, g):
     a, w, z = torch.zeros(16, 32), torch.zeros(32, 16), torch.zeros(16, 16)
     a[:12, :20], w[:20, :10], z[:12, :10] = 1, 1, 1
     found = answered(student, "nan_is_seen", dict.fromkeys((
-        "A beyond DEPTH", "W beyond WIDTH", "A after the group, up", "Z after the group, da",
+        "A beyond DEPTH", "W beyond WIDTH, up", "A after the group, up", "Z after the group, da",
         "A after the group, dw"), True))
     def stored(a=a, w=w, z=z):
         return (a @ w)[:12, :10], ((a @ w) * F.gelu(z)).sum(dim=0)[:10], (a.mT @ z)[:20, :10]
     depth, columns, after, after_z = a.clone(), w.clone(), a.clone(), z.clone()
     depth[:, 20:] = columns[:, 10:] = after[12:] = after_z[12:] = math.nan
     for name, value in (("A beyond DEPTH", stored(a=depth)[0]),
-                        ("W beyond WIDTH", stored(w=columns)[0]),
+                        ("W beyond WIDTH, up", stored(w=columns)[0]),
                         ("A after the group, up", stored(a=after)[0]),
                         ("Z after the group, da", stored(z=after_z)[1]),
                         ("A after the group, dw", stored(a=after)[2])):

@@ -357,8 +357,9 @@ def every_question_has_an_answer_of_the_right_form(student, g):
     for name in ("programs_started", "programs_without_work", "bytes_kept_per_token",
                  "ones_in_float16"):
         answered(student, name, 1)
-    for name, keys in (("nan_is_seen", ("A beyond DEPTH", "W beyond WIDTH", "A after the group, up",
-                                        "Z after the group, da", "A after the group, dw")),
+    for name, keys in (("nan_is_seen", ("A beyond DEPTH", "W beyond WIDTH, up",
+                                        "A after the group, up", "Z after the group, da",
+                                        "A after the group, dw")),
                        ("gets_nothing_from_gate_0", ("x", "w_in", "b_out", "gate")),
                        ("kept", ("x", "z", "gelu(z)", "raw"))):
         answered(student, name, dict.fromkeys(keys, True))
