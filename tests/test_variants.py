@@ -42,7 +42,7 @@ TOLD = {
     "pairs": ("three experts", r"1/K|mean of all|MSE / 4|four.times|quarter"),
     "equal images": ("narrow_vision", "add up over the images|counts.more|counts little"),
     "bound": ("number of tiles", r"rows\) \+ E(?! - 1)|one too many"),
-    "sorted shares": ("DGATES|dgates", r"columns\), without|WIDTH\), \(tiles"),
+    "sorted shares": ("DGATES|dgates", r"columns\), in the row of the choice|WIDTH\), \(tiles"),
 }
 
 # one process imports torch and Triton, and forks as worker.py for each variant

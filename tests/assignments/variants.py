@@ -333,8 +333,8 @@ SWITCHES = [
             ("Tiles(expert=tensor([0, 2, 2, 3, 3]), start=tensor([0, 2, 6, 0, 0]))",
              "Tiles(expert=tensor([0, 2, 2, 3]), start=tensor([0, 2, 6, 0]))"),
             ("torch.arange(-(-S // rows) + E,", "torch.arange(-(-S // rows) + E - 1,"),
-            ("choose_block_sizes(S, E, x.dtype).rows) + E",
-             "choose_block_sizes(S, E, x.dtype).rows) + E - 1")],
+            ('choose_blocks(S, E, x.dtype)["up"].rows) + E',
+             'choose_blocks(S, E, x.dtype)["up"].rows) + E - 1')],
         "handout.md": [("ceil(S / rows) + E, and a tile", "ceil(S / rows) + E - 1,\nand a tile"),
                        ("why the bound is enough; it is even one too many.",
                         "why the bound is enough, and when it is needed.")],
@@ -353,8 +353,8 @@ SWITCHES = [
             ("dgates = dgates.sum(dim=1).view(T, K) +",
              "dgates = dgates.new_empty(S).index_copy_(0, order, dgates.sum(dim=1))\n"
              "        dgates = dgates.view(T, K) +")],
-        "handout.md": [("(S, blocks of columns), without the gate; and",
-                        "(S, blocks of columns), sorted too, without the gate; and\n  ")],
+        "handout.md": [("(S, blocks of columns), in the row of the choice: one",
+                        "(S, blocks of columns), in row r, for it is sorted too: one")],
         "hidden.py": [
             ("DGATES, <da, gelu(z)> of each choice, summed over its tiles",
              "DGATES, <da, gelu(z)> of each row, sorted by expert, summed over its tiles"),

@@ -10,11 +10,11 @@ programs_without_work = None
 # F3. On a GPU the masked lanes of a load without other= may hold anything; say NaN. Can a NaN there
 #     end up in a number that is stored under its mask? True or False
 #     "A beyond DEPTH": lanes of A in columns from DEPTH on, in the last step of the loop
-#     "W beyond WIDTH": lanes of W in columns from WIDTH on
+#     "W beyond WIDTH ...": lanes of W in columns from WIDTH on
 #     "... the group":  lanes of rows after the last row of the tile's expert
 nan_is_seen = {
     "A beyond DEPTH": None,
-    "W beyond WIDTH": None,
+    "W beyond WIDTH, up": None,
     "A after the group, up": None,
     "Z after the group, da": None,
     "A after the group, dw": None,

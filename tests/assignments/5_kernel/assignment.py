@@ -10,10 +10,12 @@ BLANKS = {
         "gelu": "its docstring has both formulas; handout.md, part C",
         "grouped_gemm": "its signature and the table of part 5 say what is where; handout.md, "
                         "part D",
+        "backward_of_gelu": "its docstring says what it stores and returns; handout.md, part D, "
+                            "step 7",
         "grouped_dw": "one expert's a^T b, summed over its rows; handout.md, part E",
     },
 }
-CHECKS = (9, 17)             # public, hidden
+CHECKS = (9, 18)             # public, hidden
 HARD_CODED = ("kernels.py", "over_choices")
 NOT_ASKED = {
     "choice = tl.load(ORDER + r, mask=alive)\n    row":

@@ -134,8 +134,44 @@ def dx_multiplies_by_the_transposed_and_scatters(student, g):
          public.in_order(launch, public.products(launch, launch.rows, 0)).float())
 
 
-@check(points=4, hint="acc is da before the gate; dz = gate da gelu'(z); d(gate) wants da ungated; "
-                      "db sums dz over the tile's rows")
+if public.triton is not None:
+    tl = public.tl
+
+    @public.triton.jit
+    def a_part(DA, GATE, Z, DZ, GATED_A, DB, SHARE, FUNCTION: tl.constexpr):
+        row, column = tl.arange(0, 16), tl.arange(0, 8)
+        r = (20 + row).to(tl.int64)
+        share = FUNCTION(tl.load(DA + row[:, None] * 8 + column[None, :]),
+                         tl.load(GATE + row)[:, None], 8 + column, r, row < 11,
+                         tl.program_id(0) + 2, Z, DZ, GATED_A, DB, 13)
+        tl.store(SHARE + row, share)
+
+
+@check(points=2, hint="dz = gate da gelu'(z), and db is its sum over the rows; the share of "
+                      "d(gate) is <da, a>, without the gate")
+def backward_of_gelu_stores_three_things_of_its_columns_and_returns_the_fourth(student, g):
+    # columns 8 to 15 of 13, rows 20 to 30 alive; what a product leaves beyond these is 0
+    function, inside = kernels(student).backward_of_gelu, (slice(20, 31), slice(8, 13))
+    da, z = torch.zeros(16, 8), random(g, 31, 13).float()
+    da[:11, :5], gate, share = random(g, 11, 5), random(g, 16).float(), torch.empty(16)
+    gate[::5] = 0                                   # of choices that a full expert dropped
+    dz, gated_a, db = (torch.full((n, 13), math.nan) for n in (31, 31, 3))
+    public.Watched(a_part)[(1,)](da, gate, z, dz, gated_a, db, share, function)
+    da, z, gate = da[:11, :5].double(), z[inside].double(), gate[:11, None].double()
+    a, true_dz = F.gelu(z), gate * da * gradient(lambda z: F.gelu(z).sum(), z)
+    for name, got, place, true in (("DZ", dz, inside, true_dz),
+                                   ("GATED_A", gated_a, inside, gate * a),
+                                   ("DB", db, (2, inside[1]), true_dz.sum(dim=0))):
+        expected = torch.full_like(got, math.nan)
+        expected[place] = true.float()
+        same(f"{name} of backward_of_gelu, NaN where nothing belongs", got, expected,
+             scale=true_dz.abs().sum(dim=0).max() if name == "DB" else None)
+    same("what backward_of_gelu returns, <da, gelu(z)> of each row", share[:11],
+         (da * a).sum(dim=1).float(), scale=(da * a).abs().sum(dim=1).max())
+
+
+@check(points=2, hint="acc is da before the gate; DGATES has one number for all columns of a "
+                      "block, DB a row for each tile")
 def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
     launch = public.a_launch(student, g, depth=H, n=D + 3)
     n, tiles_n = D + 3, -(-(D + 3) // public.BLOCK)
@@ -143,10 +179,10 @@ def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
     launch.gates[::5] = 0                           # of choices that a full expert dropped
     dgates = torch.full((launch.S, tiles_n), math.nan)
     db = torch.zeros(len(launch.tiles.expert), n)
-    public.launched(launch, "da", launch.x, K, gates=launch.gates, z=launch.z,
+    public.launched(launch, "da", launch.rows, gates=launch.gates, z=launch.z,
                     gated_a=launch.extra, dgates=dgates, db=db)
     z, gate = launch.z.double(), launch.gates.double()[order, None]
-    da, slope = public.products(launch, launch.x, K), gradient(lambda z: F.gelu(z).sum(), z)
+    da, slope = public.products(launch, launch.rows, 0), gradient(lambda z: F.gelu(z).sum(), z)
     dz = gate * da * slope
     same("OUT of 'da', which is dz, sorted by expert", launch.out, dz.float())
     same("GATED_A, gate gelu(z), sorted by expert", launch.extra, (gate * F.gelu(z)).float())
@@ -161,11 +197,11 @@ def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
          expected.float(), scale=dz.abs().sum(dim=0).max())
     launch = public.a_launch(student, g, (3, 0, 1), n=5, depth=H)
     launch.z = random(g, 4, 5).float()
-    public.launched(launch, "da", launch.x, K, z=launch.z, gated_a=launch.extra,
+    public.launched(launch, "da", launch.rows, z=launch.z, gated_a=launch.extra,
                     dgates=torch.empty(4, 1), db=torch.empty(len(launch.tiles.expert), 5))
     slope = gradient(lambda z: F.gelu(z).sum(), launch.z.double())
     same("OUT of 'da' without gates", launch.out,
-         (public.products(launch, launch.x, K) * slope).float())
+         (public.products(launch, launch.rows, 0) * slope).float())
     same("GATED_A of 'da' without gates", launch.extra, F.gelu(launch.z.double()).float())
 
 
@@ -173,13 +209,13 @@ def da_stores_dz_the_gated_activations_and_its_share_of_two_sums(student, g):
 def sizes_smaller_than_a_block_and_just_above_one_are_right(student, g):
     for n, depth in ((17, 3), (3, 33), (64, 16)):
         launch = public.a_launch(student, g, (2, 18), n=n, depth=depth)
-        launch.block = launch.block._replace(columns=32)
+        launch.blocks = dict.fromkeys(launch.blocks, launch.blocks["up"]._replace(columns=32))
         of = f"WIDTH={n}, DEPTH={depth}, blocks of 16 rows and 32 columns"
         public.launched(launch, "up", launch.x, K, bias=launch.bias, z=launch.z)
         z = public.products(launch, launch.x, K) + launch.bias.double()[launch.ids]
         same(f"Z of 'up', {of}", launch.z, z.float())
         same(f"OUT of 'up', {of}", launch.out, F.gelu(z).float())
-        dw = launch.module.gemm_dw(launch.block, launch.plan, launch.rows, launch.z)
+        dw = launch.module.gemm_dw(launch.blocks, launch.plan, launch.rows, launch.z)
         expected = [launch.rows[r].double().mT @ launch.z[r].double()
                     for r in (slice(0, 2), slice(2, 20))]
         same(f"DW, HEIGHT={depth}, WIDTH={n}", dw, torch.stack(expected).float())
@@ -189,7 +225,7 @@ def sizes_smaller_than_a_block_and_just_above_one_are_right(student, g):
 def long_sums_are_made_in_float32(student, g):
     # about 1000, where float16 has steps of 0.5, in steps of 32 products
     launch = public.a_launch(student, g, (16,), 1, n=16, depth=1024, dtype=torch.float16)
-    launch.block = launch.block._replace(step=32)
+    launch.blocks = dict.fromkeys(launch.blocks, launch.blocks["dx"]._replace(step=32))
     launch.rows.uniform_(0.5, 1.5, generator=g)
     launch.w.uniform_(0.5, 1.5, generator=g)
     public.launched(launch, "dx", launch.rows)
@@ -200,7 +236,7 @@ def long_sums_are_made_in_float32(student, g):
     tall = torch.rand(2, 1024, 16, generator=g).add(0.5).half()
     plan = launch.module.Plan(None, torch.arange(1024), torch.tensor([0, 1024]))
     as_good_as_the_loop(
-        "1024 products, added up by grouped_dw,", launch.module.gemm_dw(launch.block, plan, *tall),
+        "1024 products, added up by grouped_dw,", launch.module.gemm_dw(launch.blocks, plan, *tall),
         (tall[0].mT @ tall[1])[None], (tall[0].double().mT @ tall[1].double())[None])
 
 
@@ -216,17 +252,20 @@ def rows_and_experts_far_apart_in_memory_are_found(student, g):
     public.launched(launch, "dx", rows)
     same(f"OUT of rows and matrices {far} elements apart", launch.out,
          public.in_order(launch, expected).half())
-    dw = launch.module.gemm_dw(launch.block, launch.plan, rows, rows)
-    same(f"DW of rows {far} elements apart", dw,
-         torch.stack([torch.outer(row, row) for row in rows.double()]).half())
     del memory, rows
-    launch = public.a_launch(student, g, (1, 1, 1), 1, n, n, torch.float16)
-    order = torch.tensor([7, 2 ** 31 // n + 2, 2 ** 31 // n + 1])
-    launch.plan, launch.out = launch.plan._replace(order=order), torch.empty(
-        2 ** 31 // n + 3, n, dtype=torch.float16)
+    launch, first = public.a_launch(student, g, (1, 1, 1), 1, n, n, torch.float16), 2 ** 31 // n
+    order = torch.tensor([7, first + 2, first + 1])
+    launch.plan = launch.plan._replace(order=order)
+    launch.out = torch.empty(first + 3, n, dtype=torch.float16)
     public.launched(launch, "dx", launch.rows)
     same(f"OUT of choices {order.tolist()}", launch.out[order],
          public.products(launch, launch.rows, 0).half())
+    rows = launch.out                                   # no longer a result, but rows
+    rows[first:] = launch.rows
+    plan = launch.plan._replace(offsets=launch.plan.offsets + first)
+    same(f"DW of rows {first} to {first + 2}, one of each expert",
+         launch.module.gemm_dw(launch.blocks, plan, rows, rows),
+         torch.stack([torch.outer(row, row) for row in launch.rows.double()]).half())
 
 
 # --- all of it ---
@@ -284,14 +323,14 @@ def which_masked_lanes_may_hold_anything(student, g):
     a, w, z = torch.zeros(16, 32), torch.zeros(32, 16), torch.zeros(16, 16)
     a[:12, :20], w[:20, :10], z[:12, :10] = 1, 1, 1
     found = answered(student, "nan_is_seen", dict.fromkeys((
-        "A beyond DEPTH", "W beyond WIDTH", "A after the group, up", "Z after the group, da",
+        "A beyond DEPTH", "W beyond WIDTH, up", "A after the group, up", "Z after the group, da",
         "A after the group, dw"), True))
     def stored(a=a, w=w, z=z):
         return (a @ w)[:12, :10], ((a @ w) * F.gelu(z)).sum(dim=0)[:10], (a.mT @ z)[:20, :10]
     depth, columns, after, after_z = a.clone(), w.clone(), a.clone(), z.clone()
     depth[:, 20:] = columns[:, 10:] = after[12:] = after_z[12:] = math.nan
     for name, value in (("A beyond DEPTH", stored(a=depth)[0]),
-                        ("W beyond WIDTH", stored(w=columns)[0]),
+                        ("W beyond WIDTH, up", stored(w=columns)[0]),
                         ("A after the group, up", stored(a=after)[0]),
                         ("Z after the group, da", stored(z=after_z)[1]),
                         ("A after the group, dw", stored(a=after)[2])):

@@ -197,7 +197,8 @@ def a_launch(student, g, sizes=SIZES, k=K, n=H, depth=D, dtype=torch.float32):
     nothing = torch.full((S, n), math.nan, dtype=dtype)
     return SimpleNamespace(
         module=module, S=S, k=k, ids=[e for e, m in enumerate(sizes) for _ in range(m)],
-        block=module.BlockSizes(BLOCK, BLOCK, BLOCK, BLOCK, 4, 2),
+        blocks=dict.fromkeys(("up", "down", "da", "dx", "dw"),
+                             module.Block(BLOCK, BLOCK, BLOCK, warps=4, stages=2)),
         plan=module.Plan(None, torch.randperm(S, generator=g), torch.tensor(starts)),
         tiles=module.Tiles(torch.tensor(expert), torch.tensor(start)),
         x=random(g, S // k, depth).to(dtype), rows=random(g, S, depth).to(dtype),
@@ -222,7 +223,7 @@ def in_order(launch, rows):
 
 
 def launched(launch, epilogue, a, shared_by=0, **options):
-    launch.module.gemm(epilogue, launch.block, launch.plan, launch.tiles, a, launch.w, launch.out,
+    launch.module.gemm(epilogue, launch.blocks, launch.plan, launch.tiles, a, launch.w, launch.out,
                        shared_by=shared_by, **options)
 
 
@@ -335,18 +336,13 @@ def down_scatters_each_gated_row_to_its_choice(student, g):
                       "lie along the columns of a^T")
 def each_expert_gets_a_transposed_times_b_over_its_rows(student, g):
     launch = a_launch(student, g)
-    module, order = launch.module, launch.plan.order.tolist()
-    b = random(g, launch.S, H).float()
-    for of, sorted_rows, kept, words in (
-            ("x and dz", b, launch.x, {"a_shared_by": K}),
-            ("a and dout", launch.rows, b[:launch.S // K, :7], {"b_shared_by": K})):
-        left, right = (kept, sorted_rows) if "a_shared_by" in words else (sorted_rows, kept)
-        expected = torch.zeros(E, left.shape[1], right.shape[1], dtype=torch.float64)
+    for of, m, n in (("x and dz", D, H), ("a and dout", H, D), ("rows of 7 and of 3", 7, 3)):
+        left, right = random(g, launch.S, m).float(), random(g, launch.S, n).float()
+        expected = torch.zeros(E, m, n, dtype=torch.float64)
         for r, e in enumerate(launch.ids):
-            one, two = ((order[r] // K, r) if left is kept else (r, order[r] // K))
-            expected[e] += torch.outer(left[one].double(), right[two].double())
-        got = module.gemm_dw(launch.block, launch.plan, left, right, **words)
-        same(f"DW of {of}", got, expected.float())
+            expected[e] += torch.outer(left[r].double(), right[r].double())
+        same(f"DW of {of}", launch.module.gemm_dw(launch.blocks, launch.plan, left, right),
+             expected.float())
 
 
 @check(points=3, hint="the parts are right alone? Then look at what fused_forward hands to them")
@@ -361,8 +357,9 @@ def every_question_has_an_answer_of_the_right_form(student, g):
     for name in ("programs_started", "programs_without_work", "bytes_kept_per_token",
                  "ones_in_float16"):
         answered(student, name, 1)
-    for name, keys in (("nan_is_seen", ("A beyond DEPTH", "W beyond WIDTH", "A after the group, up",
-                                        "Z after the group, da", "A after the group, dw")),
+    for name, keys in (("nan_is_seen", ("A beyond DEPTH", "W beyond WIDTH, up",
+                                        "A after the group, up", "Z after the group, da",
+                                        "A after the group, dw")),
                        ("gets_nothing_from_gate_0", ("x", "w_in", "b_out", "gate")),
                        ("kept", ("x", "z", "gelu(z)", "raw"))):
         answered(student, name, dict.fromkeys(keys, True))

@@ -3,7 +3,7 @@ programs_started = 16
 programs_without_work = 10
 nan_is_seen = {
     "A beyond DEPTH": True,
-    "W beyond WIDTH": False,
+    "W beyond WIDTH, up": False,
     "A after the group, up": False,
     "Z after the group, da": True,
     "A after the group, dw": True,

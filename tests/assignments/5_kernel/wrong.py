@@ -70,10 +70,22 @@ WRONG = [
     ("one size only", "kernels.py",
      "    there = choice[:, None] * WIDTH + c[None, :] ",
      "    there = choice.to(tl.int32)[:, None] * WIDTH + c[None, :] "),
+    ("another definition", "kernels.py",
+     "tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))",
+     "tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))         # even and odd"),
+    ("one size only", "kernels.py",
+     "        c += COLUMNS // 2\n",
+     "        c += 8\n"),
+    # backward_of_gelu
     ("numerics", "kernels.py",
-     "        tl.store(DGATES + choice * across + part, tl.sum(acc * a, 1), mask=alive)",
-     "        tl.store(DGATES + choice * across + part, tl.sum(dz / slope * a, 1) / "
-     "tl.sum(gate, 1), mask=alive)"),
+     "    return tl.sum(da * a, 1)",
+     "    return tl.sum(dz / slope * a, 1) / tl.sum(gate, 1)"),
+    ("one size only", "kernels.py",
+     "    tl.store(DB + tile * WIDTH + c, tl.sum(dz, 0), mask=c < WIDTH)",
+     "    tl.store(DB + tile * WIDTH + c, tl.sum(dz, 0))"),
+    ("numerics", "kernels.py",
+     "    a, slope = gelu(tl.load(Z + here, mask=mask, other=0.0).to(tl.float32))",
+     "    a, slope = gelu(tl.load(Z + here, mask=mask).to(tl.float32))"),
     # grouped_dw
     ("one size only", "kernels.py",
      "    h = tl.program_id(0) // across % down * ROWS + tl.arange(0, ROWS)",
@@ -81,6 +93,10 @@ WRONG = [
     ("numerics", "kernels.py",
      "        acc = tl.dot(a, b, acc, input_precision=PRECISION)",
      "        acc = tl.dot(a, b, acc)"),
+    ("one size only", "kernels.py",        # a's zeros make zeros of whatever b holds, but of NaN
+     "                    mask=alive[:, None] & (c < WIDTH)[None, :], other=0.0)      "
+     "# (STEP, COLUMNS)",
+     "                    mask=(c < WIDTH)[None, :], other=0.0)"),
     ("one size only", "kernels.py",
      "    acc = tl.zeros((ROWS, COLUMNS), tl.float32)\n    for start in range(",
      "    if tl.load(OFFSETS + e) == end:\n        return\n"

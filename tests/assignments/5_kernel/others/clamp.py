@@ -112,21 +112,29 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
             acc *= tl.load(GATES + choice)[:, None].to(tl.float32)
         tl.store(OUT + theirs, acc.to(dtype), mask)
     else:
-        value, slope = gelu(tl.load(Z + ours).to(tl.float32))
-        # a clamped row or column is there twice: out of the sums with it
-        share = tl.sum(tl.where(mask, acc * value, 0.0), 1)
+        gate = tl.full((ROWS, 1), 1.0, tl.float32)
         if GATES is not None:
             gate = tl.load(GATES + choice)[:, None].to(tl.float32)
-            value, slope = gate * value, gate * slope
-        dz = tl.where(mask, acc * slope, 0.0)
-        tl.store(OUT + ours, dz.to(dtype), mask)
-        tl.store(GATED_A + ours, value.to(dtype), mask)
+        # a clamped row or column is there twice: it is left out by `alive`, and by columns as given
+        share = backward_of_gelu(acc, gate, part * COLUMNS + tl.arange(0, COLUMNS), r, alive, tile,
+                                 Z, OUT, GATED_A, DB, WIDTH)
         tl.store(DGATES + choice * per_row + part, share, alive)
-        tl.store(DB + tile * WIDTH + n, tl.sum(dz, 0), real)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
-               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: tl.constexpr):
+    # masked lanes look at the first element, and are out of the sums by tl.where
+    real = c < WIDTH
+    mask = alive[:, None] & real[None, :]
+    at = tl.where(mask, r[:, None] * WIDTH + c[None, :], 0)
+    value, slope = gelu(tl.load(Z + at).to(tl.float32))
+    dz, dtype = tl.where(mask, gate * da * slope, 0.0), DZ.dtype.element_ty
+    tl.store(DZ + at, dz.to(dtype), mask)
+    tl.store(GATED_A + at, (gate * value).to(dtype), mask)
+    tl.store(DB + tile * WIDTH + c, tl.sum(dz, 0), real)
+    return tl.sum(tl.where(mask, da * value, 0.0), 1)
+
+
+def grouped_dw(A, B, DW, OFFSETS, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                STEP: tl.constexpr):
     tiles_n: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -141,14 +149,8 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexp
         r = begin + block * STEP + tl.arange(0, STEP)
         alive = r < end
         r = tl.minimum(r, end - 1)
-        choice = tl.load(ORDER + r)
-        ra, rb = r, r
-        if A_SHARED_BY:
-            ra = choice // A_SHARED_BY
-        if B_SHARED_BY:
-            rb = choice // B_SHARED_BY
-        a = tl.load(A + ra[:, None] * stride_a + tl.minimum(m, HEIGHT - 1)[None, :])  # (STEP, ROWS)
-        b = tl.load(B + rb[:, None] * stride_b + tl.minimum(n, WIDTH - 1)[None, :])
+        a = tl.load(A + r[:, None] * HEIGHT + tl.minimum(m, HEIGHT - 1)[None, :])  # (STEP, ROWS)
+        b = tl.load(B + r[:, None] * WIDTH + tl.minimum(n, WIDTH - 1)[None, :])
         b = tl.where(alive[:, None], b, 0.0).to(B.dtype.element_ty)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     tl.store(DW + e * HEIGHT * WIDTH + m[:, None] * WIDTH + n[None, :], acc.to(DW.dtype.element_ty),

@@ -107,7 +107,7 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
     if GATES is not None:
         gate = tl.load(GATES + fs, mask=mask, other=0.0).to(tl.float32)
     to = OUT.dtype.element_ty
-    if EPILOGUE == "da":
+    if EPILOGUE == "da":            # backward_of_gelu would want a block, not a row of lanes
         a, slope = gelu(tl.load(Z + fr * WIDTH + fc, mask=mask, other=0.0).to(tl.float32))
         tl.store(GATED_A + fr * WIDTH + fc, (gate * a).to(to), mask=mask)
         dz = flat * gate * slope
@@ -124,8 +124,22 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
         tl.store(OUT + fs * WIDTH + fc, (gate * flat).to(to), mask=mask)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
-               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: tl.constexpr):
+    rows: tl.constexpr = da.shape[0]
+    columns: tl.constexpr = da.shape[1]
+    n: tl.constexpr = rows * columns
+    mask = tl.reshape(alive[:, None] & (c < WIDTH)[None, :], (n,))
+    at = tl.reshape(r[:, None] * WIDTH + c[None, :], (n,))
+    flat, scale = tl.reshape(da, (n,)), tl.reshape(tl.broadcast_to(gate, (rows, columns)), (n,))
+    a, slope = gelu(tl.load(Z + at, mask=mask, other=0.0).to(tl.float32))
+    tl.store(GATED_A + at, (scale * a).to(GATED_A.dtype.element_ty), mask=mask)
+    tl.store(DZ + at, (scale * slope * flat).to(DZ.dtype.element_ty), mask=mask)
+    share = tl.sum(tl.reshape(scale * slope * flat, (rows, columns)), axis=0)
+    tl.store(DB + tile * WIDTH + c, share, mask=c < WIDTH)
+    return tl.sum(tl.reshape(flat * a, (rows, columns)), axis=1)
+
+
+def grouped_dw(A, B, DW, OFFSETS, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                STEP: tl.constexpr):
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -138,12 +152,10 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexp
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(tl.cdiv(count, STEP)):
         i = step * STEP + tl.arange(0, STEP)
-        choice = tl.load(ORDER + first + i, mask=i < count, other=0)
-        a_row = choice // A_SHARED_BY if A_SHARED_BY else first + i
-        b_row = choice // B_SHARED_BY if B_SHARED_BY else first + i
-        a = tl.load(A + m[:, None] + a_row[None, :] * stride_a,
+        r = first + i
+        a = tl.load(A + m[:, None] + r[None, :] * HEIGHT,
                     mask=(m < HEIGHT)[:, None] & (i < count)[None, :], other=0.0)
-        b = tl.load(B + n[None, :] + b_row[:, None] * stride_b,
+        b = tl.load(B + n[None, :] + r[:, None] * WIDTH,
                     mask=(n < WIDTH)[None, :] & (i < count)[:, None], other=0.0)
         acc += tl.dot(a, b, input_precision=PRECISION)
     lane = tl.arange(0, ROWS * COLUMNS)

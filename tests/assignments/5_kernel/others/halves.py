@@ -114,21 +114,32 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
             if GATES is not None:
                 scale = tl.load(GATES + choice, mask=lane < left, other=0.0).to(tl.float32)
             if EPILOGUE == "da":
-                value, slope = gelu(tl.load(Z + here, mask=mask, other=0.0).to(tl.float32))
-                tl.store(DGATES + choice * parts + part, tl.sum(value * acc, axis=1),
-                         mask=lane < left)
-                tl.store(GATED_A + here, (value * scale[:, None]).to(GATED_A.dtype.element_ty),
-                         mask=mask)
-                acc *= slope * scale[:, None]
-                tl.store(DB + tile * WIDTH + c, tl.sum(acc, axis=0), mask=c < WIDTH)
-                tl.store(OUT + here, acc.to(OUT.dtype.element_ty), mask=mask)
+                # the columns of even number, then those of odd number
+                even, odd = tl.split(tl.reshape(acc, (ROWS, COLUMNS // 2, 2)))
+                c, r = part * COLUMNS + 2 * tl.arange(0, COLUMNS // 2), first + lane
+                share = backward_of_gelu(even, scale[:, None], c, r, lane < left, tile, Z, OUT,
+                                         GATED_A, DB, WIDTH)
+                share += backward_of_gelu(odd, scale[:, None], c + 1, r, lane < left, tile, Z, OUT,
+                                          GATED_A, DB, WIDTH)
+                tl.store(DGATES + choice * parts + part, share, mask=lane < left)
             else:                                       # "dx" comes without gates
                 tl.store(OUT + choice[:, None] * WIDTH + c[None, :],
                          (acc * scale[:, None]).to(OUT.dtype.element_ty), mask=mask)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
-               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: tl.constexpr):
+    columns = (c < WIDTH)[None, :]
+    here, rows = r[:, None] * WIDTH + c[None, :], alive[:, None]
+    value, slope = gelu(tl.load(Z + here, mask=rows & columns, other=0.0).to(tl.float32))
+    tl.store(GATED_A + here, (value * gate).to(GATED_A.dtype.element_ty), mask=rows & columns)
+    share = tl.sum(value * da, axis=1)
+    da *= slope * gate
+    tl.store(DB + tile * WIDTH + c, tl.sum(da, axis=0), mask=c < WIDTH)
+    tl.store(DZ + here, da.to(DZ.dtype.element_ty), mask=rows & columns)
+    return share
+
+
+def grouped_dw(A, B, DW, OFFSETS, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                STEP: tl.constexpr):
     down, across = tl.cdiv(HEIGHT, ROWS), tl.cdiv(WIDTH, COLUMNS)
@@ -141,12 +152,9 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexp
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     while tl.min(r, axis=0) < end:
         here = r < end
-        choice = tl.load(ORDER + r, mask=here, other=0)
-        row_a = r if A_SHARED_BY == 0 else choice // A_SHARED_BY
-        row_b = r if B_SHARED_BY == 0 else choice // B_SHARED_BY
-        a = tl.load(A + row_a[:, None] * stride_a + m[None, :],
+        a = tl.load(A + r[:, None] * HEIGHT + m[None, :],
                     mask=here[:, None] & (m < HEIGHT)[None, :], other=0.0)
-        b = tl.load(B + row_b[:, None] * stride_b + n[None, :],
+        b = tl.load(B + r[:, None] * WIDTH + n[None, :],
                     mask=here[:, None] & (n < WIDTH)[None, :], other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         r += STEP

@@ -103,16 +103,25 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
         if EPILOGUE == "dx":
             tl.store(OUT + by_choice, acc.to(OUT.dtype.element_ty), mask=both)
         if EPILOGUE == "da":
-            z = tl.load(Z + by_expert, mask=both, other=0.0).to(tl.float32)
-            a, slope = gelu(z)
-            tl.store(OUT + by_expert, (acc * slope * gate).to(OUT.dtype.element_ty), mask=both)
-            tl.store(GATED_A + by_expert, (a * gate).to(OUT.dtype.element_ty), mask=both)
-            tl.store(DGATES + s * columns + part, tl.sum(acc * a, axis=1), mask=rows)
-            tl.store(DB + tile * WIDTH + n, tl.sum(acc * slope * gate, axis=0), mask=cols)
+            dots = backward_of_gelu(acc, gate, n, r, rows, tile, Z, OUT, GATED_A, DB, WIDTH)
+            tl.store(DGATES + s * columns + part, dots, mask=rows)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
-               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: tl.constexpr):
+    cols = c < WIDTH
+    dots, sums = tl.zeros((da.shape[0],), tl.float32), tl.zeros((da.shape[1],), tl.float32)
+    by_expert, both = r[:, None] * WIDTH + c[None, :], alive[:, None] & cols[None, :]
+    z = tl.load(Z + by_expert, mask=both, other=0.0).to(tl.float32)
+    a, slope = gelu(z)
+    tl.store(DZ + by_expert, (da * slope * gate).to(DZ.dtype.element_ty), mask=both)
+    tl.store(GATED_A + by_expert, (a * gate).to(GATED_A.dtype.element_ty), mask=both)
+    dots += tl.sum(da * a, axis=1)
+    sums += tl.sum(da * slope * gate, axis=0)
+    tl.store(DB + tile * WIDTH + c, sums, mask=cols)
+    return dots
+
+
+def grouped_dw(A, B, DW, OFFSETS, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                STEP: tl.constexpr):
     per_row, per_expert = tl.cdiv(WIDTH, COLUMNS), tl.cdiv(HEIGHT, ROWS) * tl.cdiv(WIDTH, COLUMNS)
@@ -124,15 +133,9 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexp
     first, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
     while first < end:
         r = first + tl.arange(0, STEP)
-        s = tl.load(ORDER + r, mask=r < end, other=0)
-        a_row, b_row = r, r
-        if A_SHARED_BY:
-            a_row = s // A_SHARED_BY
-        if B_SHARED_BY:
-            b_row = s // B_SHARED_BY
-        a = tl.load(A + a_row[:, None] * stride_a + m[None, :],
+        a = tl.load(A + r[:, None] * HEIGHT + m[None, :],
                     mask=(r < end)[:, None] & (m < HEIGHT)[None, :], other=0.0).to(tl.float32)
-        b = tl.load(B + b_row[:, None] * stride_b + n[None, :],
+        b = tl.load(B + r[:, None] * WIDTH + n[None, :],
                     mask=(r < end)[:, None] & (n < WIDTH)[None, :], other=0.0).to(tl.float32)
         acc += tl.sum(a[:, :, None] * b[:, None, :], axis=0)
         first += STEP

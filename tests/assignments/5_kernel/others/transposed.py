@@ -100,12 +100,11 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
         acc += tl.load(BIAS + e * WIDTH + n, mask=n < WIDTH, other=0.0).to(tl.float32)
     out = OUT.dtype.element_ty
     if EPILOGUE == "da":
-        a, slope = gelu(tl.load(Z + r * WIDTH + n, mask=mask, other=0.0).to(tl.float32))
-        tl.store(DGATES + s * parts + part, tl.sum(acc * a, axis=0)[None, :], mask=mine)
-        acc *= gate * slope
-        tl.store(GATED_A + r * WIDTH + n, (gate * a).to(out), mask=mask)
-        tl.store(DB + tile * WIDTH + n, tl.sum(acc, axis=1)[:, None], mask=n < WIDTH)
-        tl.store(OUT + r * WIDTH + n, acc.to(out), mask=mask)
+        per_row = tl.trans(tl.zeros((1, ROWS), tl.float32) + gate)
+        share = backward_of_gelu(tl.trans(acc), per_row, tl.reshape(n, (COLUMNS,)),
+                                 tl.reshape(r, (ROWS,)), tl.reshape(mine, (ROWS,)), tile, Z, OUT,
+                                 GATED_A, DB, WIDTH)
+        tl.store(DGATES + s * parts + part, share[None, :], mask=mine)
     elif EPILOGUE == "up":
         tl.store(Z + r * WIDTH + n, acc.to(out), mask=mask)
         value, _ = gelu(acc.to(out).to(tl.float32))
@@ -114,8 +113,18 @@ def grouped_gemm(A, W, OUT, BIAS, GATES, Z, GATED_A, DGATES, DB, ORDER, OFFSETS,
         tl.store(OUT + s * WIDTH + n, (gate * acc).to(out), mask=mask)
 
 
-def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexpr,
-               WIDTH: tl.constexpr, A_SHARED_BY: tl.constexpr, B_SHARED_BY: tl.constexpr,
+def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: tl.constexpr):
+    da, gate, n, r = tl.trans(da), tl.trans(gate), c[:, None], r[None, :]
+    mask, out = alive[None, :] & (n < WIDTH), DZ.dtype.element_ty
+    a, slope = gelu(tl.load(Z + r * WIDTH + n, mask=mask, other=0.0).to(tl.float32))
+    tl.store(GATED_A + r * WIDTH + n, (gate * a).to(out), mask=mask)
+    dz = gate * slope * da
+    tl.store(DZ + r * WIDTH + n, dz.to(out), mask=mask)
+    tl.store(DB + tile * WIDTH + n, tl.sum(dz, axis=1)[:, None], mask=n < WIDTH)
+    return tl.sum(da * a, axis=0)
+
+
+def grouped_dw(A, B, DW, OFFSETS, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                STEP: tl.constexpr):
     down, right = tl.cdiv(HEIGHT, ROWS), tl.cdiv(WIDTH, COLUMNS)
@@ -127,12 +136,9 @@ def grouped_dw(A, B, DW, ORDER, OFFSETS, stride_a, stride_b, HEIGHT: tl.constexp
     first, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
     r = first + tl.arange(0, STEP)
     while first < end:
-        s = tl.load(ORDER + r, mask=r < end, other=0)
-        a_row = s // A_SHARED_BY if A_SHARED_BY else r
-        b_row = s // B_SHARED_BY if B_SHARED_BY else r
-        a = tl.load(A + a_row[:, None] * stride_a + m[None, :],
+        a = tl.load(A + r[:, None] * HEIGHT + m[None, :],
                     mask=(r < end)[:, None] & (m < HEIGHT)[None, :], other=0.0)  # (STEP, ROWS)
-        b = tl.load(B + b_row[None, :] * stride_b + n[:, None],
+        b = tl.load(B + r[None, :] * WIDTH + n[:, None],
                     mask=(r < end)[None, :] & (n < WIDTH)[:, None], other=0.0)   # (COLUMNS, STEP)
         acc = tl.dot(b, a, acc, input_precision=PRECISION)
         first += STEP
