@@ -386,7 +386,7 @@ def endings(a, run, right, passed):
                         ("import os; os.abort()", {"crashed"}),
                         ("import sys; sys.exit(0)", {"error"})):
         files = right | {file: with_bodies(right[file], {name: ["    " + body]})}
-        results = run(files, seconds=2)
+        results = run(files, seconds=6)
         ended = [r for r in results if r["kind"] != "passed"]
         demand(len(results) == sum(a.checks) and passed(results) and ended
                and {r["kind"] for r in ended} == kinds,
