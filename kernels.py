@@ -301,7 +301,8 @@ def groups(plan, rows, w_in):
 #                   dx    dz, times w_in^T                     -> dx, at order
 #     grouped_dw    each expert's a^T b                        -> dw_in, dw_out
 #
-# Backward gathers its rows of x and dy once, before the products: two of them read each.
+# Backward gathers its rows of x and dy once, before the products. A sum over rows that looked each
+# of them up through `order` was slower, by more than the gathers cost.
 
 def fused(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
     """What must still pass through memory? What six products move, and 3*S*H + 4*S*D numbers more.
@@ -442,8 +443,8 @@ def choose_blocks(S, E, dtype):
     """Three fixed choices, ours, by shape and dtype. Trying out others would wait for the GPU.
 
     Returns a `Block` for each product; all but "dw" share tiles, and so their rows. Those for half
-    precision are the fastest of 64 rows by `notebooks/tiles.py` on an H200: 128 rows are as fast
-    there, and waste more on small experts. The others were never timed.
+    precision are the fastest of 64 rows by `notebooks/tiles.py` on an H200: 128 rows are about as
+    fast there, and waste more on small experts. The others were never timed.
     """
     if S < 64 * E:
         block = Block(rows=32, columns=32, step=16, warps=4, stages=2)
@@ -550,7 +551,8 @@ def grouped_gemm(A, W, OUT,                  # A (., DEPTH), W (E, DEPTH, WIDTH)
 @jit
 def backward_of_gelu(da, gate, c, r, alive, tile, Z, DZ, GATED_A, DB, WIDTH: constexpr):
     """From da, dL/da before the gate, at rows r and columns c: stores dz, gate * a and this tile's
-    share of db; returns each row's share of <da, a>."""
+    share of db; returns each row's share of <da, a>.
+    """
     mask = alive[:, None] & (c < WIDTH)[None, :]
     here = r[:, None] * WIDTH + c[None, :]
     a, slope = gelu(tl.load(Z + here, mask=mask, other=0.0).to(tl.float32))

@@ -32,7 +32,7 @@ class Table(Folded):
         head, *body = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
                        for tag, row in zip(["th"] + ["td"] * len(self.rows), self.rows,
                                            strict=False)]
-        return (f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>")
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
 
 
 # --- what the teacher knows, and what its routers ask for ---

@@ -4,10 +4,9 @@
     python notebooks/tiles.py --page PAGE.md notebooks/results/tiles_h200{_before,}.json
 
 `fused` is six products: "up" and "down" forward, "da", "dx" and two of "dw" backward. Each kind is
-timed alone on one layer in bfloat16, with every block of `BLOCKS`. A block that gives
-another result than the one in use is refused. Triton compiles for seconds, so --workers processes
-compile first, and one process alone then times what they left in Triton's cache. Letters as in
-kernels.py.
+timed alone on one layer in bfloat16, with every block of `BLOCKS`. A block that gives another
+result than the one in use is refused. Triton compiles for seconds, so --workers processes compile
+first, and one process alone then times what they left in Triton's cache. Letters as in kernels.py.
 """
 import argparse
 import itertools
@@ -17,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +26,7 @@ from checkpoint import commit, printable
 import torch
 
 import kernels
-from notebooks.bench import save, sizes
+from notebooks.bench import sample, save, sizes
 from notebooks.contenders import draw
 from report import put_between
 
@@ -46,7 +46,8 @@ BLOCKS = {"up": GEMM, "down": GEMM, "da": GEMM, "dx": GEMM, "dw": DW}
 
 
 def products(layer):
-    """The six launches on one layer: name -> a function of a block, which returns what it wrote."""
+    """Every kind of launch on one layer: name -> a function of a block that returns what it wrote.
+    """
     x, gates, w_in, b_in, w_out, b_out = layer.leaves.values()
     (T, K), (E, D, H) = layer.chosen.shape, w_in.shape
     S, plan = T * K, kernels.plan_choices(layer.chosen, E)
@@ -87,17 +88,12 @@ def close(ours, theirs):
                for a, b in zip(ours, theirs, strict=True))
 
 
-def microseconds(launch, repeats=15):
-    """The median time of one launch, by CUDA events."""
-    times = []
-    for _ in range(3 + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        launch()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in times[3:])
+REPEATS = 15
+
+
+def microseconds(launch):
+    """The median time of one launch, after a first sample that warms up."""
+    return 1e3 * statistics.median([sample(launch, True) for _ in range(1 + REPEATS)][1:])
 
 
 def compile_share(layer, worker, workers):
@@ -125,7 +121,7 @@ def race(layer):
                    "us": None, "tflops": None, "note": ""}
             try:
                 if close(launch(block), truth):
-                    row["us"] = microseconds(lambda b=block: launch(b))     # noqa: B023
+                    row["us"] = microseconds(partial(launch, block))
                     row["tflops"] = 2 * T * K * D * H / row["us"] / 1e6
                 else:
                     row["note"] = "refused: another result"
@@ -143,7 +139,7 @@ def page(path):
     record = json.loads(Path(path).read_text(encoding="utf-8"))
     env = record["env"]
     return (f"{table(record['rows'], best=1)}\n\n{env['device']}; torch {env['torch']}, triton "
-            f"{env['triton']}; commit {env['commit']}; `{env['command']}`. Medians of 15 launches.")
+            f"{env['triton']}; commit {env['commit']}; `{env['command']}`. {env['timed']}.")
 
 
 def table(rows, best=3):
@@ -189,7 +185,8 @@ def main(argv=None):
         if args.json:
             save(args.json, {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
                              "triton": kernels.triton.__version__, "commit": commit(),
-                             "command": f"python notebooks/tiles.py {shlex.join(argv)}".strip()},
+                             "command": f"python notebooks/tiles.py {shlex.join(argv)}".strip(),
+                             "timed": f"Medians of {REPEATS} means of ten launches"},
                  rows)
     print(table(rows))
     return rows
