@@ -126,6 +126,11 @@ class Grid(NamedTuple):
     scale: str                      # without a GPU
     blocks: int
     arms: dict                      # arm: the arm that it is compared with, or None
+    first: int = 0                  # the first seed
+
+    @property
+    def seeds(self):
+        return range(self.first, self.first + self.blocks)
 
 
 GRIDS = {
@@ -146,10 +151,12 @@ GRIDS = {
         **{f"tgr-k1-router-alone-{teacher}": "moe-k1"
            for teacher in ("lite0", "untrained", "random", "k-means")},
         "tgr-k1-oracle-alone": "moe-k1", **dict.fromkeys(REMEDIED.values(), "moe-k1")}),
-    # can the routing alone be guided better? Validation images; the best one goes on to the test's
+    # can the routing alone be guided better? Validation images, which no teacher has seen either.
+    # The idea with the highest mean accuracy becomes an arm of `routing`, whose seeds are fresh
     "ideas": Grid("cpu", 3, {
         "moe-k1-val": None, "moe-k1-no-aux-val": "moe-k1-val",
-        "tgr-k1-router-alone-val": "moe-k1-val", **dict.fromkeys(IDEAS.values(), "moe-k1-val")}),
+        "tgr-k1-router-alone-val": "moe-k1-val", **dict.fromkeys(IDEAS.values(), "moe-k1-val")},
+        first=100),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (

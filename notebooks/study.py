@@ -40,7 +40,7 @@ import report
 import train
 from notebooks import decided, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
-from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES
+from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, VAL
 from notebooks.ideas import IDEAS
 from notebooks.probes import closing_look
 
@@ -67,7 +67,7 @@ def rows_of(grid, scale):
     arms = GRIDS[grid].arms if grid in GRIDS else FIRST[grid]
     if grid in GRIDS:
         rows = [row for row in read_rows() if "machine" in row and row["grid"] == grid
-                and row["arm"] in arms and row["seed"] < GRIDS[grid].blocks]
+                and row["arm"] in arms and row["seed"] in GRIDS[grid].seeds]
     else:                                                   # whose grids shared their arms' rows
         rows = [row for row in read_rows() if "machine" not in row and row["arm"] in arms
                 and row["seed"] < arms[row["arm"]][0]]
@@ -81,7 +81,7 @@ def alike(rows, arms):
         same = settings.setdefault(row["arm"], (report.experiment(row), row["data_md5"]))
         if same != (report.experiment(row), row["data_md5"]):
             raise ValueError(f"scale {row['scale']}: {row['arm']}, seed {row['seed']} was run with "
-                             f"other settings than seed 0: its config says which")
+                             f"other settings than the seed before: its config says which")
     return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))
 
 
@@ -145,10 +145,15 @@ def prepare(flags, folder, data_dir, seed=None, teacher=None, remedy=None):
     return train.plan(train.parse(argv), **change)
 
 
-def train_teacher(scale, seed, folder, data_dir, how=""):
+def teachers_flags(scale, val):
+    """What a block's dense teacher is trained by: no model has seen images that are held out."""
+    return f"{decided.TEACHER[scale]} {VAL}" if val else decided.TEACHER[scale]
+
+
+def train_teacher(scale, seed, folder, data_dir, how="", val=False):
     """The checkpoint of a block's dense teacher; whoever comes first trains it, the others wait."""
     with checkpoint.claim(folder, wait_for="to train the teacher"):
-        flags = f"{SCALES[scale]} {decided.TEACHER[scale]} {how}"
+        flags = f"{SCALES[scale]} {teachers_flags(scale, val)} {how}"
         _, job = prepare(flags, folder, data_dir, decided.TEACHERS_SEED + seed)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale} --seed {seed}")
     return folder / checkpoint.NAME
@@ -168,7 +173,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
             return
         taught = "tgr" in flags or control in LOSSES
         if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
-            dense = train_teacher(scale, seed, block / "teacher", data_dir, how)
+            dense = train_teacher(scale, seed, block / "teacher", data_dir, how, VAL in flags)
         remedy = control if control in remedies.REMEDIES else None
         planned, job = prepare(f"{SCALES[scale]} {flags} {how}", folder, data_dir, seed, dense,
                                remedy)
@@ -206,7 +211,7 @@ def short(value):
 def to_do(grid, scale, only=None, seed=None):
     """(arm, seed) of runs without a row, block by block."""
     have = {(r["arm"], r["seed"]) for r in rows_of(grid, scale)}
-    return [(arm, s) for s in range(GRIDS[grid].blocks) if seed in (None, s)
+    return [(arm, s) for s in GRIDS[grid].seeds if seed in (None, s)
             for arm in GRIDS[grid].arms
             if (only is None or arm in only) and (arm, s) not in have]
 
@@ -277,6 +282,8 @@ def run(args):
     if not args.dirty and (changed := unclean()):
         raise ValueError(f"a row must name its commit, and these are not committed: {changed}; "
                          f"commit them, or give --dirty for a trial")
+    if args.seed is not None and args.seed not in (seeds := GRIDS[grid].seeds):
+        raise ValueError(f"{grid} has no seed {args.seed}: choose from {seeds[0]} to {seeds[-1]}")
     if args.anew:
         if args.seed is None:
             raise ValueError("--anew begins one block again: say which with --seed")
@@ -454,8 +461,8 @@ def recipe(rows, scale):
     first = rows[0]
     taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
               and row["arm"] != "tgr-k1-random-teacher" and "untrained" not in row["arm"]]
-    teacher = (f"dense teacher (`{decided.TEACHER[scale]}`): {report.mean(taught):.1%}; "
-               if taught else "")
+    teacher = (f"dense teacher (`{teachers_flags(scale, exam(first) == 'validation')}`): "
+               f"{report.mean(taught):.1%}; " if taught else "")
     return (f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
             f"{first['train_images']:,} training and {first['test_images']:,} {exam(first)} "
             f"images, preset {first['preset']}; epochs: {first['epochs']}; {teacher}device: "

@@ -388,11 +388,15 @@ def test_an_arm_of_validation_images_never_sees_a_test_image_and_says_so(monkeyp
         return teacher, job._replace(sets=sets)
 
     monkeypatch.setattr(train, "plan", without_test_images)
-    for seed in (0, 1):
+    for seed in (100, 101):
         for arm in ("moe-k1-val", "tgr-k1-router-alone-val", "idea-by-value"):
             study.train_one("ideas", arm, seed, "cpu", "runs", "data")
     found = study.rows_of("ideas", "cpu")
     assert all(row["test_accuracy"] is None for row in found) and len(found) == 6
+    teachers = [json.loads(p.read_text(encoding="utf-8"))
+                for p in Path("runs").rglob("teacher/result.json")]
+    assert [(t["val_accuracy"] is None, t["test_accuracy"]) for t in teachers] == 2 * [
+        (False, None)]                                      # nor has a teacher seen held-out ones
     for row in found:
         assert METRICS["accuracy"](row) == 100 * row["val_accuracy"]
         assert decided.bits(row).mean() == pytest.approx(row["val_accuracy"])
@@ -400,6 +404,7 @@ def test_an_arm_of_validation_images_never_sees_a_test_image_and_says_so(monkeyp
     assert study.main(["report", "ideas"]) == 0
     said = capsys.readouterr().out
     assert "training and 6 validation images" in said and " test images" not in said
+    assert f"dense teacher (`{decided.TEACHER['cpu']} --split val`)" in said
 
 
 def test_a_model_under_oracle_dispatch_is_tested_on_the_teachers_routing():
@@ -680,7 +685,8 @@ def test_the_dense_twin_matches_v_moe_in_active_flops_but_for_its_routers(scale,
 @pytest.mark.parametrize("scale", decided.SCALES)
 def test_a_teachers_seed_is_no_students_and_its_width_the_presets_own(scale, monkeypatch):
     monkeypatch.undo()
-    assert all(grid.blocks <= decided.TEACHERS_SEED for grid in GRIDS.values())
+    students = {seed for grid in GRIDS.values() for seed in grid.seeds}
+    assert not students & {decided.TEACHERS_SEED + seed for seed in students}
     flags = f"{decided.SCALES[scale]} {decided.TEACHER[scale]}".replace("cuda", "cpu")
     cfg = train.resolve(train.parse(flags.split()))
     assert cfg.method == "dense" and not (cfg.moe_blocks and cfg.expert_ratio < 1)
@@ -746,13 +752,20 @@ def test_a_block_has_a_row_for_each_arm_and_one_teacher_that_serves_them_all(mon
     assert line["terms"].keys() == {"task", "load", "entropy", "logits"}
 
 
+def test_an_idea_that_was_chosen_is_confirmed_with_seeds_that_chose_nothing(capsys):
+    assert not set(GRIDS["ideas"].seeds) & set(GRIDS["routing"].seeds)
+    assert [seed for _, seed in study.to_do("ideas", "cpu", ["moe-k1-val"])] == [100, 101, 102]
+    assert go("--seed", "0", grid="ideas") == 2
+    assert "ideas has no seed 0: choose from 100 to 102" in capsys.readouterr().err
+
+
 def test_arms_that_need_no_dense_teacher_do_not_wait_for_one(monkeypatch):
     monkeypatch.setattr(study, "train_teacher", lambda *args: pytest.fail("nobody asked for it"))
     for arm in ("dense", "moe-k1", "moe-k1-twice", "moe-k1-no-aux"):
         study.train_one("factors", arm, 0, "whole", "runs", "data")
     study.train_one("routing", "tgr-k1-router-alone-untrained", 0, "cpu", "runs", "data")
-    study.train_one("ideas", "idea-by-value", 0, "cpu", "runs", "data")
-    line, *_ = report.read_lines("runs/cpu/ideas/seed0-c0ffee/idea-by-value/metrics.jsonl")
+    study.train_one("ideas", "idea-by-value", 100, "cpu", "runs", "data")
+    line, *_ = report.read_lines("runs/cpu/ideas/seed100-c0ffee/idea-by-value/metrics.jsonl")
     assert line["terms"].keys() == {"task", "load", "entropy", "guidance"}
 
 
@@ -1098,6 +1111,10 @@ def test_a_seed_that_a_grid_does_not_have_is_not_in_its_table():
     written()
     study.append(study.RESULTS / "main.jsonl", full("dense", FIRST["main"]["dense"][0], 0.9))
     assert {r["seed"] for r in study.rows_of("main", "cpu")} == {0, 1, 2, 3, 4}
+    for seed in (0, 99, 100, 102, 103):
+        new = full("moe-k1-val", seed, 0.4) | {"grid": "ideas", "machine": "m"}
+        study.append(study.RESULTS / "ideas.jsonl", new)
+    assert [r["seed"] for r in study.rows_of("ideas", "cpu")] == [100, 102]
 
 
 def test_rows_of_one_arm_with_other_settings_are_refused():
