@@ -78,8 +78,9 @@ def alike(rows, arms):
     """The rows in the order of `arms`; all runs of an arm must differ in their seed alone."""
     settings = {}
     for row in rows:
-        same = settings.setdefault(row["arm"], (report.experiment(row), row["data_md5"]))
-        if same != (report.experiment(row), row["data_md5"]):
+        # an arm says who teaches; the teacher's file lies in a folder named after seed and commit
+        asked = report.experiment(row) | {"teacher": None}, row["data_md5"]
+        if settings.setdefault(row["arm"], asked) != asked:
             raise ValueError(f"scale {row['scale']}: {row['arm']}, seed {row['seed']} was run with "
                              f"other settings than the seed before: its config says which")
     return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["seed"]))

@@ -796,6 +796,15 @@ def test_a_block_that_was_begun_elsewhere_goes_on_there_or_begins_again(other, m
     assert go("--seed", "1") == 0 and len(rows()) == 3
 
 
+def test_blocks_of_two_commits_stand_in_one_table(monkeypatch):
+    for seed, commit in ((0, "e8b289a0" + 32 * "c"), (1, "94a71601" + 32 * "d")):
+        monkeypatch.setattr(checkpoint, "commit", lambda commit=commit: commit)
+        assert go("--only", "tgr-k1", "--seed", str(seed)) == 0
+    teachers = {r["config"]["teacher"] for r in rows()}
+    assert any("e8b289a0" in path for path in teachers) and len(teachers) == 2
+    assert [r["seed"] for r in study.rows_of("factors", "whole")] == [0, 1]
+
+
 def test_only_the_blocks_own_rows_are_dropped_with_it():
     for scale, seed in (("whole", 0), ("whole", 1), ("gpu", 0)):
         study.append(study.RESULTS / "factors.jsonl",
@@ -1119,11 +1128,15 @@ def test_a_seed_that_a_grid_does_not_have_is_not_in_its_table():
 
 def test_rows_of_one_arm_with_other_settings_are_refused():
     written()
-    odd = full("dense", 3, 0.9)
+    path = study.RESULTS / "main.jsonl"
+    alike, odd, other = path.read_bytes(), full("dense", 3, 0.9), full("dense", 3, 0.9)
     odd["config"]["alpha"] = 7
-    study.append(study.RESULTS / "main.jsonl", odd)
-    with pytest.raises(ValueError, match="dense, seed 3"):
-        study.section("main", "cpu")
+    other["data_md5"] = "another data set's"
+    for row in (odd, other):
+        path.write_bytes(alike)
+        study.append(path, row)
+        with pytest.raises(ValueError, match="dense, seed 3"):
+            study.section("main", "cpu")
 
 
 def test_the_figures_show_curves_and_every_alpha(monkeypatch):
