@@ -32,7 +32,8 @@ def pretrained(job, dense):
 
 def untrained(job, dense):
     """First weights of a seed of their own: its features hold no knowledge."""
-    return train.build(replace(job.cfg, method="dense", moe_blocks="", seed=999), job.data)
+    return train.build(replace(job.cfg, method="dense", moe_blocks="", seed=2_000 + job.cfg.seed),
+                       job.data)
 
 
 def the_dense_one(job, dense):
@@ -41,7 +42,8 @@ def the_dense_one(job, dense):
 
 @torch.no_grad()
 def freeze_routers(job, guide, directions):
-    """Give each teacher router fixed weights: directions(features (T, D), E) -> unit rows (E, D).
+    """Give each teacher router fixed weights: directions(features (T, D), E, seed) -> unit rows
+    (E, D).
 
     The features are those of the first 1,000 training images. Rows of length sqrt(D) make targets
     as confident as trained teacher routers are (ours).
@@ -49,22 +51,22 @@ def freeze_routers(job, guide, directions):
     cfg, images, sets = job.cfg, job.data, job.sets
     features = guide.features(images.normalise(sets.train[0][:1_000]))
     for b, h in features.items():
-        rows = directions(h.float().cpu(), cfg.n_experts)               # (E, D)
+        rows = directions(h.float().cpu(), cfg.n_experts, cfg.seed)     # (E, D)
         guide.routers[str(b)].weight.copy_(rows * rows.shape[1] ** 0.5)
     guide.routers.requires_grad_(False)
 
 
-def random_directions(h, E):
+def random_directions(h, E, seed=0):
     """Random unit rows (E, D) that do not see the mean of h (T, D).
 
     What all tokens share would send every token to the same expert.
     """
-    rows = torch.randn(E, h.shape[1], generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(E, h.shape[1], generator=torch.Generator().manual_seed(seed))
     common = F.normalize(h.mean(dim=0), dim=0)
     return F.normalize(rows - (rows @ common)[:, None] * common, dim=1)
 
 
-def centroids(h, E, steps=25):
+def centroids(h, E, seed=0, steps=25):
     """Spherical k-means of features (T, D): E unit centroids, nearest by cosine.
 
     The nearest by distance would need a bias of |c|^2 / 2, and a teacher router has no bias. Among
@@ -73,7 +75,7 @@ def centroids(h, E, steps=25):
     if not 1 <= E <= len(h):
         raise ValueError(f"{len(h)} features have no {E} centroids: choose 1 to {len(h)}")
     h = F.normalize(h, dim=1)
-    c = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:E]]
+    c = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[:E]]
     for _ in range(steps):
         sums = torch.zeros_like(c).index_add_(0, (h @ c.T).argmax(dim=1), h)
         c = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), c)
@@ -123,6 +125,9 @@ def guided(router, features, obey=False):
     Where `router` is False the KL is taken of heads beside the routers, which dispatch nothing, and
     the routers learn as the method says. Where `features` is False it ends at what a router is
     given. With `obey` the teacher's routers dispatch the tokens. TGR is guided(True, True).
+
+    Features are free but for one thing: the routers' gradient is part of the norm that train.py
+    clips, so the trunk takes shorter steps while the KL is large.
     """
     def losses(cfg, student, guide, images, targets):
         with train.autocast(cfg, images):

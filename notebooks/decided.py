@@ -68,10 +68,11 @@ CELLS = {("free", "free"): "moe-k1", ("guided", "free"): "tgr-k1-router-alone",
          ("free", "guided"): "moe-k1-features-alone", ("guided", "guided"): "tgr-k1"}
 CELL_ARMS = {"moe-k1": Arm(MOE), "tgr-k1-router-alone": Arm(TGR, "router alone"),
              "moe-k1-features-alone": Arm(MOE, "features alone"), "tgr-k1": Arm(TGR)}
-# a name in remedies.py: does it keep V-MoE's own two losses? The others have their own balance
+# a name in remedies.py: does it keep V-MoE's own two losses? The others have their own balance, or
+# a router that does not learn whom to choose
 REMEDIES = {"loss-free bias": False, "expert choice": False, "default outputs": True,
             "sparse mixer": True, "dense mixer": True, "relu": False, "stable": True,
-            "grouter": True, "coupled": True, "similar": False, "random fixed": False,
+            "grouter": False, "coupled": True, "similar": False, "random fixed": False,
             "hash": False}
 REMEDIED = {name: f"moe-k1-{name.replace(' ', '-')}" for name in REMEDIES}
 # own ideas for guiding the routing alone, in ideas.py; the last one has no teacher
@@ -147,10 +148,11 @@ GRIDS = {
         **{f"{arm}-late": "moe-k1-late" if arm != "moe-k1" else "moe-k1" for arm in CELL_ARMS}}),
     # does guided routing alone help, and do other remedies? Features are free in every arm
     "routing": Grid("cpu", 10, {
-        "moe-k1": None, "moe-k1-no-aux": "moe-k1", "tgr-k1-router-alone": "moe-k1",
+        "moe-k1": "dense", "moe-k1-no-aux": "moe-k1", "tgr-k1-router-alone": "moe-k1",
         **{f"tgr-k1-router-alone-{teacher}": "moe-k1"
            for teacher in ("lite0", "untrained", "random", "k-means")},
-        "tgr-k1-oracle-alone": "moe-k1", **dict.fromkeys(REMEDIED.values(), "moe-k1")}),
+        "tgr-k1-oracle-alone": "moe-k1", **dict.fromkeys(REMEDIED.values(), "moe-k1"),
+        "dense": None}),
     # can the routing alone be guided better? Validation images, which no teacher has seen either.
     # The idea with the highest mean accuracy becomes an arm of `routing`, whose seeds are fresh
     "ideas": Grid("cpu", 3, {
@@ -191,12 +193,27 @@ BEST_ALPHA = {"cpu": "0.01"}
 # --- what is measured, and what is expected ---
 
 
+# arms of which some metrics would say something else: in the first two a token has no one expert;
+# the sparse mixer draws in training alone; no router of the others is to follow a teacher
+SEVERAL = REMEDIED["expert choice"], REMEDIED["relu"]
+DRAWS = REMEDIED["sparse mixer"],
+FREE = tuple(arm for arm, a in ARMS.items() if a.control in ("features alone", "logits"))
+
+
 def over_time(name):
-    return lambda row: row["consistency"].get(name)
+    return unless(SEVERAL, lambda row: row["consistency"].get(name))
+
+
+def unless(arms, metric):
+    return lambda row: None if row["arm"] in arms else metric(row)
 
 
 def probing(name):
     return lambda row: (row.get("probing") or {}).get(name)
+
+
+def difference(a, b):
+    return lambda row: None if a(row) is None or b(row) is None else a(row) - b(row)
 
 
 def reached(row):
@@ -205,7 +222,7 @@ def reached(row):
 
 
 # A metric takes a row and gives None where the run has no such number. The first two are percent,
-# all others lie between -1 and 1.
+# experts are counted, and all others lie between -1 and 1.
 METRICS = {
     "accuracy": lambda row: 100 * reached(row),
     # an arm that trained on the teacher's dispatch is tested on it too
@@ -215,16 +232,17 @@ METRICS = {
     "kappa adjacent, first quarter": over_time("first_quarter_kappa_adjacent"),
     "agreement with the end at 1/6": over_time("sixth_agreement_final"),
     "agreement with the end at 1/2": over_time("half_agreement_final"),
-    "load entropy": lambda row: row["load_entropy"],
+    "load entropy": unless(SEVERAL, lambda row: row["load_entropy"]),
     "expert similarity": lambda row: row.get("similarity"),
     "own-domain accuracy": probing("own"),
     "other-domain accuracy": probing("others"),
-    "own minus others": lambda row: None if probing("own")(row) is None else (
-        probing("own")(row) - probing("others")(row)),
+    "own minus others": difference(probing("own"), probing("others")),
     "gate accuracy": probing("gate_accuracy"),
-    "oracle cosine": lambda row: row.get("oracle_cosine"),
-    "mean gate": lambda row: row.get("mean_gate"),
-    "follows the teacher": lambda row: row.get("followed"),
+    "gate's lead over blind ones": difference(probing("gate_accuracy"), probing("blind")),
+    "oracle cosine": unless(DRAWS, lambda row: row.get("oracle_cosine")),
+    "mean gate": unless(SEVERAL, lambda row: row.get("mean_gate")),
+    "experts per token": lambda row: row.get("experts_per_token"),
+    "follows the teacher": unless(FREE, lambda row: row.get("followed")),
 }
 
 # what a grid's table shows beside the accuracy
@@ -234,9 +252,9 @@ COLUMNS = {
         "mean gate", "follows the teacher")),
     **dict.fromkeys(("routing", "ideas"), (
         "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
-        "oracle cosine", "follows the teacher")),
+        "oracle cosine", "mean gate", "experts per token", "follows the teacher")),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
-               "gate accuracy"),
+               "gate accuracy", "gate's lead over blind ones"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
     "guidance": ("accuracy, dispatched as in training", "agreement adjacent, first quarter",
                  "load entropy")}
@@ -261,6 +279,7 @@ MARGIN = 0.5        # points of accuracy within which two models count as equal
 ACC, TGR_MOE = "accuracy", (("tgr-k1",), ("moe-k1",))
 DISPATCHED, HALF = "accuracy, dispatched as in training", "agreement with the end at 1/2"
 NONE, ROUTER, FEATURES, BOTH = CELLS.values()
+FLOOR = "random fixed", "hash"
 
 
 def cells(grid, mark=""):
@@ -314,33 +333,35 @@ HYPOTHESES = [
     Hypothesis("placement", "late experts are better", "T", ACC, (f"{NONE}-late",), (NONE,)),
     Hypothesis("placement", "TGR gains as much from late experts' teachers", "ours", ACC,
                (f"{BOTH}-late", NONE), (f"{NONE}-late", BOTH), margin=MARGIN),
-    *(Hypothesis("routing", f"a router guided by {what} beats V-MoE", "T" if not mark else "ours",
-                 ACC, (ROUTER + mark,), (NONE,)) for what, mark in (
+    *(Hypothesis("routing", f"a router guided by {what} beats {whom}", "T" if not mark and
+                 other == NONE else "ours", ACC, (ROUTER + mark,), (other,))
+      for other, whom in ((NONE, "V-MoE"), ("moe-k1-no-aux", "V-MoE without its own losses"))
+      for what, mark in (
         ("a dense teacher", ""), ("a pretrained one", "-lite0"), ("an untrained one", "-untrained"),
-        ("a frozen random router", "-random"), ("frozen k-means", "-k-means"))),
-    *(Hypothesis("routing", f"a router guided by {what} beats V-MoE without its own losses", "ours",
-                 ACC, (ROUTER + mark,), ("moe-k1-no-aux",)) for what, mark in (
-        ("a dense teacher", ""), ("a pretrained one", "-lite0"))),
+        ("a frozen random router on a dense teacher", "-random"),
+        ("frozen k-means on a dense teacher", "-k-means"))),
     Hypothesis("routing", "V-MoE without its own losses collapses to few experts", "T",
                "load entropy", (NONE,), ("moe-k1-no-aux",), 0.2),
     Hypothesis("routing", "the teacher's dispatch is worth something by itself", "T", DISPATCHED,
                ("tgr-k1-oracle-alone",), (NONE,)),
     Hypothesis("routing", "a router guided alone settles tokens", "T", HALF, (ROUTER,), (NONE,)),
     *(Hypothesis("routing", f"the remedy {name!r} beats V-MoE", "R", ACC, (arm,), (NONE,))
-      for name, arm in REMEDIED.items() if name not in ("random fixed", "hash")),
-    *(Hypothesis("routing", f"V-MoE is no better than the floor {name!r}", "ours", ACC,
-                 (NONE,), (REMEDIED[name],), margin=MARGIN) for name in ("random fixed", "hash")),
+      for name, arm in REMEDIED.items() if name not in FLOOR),
+    *(Hypothesis("routing", f"the remedy {name!r} beats V-MoE without its own losses, as it is",
+                 "ours", ACC, (REMEDIED[name],), ("moe-k1-no-aux",))
+      for name, keeps in REMEDIES.items() if not keeps and name not in FLOOR),
+    *(Hypothesis("routing", f"the floor {name!r} is no more than half a point below V-MoE", "ours",
+                 ACC, (REMEDIED[name],), (NONE,), -MARGIN) for name in FLOOR),
     Hypothesis("routing", "the router's exact gradient settles no tokens", "ours", HALF,
                (REMEDIED["dense mixer"],), (NONE,), margin=0.05),
-    Hypothesis("routing", "a router that is frozen early settles tokens", "R", HALF,
-               (REMEDIED["stable"],), (NONE,)),
     Hypothesis("routing", "a router guided by a dense teacher beats the exact gradient", "ours",
                ACC, (ROUTER,), (REMEDIED["dense mixer"],)),
     # what is hoped of each: the teacher decides only where the router doubts; guidance ends by
     # itself; targets that are even leave no expert idle; the task's own values need no teacher
     *(Hypothesis("ideas", f"a router guided {name!r} beats {what}", "ours", ACC, (arm,), (other,))
       for name, arm in IDEAS.items() for what, other in (
-        ("V-MoE", "moe-k1-val"), ("V-MoE without its own losses", "moe-k1-no-aux-val"))),
+        ("V-MoE", "moe-k1-val"), ("V-MoE without its own losses", "moe-k1-no-aux-val"),
+        ("one guided by TGR's KL", "tgr-k1-router-alone-val"))),
     Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
                (BOTH,)),
     Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,
@@ -363,6 +384,9 @@ HYPOTHESES = [
                "own minus others", ("mode-k2-alpha-0.1",), ("moe-k2",), -0.005),
     Hypothesis("mutual", "the gate chooses better", "M", "gate accuracy", ("mode-k2",),
                ("moe-k2",)),
+    # alike experts are right together, which helps a gate that chooses blindly as well
+    Hypothesis("mutual", "... beyond what blind gates gain", "ours", "gate's lead over blind ones",
+               ("mode-k2",), ("moe-k2",)),
     Hypothesis("experts", "the gain grows from E=8 to E=32", "T", ACC,
                ("tgr-k1-E32", "moe-k1-E8"), ("moe-k1-E32", "tgr-k1-E8")),
     Hypothesis("experts", "guidance helps with 32 experts", "T", ACC, ("tgr-k1-E32",),
@@ -433,6 +457,11 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
          2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
+def t_975(n):
+    """The quantile of t for the mean of n values."""
+    return T_975[min(n - 1, len(T_975)) - 1]
+
+
 class Estimate(NamedTuple):
     mean: float | None
     low: float | None               # the 95 % t-interval; None with fewer than two seeds
@@ -442,7 +471,7 @@ class Estimate(NamedTuple):
 
     def t(self, null=0.0):
         """How many standard errors the mean lies above `null`."""
-        error = (self.high - self.mean) / T_975[min(self.n - 1, len(T_975)) - 1]
+        error = (self.high - self.mean) / t_975(self.n)
         away = self.mean - null
         return away / error if error else math.copysign(math.inf, away) if away else 0.0
 
@@ -486,7 +515,7 @@ def interval(values, left_out=()):
     n = len(values)
     if n < 2:
         return Estimate(values[0] if values else None, None, None, n, left_out)
-    half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n)
+    half = t_975(n) * statistics.stdev(values) / math.sqrt(n)
     mean = statistics.fmean(values)
     return Estimate(mean, mean - half, mean + half, n, left_out)
 
@@ -585,6 +614,25 @@ def judge(grid, rows):
     p = holm({h: e.p(min(h.least, 0)) if h.margin is None else equivalence(e, h.margin)
               for h, e in found.items() if h.minus and e.n >= 3})
     return {h: (e, p.get(h), verdict(e, h.least, p.get(h), h.margin)) for h, e in found.items()}
+
+
+def detectable(judged):
+    """How many points of accuracy must the first contrast of a grid reach to be met?
+
+    So many that its p, times the number of contrasts, is 0.05 at their median standard error. None
+    where there is none. `judged` is what `judge` returns.
+    """
+    errors = [(e.high - e.mean) / t_975(e.n) for h, (e, p, _) in judged.items()
+              if p is not None and h.metric == ACC and h.margin is None]
+    if not errors:
+        return None
+    n = min(e.n for e, p, _ in judged.values() if p is not None)
+    asked = 1 - 0.05 / sum(p is not None for _, p, _ in judged.values())
+    low, high = 0.0, 1e3
+    while high - low > 1e-6:                                # central grows with t
+        middle = (low + high) / 2
+        low, high = (middle, high) if central(middle, n - 1) < asked else (low, middle)
+    return high * statistics.median(errors)
 
 
 def signed(estimate, digits=2):

@@ -76,7 +76,8 @@ def by_value(cfg, student, guide, images, targets):
 
     To first order q says what more of an expert would do to the task's loss (notebook 1). The
     exact gradient moves logits by p_e (q_e - mean), hardly where p is small; this KL moves them by
-    target_e - p_e.
+    target_e - p_e. A token whose output nothing reads, as a patch's in the last block, is worth the
+    same to all experts, and it is left out.
     """
     seen, hooks = {}, []
     for b in student.moe_blocks:
@@ -90,8 +91,11 @@ def by_value(cfg, student, guide, images, targets):
         terms = train.objective(cfg, output, targets)
         slopes = torch.autograd.grad(terms["task"], [seen[b] for b in student.moe_blocks],
                                      retain_graph=True)
-        found = [guidance_loss(worth(student, output, b, dy), logits_of(student, output, b))
-                 for b, dy in zip(student.moe_blocks, slopes, strict=True)]
+        found = []
+        for b, dy in zip(student.moe_blocks, slopes, strict=True):
+            read = dy.flatten(0, 1).any(dim=1)                          # (T,)
+            found.append(guidance_loss(worth(student, output, b, dy)[read],
+                                       logits_of(student, output, b)[read]))
     return terms | {"guidance": cfg.guide_weight / len(found) * sum(found)}
 
 

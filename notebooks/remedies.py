@@ -210,10 +210,14 @@ class StableMoE(Remedy):
     """Distil the router into a light one in the first tenth of training, then freeze that.
 
     The light router sees what no training changes: a patch's own pixels and its place, as the
-    paper's sees a word and not its context (arXiv:2204.08396, section 2; its stages 1 and 2). The
-    gate stays the learning router's softmax (ours: the paper's is a sigmoid).
+    paper's sees a word and not its context (arXiv:2204.08396, section 2; its stages 1 and 2). Then
+    the task loss is the only one. Ours: the class token has the pixels of the mean patch, or one
+    expert would serve it in every image; the gate stays the learning router's softmax, where the
+    paper's is a sigmoid; and so is the weight of the distillation, to which AdamW is all but blind.
+    The clip is not: at weight 1 the light router's gradient would be most of what it clips, and the
+    trunk would learn more slowly than V-MoE's.
     """
-    share = 0.1
+    share, weight = 0.1, 0.01
 
     def __init__(self, moe, job):
         super().__init__(moe, job)
@@ -227,7 +231,7 @@ class StableMoE(Remedy):
     def look(self, vit, inputs):
         p = vit.patch
         patches = rearrange(inputs[0], "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        self.patches = F.pad(patches, (0, 0, 1, 0))                     # the class token has none
+        self.patches = torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1)   # (B, N, .)
 
     def light(self):
         return (self.patches.float() @ self.pixels.T + self.place).flatten(0, 1)        # (T, E)
@@ -236,33 +240,35 @@ class StableMoE(Remedy):
         light = self.light()
         if self.steps < self.learning:
             self.steps = self.steps + int(self.training)
-            self.penalty = F.cross_entropy(light, routing.chosen[:, 0])
+            self.penalty = self.weight * F.cross_entropy(light, routing.chosen[:, 0])
             return MoE.forward(self, x, routing)
         self.penalty = 0.0
         chosen = ranked(light.detach(), self.router.k)
-        gates = routing.probs.gather(1, chosen)
-        return MoE.forward(self, x, routing._replace(chosen=chosen, gates=gates))
+        # V-MoE's two losses would be of a router that chooses nobody any more: they reach nothing
+        return MoE.forward(self, x, routing._replace(
+            chosen=chosen, gates=routing.probs.gather(1, chosen), probs=routing.probs.detach(),
+            logits=routing.logits.detach()))
 
 
 class Grouter(StableMoE):
     """A trained model's routing, distilled beforehand and fixed from the first step on.
 
     The paper distils it into a router of its own (arXiv:2603.06626); its folding and tuning of
-    experts are left out. Ours: what is distilled are this repository's kept V-MoE's choices, block
-    by block, in one epoch, into the light router of `StableMoE`.
+    experts are left out. Ours: what is distilled are the choices of `trained`, a V-MoE of the same
+    sizes and another seed, block by block, in one epoch, into the light router of `StableMoE`.
     """
     share = 0.0
 
-    def __init__(self, moe, job):
+    def __init__(self, moe, job, trained=None):
         super().__init__(moe, job)
         if job.state is not None:                           # its checkpoint will bring it
             return
         b = 1 + [block.mlp for block in job.model.blocks].index(moe)
-        trained = trained_moe()
-        if (trained.n_tokens, trained.moe_blocks) != (job.model.n_tokens, job.model.moe_blocks) or (
+        if trained is None or (trained.n_tokens, trained.moe_blocks) != (
+                job.model.n_tokens, job.model.moe_blocks) or (
                 trained.blocks[b - 1].mlp.router.n_experts != self.router.n_experts):
-            raise ValueError("Grouter's trained model is the kept V-MoE of scale cpu: take its "
-                             "tokens, --moe_blocks and --n_experts")
+            raise ValueError("Grouter needs a trained V-MoE that has this one's tokens, "
+                             "--moe_blocks and --n_experts")
         optimizer = torch.optim.AdamW([self.pixels, self.place], lr=0.01)
         for images, _ in batches(job.cfg, job.data, job.sets, epoch=1):
             self.look(job.model, (images.cpu(),))
@@ -271,11 +277,6 @@ class Grouter(StableMoE):
             optimizer.zero_grad()
             F.cross_entropy(self.light(), chosen).backward()
             optimizer.step()
-
-
-def trained_moe():
-    from notebooks.lesson import trained  # here, for lesson.py loads this file
-    return trained("vmoe")[0]
 
 
 class RandomFixed(Remedy):
@@ -292,7 +293,7 @@ class RandomFixed(Remedy):
 
 class HashRouting(Remedy):
     """The other floor: a token's place decides, by a hash (arXiv:2106.04426, whose hash is of the
-    word). K = 1, and gates of 1."""
+    word). K = 1, and gates of 1. So one expert serves the class token of every image."""
     has_oracle = False
 
     def __init__(self, moe, job):
@@ -358,12 +359,15 @@ REMEDIES = {"loss-free bias": LossFreeBias, "expert choice": ExpertChoice,
             "similar": SimBal, "random fixed": RandomFixed, "hash": HashRouting}
 
 
-def remedy(name):
-    """The change that puts a remedy into every sparse block of a job's model (train.plan)."""
+def remedy(name, *trained):
+    """The change that puts a remedy into every sparse block of a job's model (train.plan).
+
+    `trained` is the V-MoE, on a CPU, whose routing "grouter" takes; no other remedy has one.
+    """
     def change(job):
         for b in job.model.moe_blocks:
             block = job.model.blocks[b - 1]
-            block.mlp = REMEDIES[name](block.mlp, job).to(job.cfg.device)
+            block.mlp = REMEDIES[name](block.mlp, job, *trained).to(job.cfg.device)
 
     return change
 

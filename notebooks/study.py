@@ -38,7 +38,7 @@ import checkpoint
 
 import report
 import train
-from notebooks import decided, remedies
+from notebooks import decided, lite0, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
 from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, VAL
 from notebooks.ideas import IDEAS
@@ -137,24 +137,24 @@ def flags_of(arm, scale):
     return flags
 
 
-def prepare(flags, folder, data_dir, seed=None, teacher=None, remedy=None):
+def prepare(flags, folder, data_dir, seed=None, teacher=None, change=None):
     """train.py's plan for these flags; a run that has a checkpoint goes on from it."""
     argv = [*shlex.split(flags), "--out", str(folder), "--data_dir", data_dir, "--resume"]
     argv += ["--seed", str(seed)] if seed is not None else []
     argv += ["--teacher", str(teacher)] if teacher else []
-    change = {"change": remedies.remedy(remedy)} if remedy else {}
-    return train.plan(train.parse(argv), **change)
+    return train.plan(train.parse(argv), **{"change": change} if change else {})
 
 
-def teachers_flags(scale, val):
+def teachers_flags(scale, val=False):
     """What a block's dense teacher is trained by: no model has seen images that are held out."""
     return f"{decided.TEACHER[scale]} {VAL}" if val else decided.TEACHER[scale]
 
 
-def train_teacher(scale, seed, folder, data_dir, how="", val=False):
-    """The checkpoint of a block's dense teacher; whoever comes first trains it, the others wait."""
+def train_teacher(flags, scale, seed, folder, data_dir, how=""):
+    """The checkpoint of a model that a block's students learn from, its dense teacher or the V-MoE
+    of Grouter, by flags of train.py; whoever comes first trains it, the others wait."""
     with checkpoint.claim(folder, wait_for="to train the teacher"):
-        flags = f"{SCALES[scale]} {teachers_flags(scale, val)} {how}"
+        flags = f"{SCALES[scale]} {flags} {how}"
         _, job = prepare(flags, folder, data_dir, decided.TEACHERS_SEED + seed)
         train.fit(job, command=f"python notebooks/study.py run GRID --scale {scale} --seed {seed}")
     return folder / checkpoint.NAME
@@ -174,10 +174,16 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
             return
         taught = "tgr" in flags or control in LOSSES
         if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
-            dense = train_teacher(scale, seed, block / "teacher", data_dir, how, VAL in flags)
-        remedy = control if control in remedies.REMEDIES else None
+            dense = train_teacher(teachers_flags(scale, VAL in flags), scale, seed,
+                                  block / "teacher", data_dir, how)
+        trained = []
+        if control == "grouter":
+            other = train_teacher(flags_of("moe-k1", scale), scale, seed, block / "other",
+                                  data_dir, how)
+            trained = [train.load_model(other, device="cpu")[0]]
+        change = remedies.remedy(control, *trained) if control in remedies.REMEDIES else None
         planned, job = prepare(f"{SCALES[scale]} {flags} {how}", folder, data_dir, seed, dense,
-                               remedy)
+                               change)
         guide = None
         if taught:                     # a method that needs no teacher is planned without one
             guide = guide_by(teacher, job, dense and (planned or train.teacher_of(job)))
@@ -187,7 +193,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
             guide.routers.load_state_dict(job.state["routers"])
         command = f"python notebooks/study.py run {grid} --scale {scale} --seed {seed} --only {arm}"
         command += f" --how={shlex.quote(how)}" if how else ""
-        loss = remedies.losses if remedy else (LOSSES | IDEAS).get(control)
+        loss = remedies.losses if change else (LOSSES | IDEAS).get(control)
         result = train.fit(job, guide, command, loss)
         row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
@@ -294,8 +300,10 @@ def run(args):
                          f"--{', --'.join(sorted(other))}")
     runs = to_do(grid, scale, args.only, args.seed)
     refuse_half_a_block(grid, scale, runs, (commit_of_row(args.dirty), machine(scale, args.how)))
-    for arm, _ in runs:
-        flags_of(arm, scale)                                # speaks up before anything is trained
+    for arm, _ in runs:                                     # speak up before anything is trained
+        flags_of(arm, scale)
+        if ARMS[arm].teacher == "lite0":
+            lite0.published()
     print(f"{grid}, scale {scale}: {len(runs)} runs to do")
     if args.here:
         for arm, seed in runs:
@@ -483,8 +491,10 @@ def section(grid, scale, page=PAGE):
     if grid in GRIDS:
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
-                f"block, which has a teacher of its own: intervals are over seeds and teachers, "
-                f"for one set of training images and one test set.")
+                f"block, which has a dense teacher of its own: intervals are over seeds and "
+                f"teachers, for one set of training images and one test set. Agreement, load and "
+                f"gates are means over all tokens and sparse blocks; what patches leave the last "
+                f"block with is read by nobody.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
     else:
         some = {arm: (sum(row["arm"] == arm for row in rows), n)
@@ -501,6 +511,9 @@ def section(grid, scale, page=PAGE):
         f"threshold, its interval above 0 and p, corrected by Holm for the contrasts of this "
         f"table, below .05; "
         f"not met: the interval is below the threshold; below three seeds there is no verdict.")
+    if least := decided.detectable(decided.judge(grid, rows)):
+        caption += (f" At the median standard error of these contrasts in accuracy, the first is "
+                    f"met from {least:.2f} points on.")
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     its = [factors(title, rows, tuple(decided.cells(grid, mark)))

@@ -161,11 +161,28 @@ def test_an_expert_is_worth_what_a_little_more_of_it_takes_off_the_loss():
     assert_close(seen[0].std(dim=1), torch.ones(len(q)), atol=1e-3, rtol=1e-3)
 
 
-def test_a_token_that_the_task_does_not_hear_is_told_that_all_are_alike():
+def test_where_all_experts_are_worth_the_same_none_is_preferred():
     student = SimpleNamespace(blocks=[SimpleNamespace(mlp=prepared("by value")[0].model.blocks[0]
                                                       .mlp)])
     output = SimpleNamespace(layers={1: SimpleNamespace(h=torch.randn(7, 16))})
     assert not ideas.worth(student, output, 1, torch.zeros(1, 7, 16)).any()
+
+
+def test_tokens_whose_output_nobody_reads_are_told_nothing():
+    # in the last block these are all patches
+    job, _, losses, (x, y) = prepared("by value")
+    output = job.model(x)
+    seen, real = [], ideas.guidance_loss
+    ideas.guidance_loss = lambda t, z: seen.append((t, z)) or real(t, z)
+    try:
+        found = losses(job.cfg, job.model, None, x, y)["guidance"]
+    finally:
+        ideas.guidance_loss = real
+    (t, z), (last, its) = seen
+    assert len(t) == len(z) == 12 * 5 and len(last) == len(its) == 12
+    assert_close(its, output.layers[2].routing.logits.view(12, 5, 4)[:, 0])
+    assert_close(last.std(dim=1), torch.ones(12), atol=1e-3, rtol=1e-3)
+    assert_close(found, (real(t, z) + real(last, its)) / 2)
 
 
 def test_an_idea_is_an_arm_that_the_study_trains_on_validation_images():

