@@ -302,8 +302,8 @@ def run(args):
     refuse_half_a_block(grid, scale, runs, (commit_of_row(args.dirty), machine(scale, args.how)))
     for arm, _ in runs:                                     # speak up before anything is trained
         flags_of(arm, scale)
-        if ARMS[arm].teacher == "lite0":
-            lite0.published()
+    if any(ARMS[arm].teacher == "lite0" for arm, _ in runs):
+        lite0.published()
     print(f"{grid}, scale {scale}: {len(runs)} runs to do")
     if args.here:
         for arm, seed in runs:
