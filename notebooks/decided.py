@@ -193,18 +193,20 @@ BEST_ALPHA = {"cpu": "0.01"}
 # --- what is measured, and what is expected ---
 
 
-# arms of which some metrics would say something else: in the first two a token has no one expert;
-# the sparse mixer draws in training alone; no router of the others is to follow a teacher
-SEVERAL = REMEDIED["expert choice"], REMEDIED["relu"]
-DRAWS = REMEDIED["sparse mixer"],
-FREE = tuple(arm for arm, a in ARMS.items() if a.control in ("features alone", "logits"))
+# controls of which some metrics would say something else: in the first two a token has no one
+# expert; the sparse mixer draws in training alone; no router of the others is to follow a teacher
+SEVERAL = "expert choice", "relu"
+DRAWN = "sparse mixer",
+FREE = "features alone", "logits"
 
 
 def over_time(name):
     return unless(SEVERAL, lambda row: row["consistency"].get(name))
 
 
-def unless(arms, metric):
+def unless(controls, metric):
+    """The metric, and None for the arms with these controls."""
+    arms = {arm for arm, a in ARMS.items() if a.control in controls}
     return lambda row: None if row["arm"] in arms else metric(row)
 
 
@@ -239,9 +241,11 @@ METRICS = {
     "own minus others": difference(probing("own"), probing("others")),
     "gate accuracy": probing("gate_accuracy"),
     "gate's lead over blind ones": difference(probing("gate_accuracy"), probing("blind")),
-    "oracle cosine": unless(DRAWS, lambda row: row.get("oracle_cosine")),
+    "oracle cosine": unless(DRAWN, lambda row: row.get("oracle_cosine")),
     "mean gate": unless(SEVERAL, lambda row: row.get("mean_gate")),
     "experts per token": lambda row: row.get("experts_per_token"),
+    # what it takes off the loss, over what the best of all experts would
+    "worth of the choice": lambda row: row.get("choice"),
     "follows the teacher": unless(FREE, lambda row: row.get("followed")),
 }
 
@@ -252,7 +256,8 @@ COLUMNS = {
         "mean gate", "follows the teacher")),
     **dict.fromkeys(("routing", "ideas"), (
         "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
-        "oracle cosine", "mean gate", "experts per token", "follows the teacher")),
+        "oracle cosine", "worth of the choice", "mean gate", "experts per token",
+        "follows the teacher")),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
                "gate accuracy", "gate's lead over blind ones"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),

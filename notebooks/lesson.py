@@ -75,6 +75,25 @@ class Folded:
         return text.replace("\n", "<br>")
 
 
+class Table(Folded):
+    """Rows of cells under their head, open where there is no summary; in a terminal, columns."""
+
+    def __init__(self, summary, head, rows):
+        self.rows = [[str(cell) for cell in row] for row in (head, *rows)]
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        super().__init__(summary, "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in self.rows))
+
+    def _repr_html_(self):
+        return super()._repr_html_() if self.summary else self.inside()
+
+    def inside(self):
+        lines = ["".join(f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>'
+                         for cell in row)
+                 for tag, row in zip(["th"] + ["td"] * len(self.rows), self.rows, strict=False)]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
 def move(draw, **sliders):
     """Call draw(**values) again whenever a slider is moved: name=(first value, low, high, step).
 
@@ -96,15 +115,21 @@ def move(draw, **sliders):
 
 
 def claims(found):
-    """Print what a page says of trained models beside what the seeds say: {claim: Estimate}.
+    """Show what a page says of trained models beside what the seeds say: {claim: Estimate}.
 
     A claim is a difference or a number, and what its interval leaves open is called open.
     """
-    print(f"{'':44} measured, 95 % interval        n")
-    for claim, e in found.items():
-        so = ("no interval" if e.low is None else "above 0" if e.low > 0 else
-              "below 0" if e.high < 0 else "open")
-        print(f"{claim:44} {decided.signed(e, 3):29} {e.n:2}   {so}")
+    display(Table(None, ("", "measured, 95 % interval", "n", ""), [
+        (claim, decided.signed(e, 3), e.n, "no interval" if e.low is None else
+         "above 0" if e.low > 0 else "below 0" if e.high < 0 else "open")
+        for claim, e in found.items()]))
+
+
+def verdicts(summary, judged):
+    """Show, folded, what was decided before the runs beside what came: a dict of decided.judge."""
+    display(Table(summary, ("decided before", "by", "at least", "measured", "p", "verdict"), [
+        (h.claim, h.source, f"{h.least:g}" if h.margin is None else f"within ±{h.margin:g}",
+         decided.signed(e), study.shown(p), verdict) for h, (e, p, verdict) in judged.items()]))
 
 
 def check(claim, answer, expected=True, hint="read the cell above once more"):

@@ -1,8 +1,6 @@
 """lesson_2.py -- how does notebook 2 draw clusters, targets, a film of patches and a crossed pair
 of factors?
 """
-import html
-
 import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
 
 import numpy as np
@@ -13,26 +11,12 @@ from matplotlib.colors import LogNorm, to_rgb
 import report
 from notebooks import decided
 from notebooks.decided import CELLS
-from notebooks.lesson import RESULTS, Folded, display, dots, patch_map, rows, show
+from notebooks.lesson import RESULTS, Table, display, dots, patch_map, rows, show
 from report import COLOURS
 
 # decided.NAMES with an arm of the second edition
 NAMED = decided.NAMES | {"tgr-k1-oracle-alone": "TGR, the teacher dispatches, KL on routers alone"}
 SHOWN = (0, 3, 5, 10, 14, 25)           # probe images whose objects can be told at 32 pixels
-
-
-class Table(Folded):
-    """Rows of cells, read when the summary is clicked; in a terminal they are just read."""
-
-    def __init__(self, summary, head, rows):
-        self.rows = [head, *rows]
-        super().__init__(summary, "\n".join(" | ".join(map(str, row)) for row in self.rows))
-
-    def inside(self):
-        head, *body = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-                       for tag, row in zip(["th"] + ["td"] * len(self.rows), self.rows,
-                                           strict=False)]
-        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
 
 
 # --- what the teacher knows, and what its routers ask for ---

@@ -212,5 +212,4 @@ def claimed(rows, main, swept):
     judged = {h: v for grid, found in (("main", main), ("alpha", rows))
               for h, v in decided.judge(grid, found).items()
               if h.source == "M" or h.claim.startswith("both together")}
-    return seen, "\n".join(f"{h.claim}: {decided.signed(e)}, at least {h.least}, p {p:.2g}: {v}"
-                           for h, (e, p, v) in judged.items())
+    return seen, judged

@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
 import kernels
 import report
 from notebooks import bench, contenders
-from notebooks.lesson import Folded, measured, predict
+from notebooks.lesson import Folded, Table, measured, predict
 from report import COLOURS
 
 # --- drawings ---
@@ -366,10 +366,10 @@ def on_an_h200(guess):
     before, now = products("tiles_h200_before"), products("tiles_h200")
     measured(about)
     predict(guess, over(timed, "fused")[0], "times the dense MLP's time, fused on an H200")
-    fold("Everybody's times there, over the dense MLP's", "\n".join(
-        f"{r['backend']:24}{r['times_dense']:6.2f}  {r['note']}" for r in timed))
-    fold("Its products, each timed alone: microseconds, and 10¹² FLOPs a second", "\n".join(
-        f"{name:8}{us:7,.0f}{rate:6.0f}" for name, (us, rate) in before.items()))
+    display(Table("Everybody's times there, over the dense MLP's", ("", "times dense", ""), [
+        (r["backend"], f"{r['times_dense']:.2f}", r["note"]) for r in timed]))
+    display(Table("Its products, each timed alone", ("", "µs", "10¹² FLOPs a second"), [
+        (name, f"{us:,.0f}", f"{rate:.0f}") for name, (us, rate) in before.items()]))
     return timed, before, now
 
 
@@ -384,14 +384,13 @@ def over(timed, name, rival="dense", field="times_dense", **where):
 
 
 def ranges(claims):
-    """Print what a page says of all races beside what they say: {claim: a ratio for each race}.
+    """Show what a page says of all races beside what they say: {claim: a ratio for each race}.
 
     Races are no sample of anything, so what stands here is their range, and no confidence interval.
     """
-    print(f"{'':50}median [smallest, largest]   above 1")
-    for claim, ratios in claims.items():
-        said = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(f"{claim:50}{said:28} {sum(r > 1 for r in ratios):2} of {len(ratios)}")
+    display(Table(None, ("", "median [smallest, largest]", "above 1"), [
+        (claim, f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+         f"{sum(r > 1 for r in ratios)} of {len(ratios)}") for claim, ratios in claims.items()]))
 
 
 # --- experts on several processes ---

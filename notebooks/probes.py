@@ -16,8 +16,10 @@ import report
 import train
 from moe import check_blocks, routers
 from notebooks.controls import dispatch
+from notebooks.decided import SEVERAL
 
 PROBED = 2_000      # test images on which every expert is forced in turn
+MOVED = 64          # probe images whose tokens are sent elsewhere, one at a time
 
 
 @torch.no_grad()
@@ -89,6 +91,35 @@ def probe_experts(student, images, labels, block):
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
+@torch.no_grad()
+def forced_losses(student, images, labels, block, tokens=None):
+    """Each image's loss when one of its tokens visits expert e in `block`, all else as it is.
+
+    (B, n, E) for the n `tokens`, by default all, of a model with K = 1; the token keeps its gate.
+    """
+    routing, N = student(images).layers[block].routing, student.n_tokens
+    tokens, E = range(N) if tokens is None else tokens, routing.probs.shape[1]
+    losses = torch.empty(len(images), len(tokens), E, device=images.device)
+    for i, n in enumerate(tokens):
+        for e in range(E):
+            chosen = routing.chosen.view(-1, N).clone()
+            chosen[:, n] = e
+            logits = student(images, {block: routing._replace(chosen=chosen.view(-1, 1))}).logits
+            losses[:, i, e] = F.cross_entropy(logits, labels, reduction="none")
+    return losses
+
+
+def worth_of_choice(losses, chosen):
+    """What the router's choice takes off the loss, over what the best of all experts would (ours).
+
+    0 is a blind choice, 1 the best in hindsight. losses (B, n, E) as above, chosen (B, n). None
+    where no expert makes a difference.
+    """
+    blind, own = losses.mean(dim=2), losses.gather(2, chosen[..., None])[..., 0]
+    best = (blind - losses.min(dim=2).values).mean().item()
+    return (blind - own).mean().item() / best if best else None
+
+
 def mutual_information(counts):
     """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
     if counts.ndim != 2 or not counts.min(initial=0) >= 0 or not counts.sum() > 0:
@@ -105,10 +136,11 @@ def packed(right):
     return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
 
 
-def closing_look(job, guide, control):
+def closing_look(job, guide, control, moved=0):
     """What a row of the study says beyond result.json: means over the MoE blocks, in float32.
 
-    It looks at the test images, or with --split val at the held-out ones alone.
+    It looks at the test images, or with --split val at the held-out ones alone; and at `moved` of
+    the probe images to ask what the choice of an expert is worth.
     """
     cfg, data, sets, student, _ = job
     exam = sets.val or sets.test
@@ -137,6 +169,10 @@ def closing_look(job, guide, control):
         found["followed"] = report.mean(
             (routings[b].chosen[:, 0] == z.argmax(dim=1)).float().mean().item()
             for b, z in asked.items())
+    if moved and control not in SEVERAL:
+        found["choice"] = report.mean(worth_of_choice(
+            forced_losses(student, x[:moved], y[:moved], b),
+            student(x[:moved]).layers[b].routing.chosen.view(-1, student.n_tokens)) for b in blocks)
     if cfg.k > 1:
         probed = [probe_experts(student, images, labels, b) for b in blocks]
         found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}

@@ -42,7 +42,7 @@ from notebooks import decided, lite0, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
 from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, VAL
 from notebooks.ideas import IDEAS
-from notebooks.probes import closing_look
+from notebooks.probes import MOVED, closing_look
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "notebooks" / "results", ROOT / "notebooks" / "figures"
@@ -197,7 +197,7 @@ def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
         result = train.fit(job, guide, command, loss)
         row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
-        row |= closing_look(job, guide, control)
+        row |= closing_look(job, guide, control, MOVED * (grid in ("routing", "ideas")))
         row["consistency"] = {name: short(value) for name, value in row["consistency"].items()}
         row["wall_seconds"] = result["seconds"] + time.monotonic() - began
         row["terms"] = report.read_lines(folder / "metrics.jsonl")[-1]["terms"]

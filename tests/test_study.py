@@ -810,6 +810,43 @@ def test_grouter_takes_the_routing_of_a_v_moe_that_shares_no_seed_with_it(monkey
     assert len({r["config"]["seed"] for r in rows()}) == 1
 
 
+def test_one_token_at_a_time_visits_every_expert_and_all_else_stays():
+    student = prepared("moe-k1")[0].model.eval()
+    images, labels = SMALL.normalise(SMALL.test.images[:6]), SMALL.test.fine[:6]
+    with torch.no_grad():
+        student.blocks[0].mlp.experts.w_out.mul_(20)
+        routing = student(images).layers[1].routing
+        losses = probes.forced_losses(student, images, labels, 1, tokens=(4, 2))
+        assert losses.shape == (6, 2, 4)
+        for i, e in ((0, 3), (1, 0)):
+            chosen = routing.chosen.clone()
+            chosen[2 + 5 * torch.arange(6) if i else 4 + 5 * torch.arange(6)] = e
+            logits = student(images, {1: routing._replace(chosen=chosen)}).logits
+            assert torch.equal(losses[:, i, e], F.cross_entropy(logits, labels, reduction="none"))
+        # a token that stays where it is changes nothing
+        whole, own = probes.forced_losses(student, images, labels, 1), routing.chosen.view(6, 5)
+        plain = F.cross_entropy(student(images).logits, labels, reduction="none")
+    torch.testing.assert_close(whole.gather(2, own[..., None])[..., 0],
+                               plain[:, None].expand(6, 5))
+
+
+def test_a_choice_is_worth_a_share_of_what_the_best_one_would_win():
+    losses = torch.tensor([[[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]]])         # blind 3, best 1; no matter
+    assert probes.worth_of_choice(losses, torch.tensor([[0, 2]])) == 1
+    assert probes.worth_of_choice(losses, torch.tensor([[1, 2]])) == 0.5
+    assert probes.worth_of_choice(losses, torch.tensor([[2, 0]])) == -1.5
+    assert probes.worth_of_choice(losses[:, 1:], torch.tensor([[0]])) is None
+
+
+def test_what_a_choice_is_worth_is_asked_where_routing_alone_is_at_stake():
+    for grid, arm in (("routing", "moe-k1"), ("routing", "moe-k1-hash"), ("placement", "moe-k1"),
+                      ("routing", "moe-k1-expert-choice")):
+        study.train_one(grid, arm, 0, "cpu", "runs", "data")
+    found = {(r["grid"], r["arm"]): r.get("choice") for r in rows()}
+    assert found["placement", "moe-k1"] is None is found["routing", "moe-k1-expert-choice"]
+    assert all(found["routing", arm] <= 1 for arm in ("moe-k1", "moe-k1-hash"))
+
+
 def test_experts_per_token_are_k_but_where_a_gate_may_be_0(monkeypatch):
     for arm in ("moe-k1", "moe-k1-relu"):
         study.train_one("routing", arm, 0, "cpu", "runs", "data")
@@ -934,8 +971,8 @@ def test_the_teacher_routers_start_from_the_runs_seed(monkeypatch):
 @pytest.mark.parametrize("arm", ["tgr-k1-oracle-alone", "moe-k1-features-alone"])
 def test_a_run_that_ended_without_its_row_is_measured_as_it_was(arm, monkeypatch):
     seen, original = [], study.closing_look
-    monkeypatch.setattr(study, "closing_look", lambda job, guide, control: seen.append(
-        [p.clone() for p in guide.routers.parameters()]) or original(job, guide, control))
+    monkeypatch.setattr(study, "closing_look", lambda job, guide, *more: seen.append(
+        [p.clone() for p in guide.routers.parameters()]) or original(job, guide, *more))
     go("--only", arm, "--seed", "0")
     first, = rows()
     Path("results/factors.jsonl").unlink()
