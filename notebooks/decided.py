@@ -453,6 +453,12 @@ HYPOTHESES = [
                  (f"tgr-k1-weight-{w}",)) for w in ("0.5", "50")),
 ]
 
+# What is expected of the arms of `routing` together (ours), of Spearman's rho over the arms that
+# have both metrics: its interval contains 0. The gradient's nearness to the truth, and how good the
+# choices are, tell neither accuracy nor steadiness.
+UNRELATED = {"routing": [(cause, effect) for cause in ("oracle cosine", "worth of the choice")
+                         for effect in (ACC, HALF)]}
+
 # --- the analysis ---
 
 # t with 97.5 % below it, for 1 to 30 degrees of freedom. Typed from a table, because scipy is not
@@ -582,6 +588,31 @@ def resampled(rows, plus, minus, draws=2_000):
         mean = each[draw.integers(n, size=n)].mean(axis=0)
         found.append(100 * mean[draw.integers(images, size=images)].mean())
     return tuple(np.percentile(found, [2.5, 97.5]).tolist())
+
+
+def rank_correlation(rows, a, b, draws=2_000):
+    """Do arms that are high in metric a stand high in b? Spearman's rho of the arms' means over
+    blocks, and 95 % of its values when blocks are drawn anew: (rho, low, high, arms, blocks).
+
+    None below three blocks that have every arm with both metrics, or below three such arms.
+    """
+    known = {}
+    for row in rows:
+        pair = METRICS[a](row), METRICS[b](row)
+        if None not in pair:
+            known.setdefault(row["arm"], {})[block(row)] = pair
+    blocks = sorted(set.intersection(*map(set, known.values())), key=str) if known else []
+    if len(blocks) < 3 or len(known) < 3:
+        return None
+    each = np.array([[own[name] for name in blocks] for own in known.values()])    # (arms, n, 2)
+
+    def rho(which):
+        ranks = each[:, which].mean(axis=1).argsort(axis=0).argsort(axis=0)
+        return np.corrcoef(ranks.T)[0, 1]
+
+    draw, n = np.random.default_rng(0), len(blocks)
+    low, high = np.percentile([rho(draw.integers(n, size=n)) for _ in range(draws)], [2.5, 97.5])
+    return rho(np.arange(n)), low, high, len(known), n
 
 
 def bits(row):

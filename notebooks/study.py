@@ -520,7 +520,20 @@ def section(grid, scale, page=PAGE):
            for title, of, mark in CROSSED if of == grid]
     return "\n\n".join([
         f"### {grid}, scale {scale}", command, arms_table(grid, rows), caption
-        + unpaired(grid, rows), *filter(None, its), hypotheses_table(grid, rows), pictures])
+        + unpaired(grid, rows), *filter(None, its), hypotheses_table(grid, rows),
+        *unrelated(grid, rows), pictures])
+
+
+def unrelated(grid, rows):
+    """A list, of one paragraph or none: does any metric of the arms foretell another?"""
+    lines = []
+    for cause, effect in decided.UNRELATED.get(grid, ()):
+        if found := decided.rank_correlation(rows, cause, effect):
+            rho, low, high, arms, n = found
+            lines.append(f"- {effect} by {cause}: {rho:+.2f} [{low:+.2f}, {high:+.2f}], {arms} "
+                         f"arms, {n} blocks: {'' if low <= 0 <= high else 'not '}as expected")
+    return ["Expected of the arms together: no relation. Spearman's rho of their means, with 95 % "
+            "of its values when blocks are drawn anew:\n\n" + "\n".join(lines)] * bool(lines)
 
 
 def link(path, page):

@@ -571,6 +571,43 @@ def test_the_smallest_difference_that_can_be_met_is_met_and_a_smaller_one_is_not
     assert decided.detectable(decided.judge("placement", [])) is None
 
 
+def test_arms_are_ranked_by_two_metrics_and_blocks_are_drawn_anew():
+    arms = ("moe-k1", "moe-k1-hash", "moe-k1-coupled", "moe-k1-stable")
+    shift = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [0, 2, 1, 3]])
+
+    def arms_of(ranks, n=4):
+        return [row(arm, s, 0.3 + 0.01 * int(ranks[k]) + 1e-4 * (s * k % 3), choice=0.1 * k)
+                for k, arm in enumerate(arms) for s in range(n)]
+
+    for ranks, rho in zip(shift, (1, -1, 0.8), strict=True):
+        found = decided.rank_correlation(arms_of(ranks), "worth of the choice", "accuracy")
+        assert found == pytest.approx((rho, rho, rho, 4, 4))
+    # an arm without the metric is left out, a block that lacks an arm too, and two are too few
+    found = arms_of(shift[0])
+    del found[-1]
+    for r in found[:4]:
+        del r["choice"]
+    assert decided.rank_correlation(found, "worth of the choice", "accuracy")[3:] == (3, 3)
+    assert decided.rank_correlation(found[:-1], "worth of the choice", "accuracy") is None
+    noisy = [row(arm, s, 0.3 + 0.01 * ((k + s) % 4), choice=0.1 * k)
+             for k, arm in enumerate(arms) for s in range(6)]
+    rho, low, high, *_ = decided.rank_correlation(noisy, "worth of the choice", "accuracy")
+    assert low < rho < high and low < 0 < high
+
+
+def test_a_report_says_what_was_expected_of_all_arms_together():
+    for k, arm in enumerate(("moe-k1", "moe-k1-hash", "moe-k1-coupled")):
+        for seed in range(3):
+            study.append(study.RESULTS / "routing.jsonl", full(arm, seed, 0.3 + 0.01 * k) | {
+                "grid": "routing", "machine": "m", "choice": 0.1 * k, "oracle_cosine": None})
+    said = study.section("routing", "cpu")
+    assert ("- accuracy by worth of the choice: +1.00 [+1.00, +1.00], 3 arms, 3 blocks: not as "
+            "expected") in said
+    assert "by oracle cosine" not in said and "of the arms together" in said
+    written()
+    assert "of the arms together" not in study.section("main", "cpu")
+
+
 def test_what_a_metric_cannot_say_of_an_arm_it_does_not_say():
     whole = {"consistency": {"half_agreement_final": 0.5}, "load_entropy": 0.5, "mean_gate": 0.5,
              "oracle_cosine": 0.5, "followed": 0.5}
