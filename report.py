@@ -378,7 +378,8 @@ def plot_loss(metrics, result):
         raise ValueError("there are no metrics to draw: no epoch has ended")
     epoch, last = [m["epoch"] for m in metrics], metrics[-1]
     losses = [terms(line) for line in metrics]
-    extra = list(dict.fromkeys(name for line in losses for name in line if name != "task"))
+    extra = list(dict.fromkeys(name for line in losses for name, value in line.items()
+                               if name != "task" and value > 0))        # one of weight 0 is not
     test, teacher = result.get("test_accuracy"), result.get("teacher_accuracy")
     title = (f"The task loss ended at {losses[-1]['task']:.2f} "
              f"(first epoch: {losses[0]['task']:.2f})")

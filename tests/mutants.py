@@ -733,6 +733,7 @@ MUTANTS = [
     ("report.py", "first = chosen[..., 0] ", "first = chosen[..., -1] "),
     ("report.py", "[max(1, epochs // n) - 1]", "[max(1, epochs // n)]"),
     ("report.py", "ddof=1", "ddof=0"),
+    ("report.py", 'if name != "task" and value > 0))', 'if name != "task"))'),
     ("report.py", "json.dumps(experiment(row), sort_keys=True)", "0"),
     ("report.py", "{end}{after}", "{end}"),
     ("report.py", "chosen[:, :, 1:, 0].reshape", "chosen[:, :, :-1, 0].reshape"),

@@ -360,6 +360,17 @@ def test_a_stopped_run_without_a_result_still_has_its_pictures(tmp_path):
     assert len(report.figures(run)) == 4
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_loss_of_weight_0_is_not_drawn_and_no_logarithm_is_taken_of_it():
+    metrics = [{"epoch": 1, "task": 4.5, "probe_accuracy": 0.1, "load": 0.0}]
+    fig = report.plot_loss(metrics, a_row())
+    fig.canvas.draw()
+    assert len(fig.axes) == 2                               # task loss, accuracy
+    fig = report.plot_loss([metrics[0] | {"entropy": 0.5}], a_row())
+    fig.canvas.draw()
+    assert [t.get_text() for t in fig.axes[1].get_legend().get_texts()] == ["entropy"]
+
+
 def test_titles_are_conclusions_computed_from_the_data():
     metrics = [{"epoch": 1, "task": 4.5, "probe_accuracy": 0.1, "val_accuracy": 0.2,
                 "guidance": 0.5},  # guided in the first half only
