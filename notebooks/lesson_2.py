@@ -14,8 +14,9 @@ from notebooks.decided import CELLS
 from notebooks.lesson import RESULTS, Table, display, dots, patch_map, rows, show
 from report import COLOURS
 
-# decided.NAMES with an arm of the second edition
-NAMED = decided.NAMES | {"tgr-k1-oracle-alone": "TGR, the teacher dispatches, KL on routers alone"}
+# decided.NAMES with two arms of the second edition
+NAMED = decided.NAMES | {"tgr-k1-oracle-alone": "TGR, the teacher dispatches, KL on routers alone",
+                         "tgr-k1-settled": "TGR, targets that have settled before"}
 SHOWN = (0, 3, 5, 10, 14, 25)           # probe images whose objects can be told at 32 pixels
 
 
@@ -224,12 +225,15 @@ def elsewhere():
         "the first study: history": (first, cells),
         "50,000 images, 100 classes, an equal teacher": (whole, cells),
         "the same, teacher pretrained elsewhere": (whole, decided.cells("factors", "-lite0"))}))
-    guidance = [r for r in rows("guidance") if r["arm"] not in cells]       # main has those
+    schedule = rows("schedule")         # five blocks, of arms that the first study had in few runs
+    have = {*cells, *(r["arm"] for r in schedule)}
+    guidance = [r for r in rows("guidance") if r["arm"] not in have]        # main has the cells
     equal = [r | {"arm": f"{r['method']}-k{r['config']['k']}"}
              for r in report.read_lines(RESULTS / "cpu.jsonl")]
     display(arms_table(
         "Every arm: what it adds to V-MoE, or a dense arm to the dense ViT", metrics, [
             *others(first + guidance), (NAMED["tgr"], equal, "tgr-k1", "moe-k1"),
+            *(arm for arm in others(schedule) if arm[2] not in cells),
             *others(whole, ", 50,000 images")]))
 
 

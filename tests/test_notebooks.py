@@ -90,6 +90,7 @@ assert before["da"][0] > 6 * before["dx"][0] and 1.8 < now["dx"][1] / now["up"][
 assert round(before["dw_in"][0]) == round(before["dw_out"][0]) == 472 and round(now["dw"][0]) == 287
 """,
     "02_teacher_guided_routing": """
+from notebooks.decided import judge
 apart = maps["guidance"] - 5 / 3 * (routing.probs - targets[4].softmax(dim=1))[:N] / 1088
 assert apart.abs().max() < 1e-8 and maps["task"].abs().min(dim=1).values.max() > 0  # real gradients
 assert 8.5 < shares["class"][0] < 9.5 and 20 < shares["class"][-1] < 23
@@ -113,7 +114,14 @@ assert gain["guided features, router free"].low > 5 < gain["guided features, rou
 assert abs(gain["guided router, features free"].mean) < 1.5
 assert abs(gain["guided router, features guided"].mean) < 1
 assert calm["guided router, features guided"].low > 0 < calm["guided features, router guided"].low
-first = lesson.rows("main")                                                 # what the folds say
+said = {h.claim: (e, v) for h, (e, _, v) in judge("schedule", lesson.rows("schedule")).items()}
+below, _ = said["guided by the last layer alone, TGR ends below V-MoE"]     # what the folds say
+assert below.n == 5 and -8.5 < below.mean < -7.5 and below.high < 0
+assert 0.3 < said["aligned layers beat the last one"][0].mean < 0.7
+assert abs(said["guiding the first half is best"][0].mean) < 0.2
+assert min(said[f"the KL's weight of 5 beats {w}"][0].mean for w in ("0.5", "50")) > 2
+assert said["a router that the KL alone trains is as good"][1] == "met"
+first = lesson.rows("main")
 assert 1 < contrast(first, ACC, ("moe-k1-logits",), (none,)).mean < 1.5
 assert abs(contrast(first, ACC, (none,), ("dense",)).mean) < 0.3
 equal = [r | {"arm": r["method"]} for r in lesson_2.report.read_lines(
