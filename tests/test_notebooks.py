@@ -39,7 +39,9 @@ assert curves["softmax, then top-1"].mean(axis=1).argmax() < 6 and kept["cosine"
 assert kept["cosine"].max() < 0.98 and back > 2 * chance and late["vmoe"] > late["tgr"]
 assert found["cosine, K=2 - K=1"].low > 0 and found["agreement, guided - V-MoE"].low > 0
 near = {name: c[1:].mean() for name, c in curve.items()}                  # from epoch 1 on
-assert near.pop("dense mixer") > 0.999 and max(near, key=near.get) == "default outputs"
+assert near.pop("dense mixer") > 0.999
+assert set(sorted(near, key=near.get)[-2:]) == {"default outputs", "sparse mixer"}
+assert round(near["V-MoE"], 2) == 0.76 and round(near["default outputs"], 2) == 0.8
 assert near["TGR, task and guidance"] < 0.3 and abs(near["TGR, task alone"] - near["V-MoE"]) < 0.05
 assert 1.3 < price["dense mixer"] < 1.7
 """,
@@ -137,10 +139,12 @@ assert 0.15 < (torch.bincount(taken.flatten(), minlength=T) == 0).float().mean()
 assert 3.5 < even[-20:].mean() < 4.5 and lines["tokens that share a direction"][-20:].mean() < 2
 assert 1.3 < price["dense mixer"] < 1.7
 near = {name: c[1:].mean() for name, c in curve.items()}                  # from epoch 1 on
-assert {name for name, c in near.items() if c < near["V-MoE"] - 0.05} == {
+assert {name for name, c in near.items() if c < near["V-MoE"] - 0.1} == {
     "stable", "grouter", "TGR, task and guidance"}
-assert {name for name, c in near.items() if c > near["V-MoE"] + 0.08} == {
-    "default outputs", "dense mixer"}
+ahead = {name for name, c in near.items() if c > near["V-MoE"]}
+assert ahead == {"default outputs", "sparse mixer", "dense mixer"}
+assert max(near[name] for name in ahead - {"dense mixer"}) < near["V-MoE"] + 0.05
+assert round(near["TGR, task and guidance"], 2) == 0.17
 assert len({r["seed"] for r in grid}) < 10      # until then the page claims nothing: write it anew
 """,
 }
