@@ -352,7 +352,7 @@ HYPOTHESES = [
     Hypothesis("routing", "a router guided alone settles tokens", "T", HALF, (ROUTER,), (NONE,)),
     *(Hypothesis("routing", f"the remedy {name!r} beats V-MoE", "R", ACC, (arm,), (NONE,))
       for name, arm in REMEDIED.items() if name not in FLOOR),
-    *(Hypothesis("routing", f"the remedy {name!r} beats V-MoE without its own losses, as it is",
+    *(Hypothesis("routing", f"the remedy {name!r} beats a V-MoE that lacks the same losses",
                  "ours", ACC, (REMEDIED[name],), ("moe-k1-no-aux",))
       for name, keeps in REMEDIES.items() if not keeps and name not in FLOOR),
     *(Hypothesis("routing", f"the floor {name!r} is no more than half a point below V-MoE", "ours",
