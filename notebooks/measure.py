@@ -289,7 +289,7 @@ def compared(args):
 
     command = f"python notebooks/measure.py remedies --seed {args.seed}"
     origin, names, curves = about(command, seed=args.seed), [], []
-    other = train.load_model(another("v-moe", MOE))[0]      # whose routing "grouter" takes
+    other = train.load_model(another("v-moe", MOE), device="cpu")[0]     # for "grouter"
     arms = {"V-MoE": None} | {
         name: remedies.remedy(name, *[other] * (name == "grouter"))
         for name in REMEDIED if remedies.REMEDIES[name].has_oracle} | {"TGR": None}
