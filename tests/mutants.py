@@ -1214,7 +1214,7 @@ MUTANTS = [
     ("notebooks/remedies.py", "probs=routing.probs.detach(),", ""),
     ("notebooks/remedies.py", "            logits=routing.logits.detach()))", "            ))"),
     ("notebooks/remedies.py", "if trained is None or (", "if trained is not None and ("),
-    ("notebooks/remedies.py", "2654435761", "2654435769"),
+    ("notebooks/remedies.py", "2654435761", "1654435761"),
     ("notebooks/remedies.py", "(M.T - own).relu()", "(M - own).relu()"),
     ("notebooks/remedies.py", "apart / (2 * R.norm(dim=1))", "apart / R.norm(dim=1) * 2"),
     ("notebooks/remedies.py", "(R @ R.T - eye)", "(R @ R.T)"),

@@ -387,16 +387,16 @@ def test_a_floor_has_gates_of_1_and_a_router_that_never_learns(name):
 # --- couple router and experts by a loss ---
 
 def test_the_coupling_by_hand(monkeypatch):
-    # rows r_0 = (1, 0), r_1 = (0, 2); W^0 stretches the axes by (1, 3), W^1 by (2, 1):
-    # M = |r_i W^j| = [[1, 2], [6, 2]]; relu(2-1) + relu(6-1) for i=0, relu(6-2) + relu(2-2) for 1
+    # rows r_0 = (1, 0), r_1 = (0, 2); W^0 stretches the axes by (1, 3), W^1 by (2, 1.5):
+    # M = |r_i W^j| = [[1, 2], [6, 3]]; relu(2-1) + relu(6-1) for i=0, relu(6-3) + relu(2-3) for 1
     layer = REMEDIES["coupled"](MoE(2, 2, 2, 1).double(), None)
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([[1.0, 0], [0, 2]]))
         layer.experts.w_in.copy_(torch.stack([torch.diag(torch.tensor(d)) for d in (
-            [1.0, 3.0], [2.0, 1.0])]))
+            [1.0, 3.0], [2.0, 1.5])]))
     monkeypatch.setattr(torch, "rand_like", lambda t: torch.full_like(t, 0.5))      # no noise
     layer(torch.randn(3, 2, dtype=torch.float64))
-    assert_close(layer.penalty.item(), (1 + 5 + 4 + 0) / 4)
+    assert_close(layer.penalty.item(), (1 + 5 + 3 + 0) / 4)
 
 
 def test_the_coupling_is_0_where_every_expert_answers_its_own_row_most_and_noise_stays_near():
