@@ -127,7 +127,7 @@ def guided(router, features, obey=False):
     given. With `obey` the teacher's routers dispatch the tokens. TGR is guided(True, True).
 
     Features are free but for one thing: the routers' gradient is part of the norm that train.py
-    clips, so the trunk takes shorter steps while the KL is large.
+    clips, so the KL has a say in how much the trunk's gradient is scaled down.
     """
     def losses(cfg, student, guide, images, targets):
         with train.autocast(cfg, images):

@@ -200,14 +200,14 @@ DRAWN = "sparse mixer",
 FREE = "features alone", "logits"
 
 
-def over_time(name):
-    return unless(SEVERAL, lambda row: row["consistency"].get(name))
-
-
 def unless(controls, metric):
     """The metric, and None for the arms with these controls."""
     arms = {arm for arm, a in ARMS.items() if a.control in controls}
     return lambda row: None if row["arm"] in arms else metric(row)
+
+
+def over_time(name):
+    return unless(SEVERAL, lambda row: row["consistency"].get(name))
 
 
 def probing(name):
@@ -693,6 +693,8 @@ NAMES = {
     "tgr-k1-first-half": "TGR, KL in the first half only",
     "tgr-k1-weight-0.5": "TGR, a tenth of the KL", "tgr-k1-weight-50": "TGR, ten times the KL",
     "tgr-k1-oracle": "TGR, the teacher dispatches",
+    "tgr-k1-oracle-alone": "TGR, the teacher dispatches, KL on routers alone",
+    "tgr-k1-settled": "TGR, targets that have settled before",
     "tgr-k1-last-layer": "TGR, teacher's last layer",
     "tgr-k1-kmeans": "TGR, k-means teacher router",
     "tgr-k1-random-router": "TGR, random teacher router",

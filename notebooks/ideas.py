@@ -94,17 +94,20 @@ def by_value(cfg, student, guide, images, targets):
         found = []
         for b, dy in zip(student.moe_blocks, slopes, strict=True):
             read = dy.flatten(0, 1).any(dim=1)                          # (T,)
-            found.append(guidance_loss(worth(student, output, b, dy)[read],
-                                       logits_of(student, output, b)[read]))
+            targets = worth(student.blocks[b - 1].mlp, output.layers[b].h.detach()[read],
+                            dy.flatten(0, 1)[read])
+            found.append(guidance_loss(targets, logits_of(student, output, b)[read]))
     return terms | {"guidance": cfg.guide_weight / len(found) * sum(found)}
 
 
 @torch.no_grad()
-def worth(student, output, block, slope):
-    """-q / std(q) of each token, (T, E): how much better than its mean is each expert?"""
-    moe, h = student.blocks[block - 1].mlp, output.layers[block].h.detach()            # (T, D)
+def worth(moe, h, slope):
+    """-q / std(q) of each token, (T, E): how much better than its mean is each expert?
+
+    h (T, D) is the input of the layer `moe`, slope (T, D) is dL/dy.
+    """
     f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))                # (E, T, D)
-    q = torch.einsum("td,etd->te", slope.flatten(0, 1).float(), f.float())
+    q = torch.einsum("td,etd->te", slope.float(), f.float())
     return -(q - q.mean(dim=1, keepdim=True)) / q.std(dim=1, keepdim=True).clamp(min=1e-12)
 
 

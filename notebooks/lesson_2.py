@@ -10,13 +10,10 @@ from matplotlib.colors import LogNorm, to_rgb
 
 import report
 from notebooks import decided
-from notebooks.decided import CELLS
+from notebooks.decided import CELLS, NAMES
 from notebooks.lesson import RESULTS, Table, display, dots, patch_map, rows, show
 from report import COLOURS
 
-# decided.NAMES with two arms of the second edition
-NAMED = decided.NAMES | {"tgr-k1-oracle-alone": "TGR, the teacher dispatches, KL on routers alone",
-                         "tgr-k1-settled": "TGR, targets that have settled before"}
 SHOWN = (0, 3, 5, 10, 14, 25)           # probe images whose objects can be told at 32 pixels
 
 
@@ -232,7 +229,7 @@ def elsewhere():
              for r in report.read_lines(RESULTS / "cpu.jsonl")]
     display(arms_table(
         "Every arm: what it adds to V-MoE, or a dense arm to the dense ViT", metrics, [
-            *others(first + guidance), (NAMED["tgr"], equal, "tgr-k1", "moe-k1"),
+            *others(first + guidance), (NAMES["tgr"], equal, "tgr-k1", "moe-k1"),
             *(arm for arm in others(schedule) if arm[2] not in cells),
             *others(whole, ", 50,000 images")]))
 
@@ -264,6 +261,6 @@ def others(of, mark=""):
     """What arms_table() lists of some rows: the arms that have a name here, with what they are
     compared with."""
     arms = [arm for arm in dict.fromkeys(r["arm"] for r in of)
-            if arm in NAMED and arm not in ("moe-k1", "dense")]
-    return [(NAMED[arm] + mark, of, arm, "dense" if arm.startswith("dense") else "moe-k1")
+            if arm in NAMES and arm not in ("moe-k1", "dense")]
+    return [(NAMES[arm] + mark, of, arm, "dense" if arm.startswith("dense") else "moe-k1")
             for arm in arms]

@@ -172,7 +172,7 @@ def closing_look(job, guide, control, moved=0):
     if moved and control not in SEVERAL:
         found["choice"] = report.mean(worth_of_choice(
             forced_losses(student, x[:moved], y[:moved], b),
-            student(x[:moved]).layers[b].routing.chosen.view(-1, student.n_tokens)) for b in blocks)
+            r.chosen.view(-1, student.n_tokens)[:moved]) for b, r in routings.items())
     if cfg.k > 1:
         probed = [probe_experts(student, images, labels, b) for b in blocks]
         found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}

@@ -391,7 +391,8 @@ def hypotheses_table(grid, rows):
     lines = ["| expected | by | metric | contrast | at least | estimate [95 %] "
              + "| over images too " * drawn + "| n | p, Holm | verdict |",
              "|-|-|-|-|-|-|-|-|-|" + "-|" * drawn]
-    for h, (e, p, verdict) in decided.judge(grid, rows).items():
+    judged = decided.judge(grid, rows)
+    for h, (e, p, verdict) in judged.items():
         digits = 2 if h.metric.startswith(ACC) else 3
         words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
         least = f"{h.least:g}" if h.margin is None else f"within ±{h.margin:g}"
@@ -400,6 +401,9 @@ def hypotheses_table(grid, rows):
             both = decided.resampled(rows, h.plus, h.minus) if h.metric == ACC else None
             cells.append(f"[{both[0]:+.2f}, {both[1]:+.2f}]" if both else "–")
         lines.append(f"| {' | '.join([*cells, str(e.n), shown(p), verdict])} |")
+    if least := decided.detectable(judged):
+        lines.append(f"\nAt the median standard error of these contrasts in accuracy, the first is "
+                     f"met from {least:.2f} points on.")
     return "\n".join(lines)
 
 
@@ -511,9 +515,6 @@ def section(grid, scale, page=PAGE):
         f"threshold, its interval above 0 and p, corrected by Holm for the contrasts of this "
         f"table, below .05; "
         f"not met: the interval is below the threshold; below three seeds there is no verdict.")
-    if least := decided.detectable(decided.judge(grid, rows)):
-        caption += (f" At the median standard error of these contrasts in accuracy, the first is "
-                    f"met from {least:.2f} points on.")
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     its = [factors(title, rows, tuple(decided.cells(grid, mark)))

@@ -1,5 +1,4 @@
 """Tests of notebooks/ideas.py: each idea guides the routers, and whom it says, and nothing else."""
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,10 +161,8 @@ def test_an_expert_is_worth_what_a_little_more_of_it_takes_off_the_loss():
 
 
 def test_where_all_experts_are_worth_the_same_none_is_preferred():
-    student = SimpleNamespace(blocks=[SimpleNamespace(mlp=prepared("by value")[0].model.blocks[0]
-                                                      .mlp)])
-    output = SimpleNamespace(layers={1: SimpleNamespace(h=torch.randn(7, 16))})
-    assert not ideas.worth(student, output, 1, torch.zeros(1, 7, 16)).any()
+    moe = prepared("by value")[0].model.blocks[0].mlp
+    assert not ideas.worth(moe, torch.randn(7, 16), torch.zeros(7, 16)).any()
 
 
 def test_tokens_whose_output_nobody_reads_are_told_nothing():
