@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from course import (
@@ -59,12 +60,13 @@ KINDS = {       # of plausible wrong answers, in wrong.py of each assignment
 
 def main(chosen, seeds, jobs):
     started = time.monotonic()
+    # of the assignments, the last takes longest: begun last, it would keep one core idle
+    steps = [the_release_is_repeatable_and_tells_nothing,
+             *(partial(prove, a, seeds) for a in reversed(chosen)),
+             partial(a_full_solution_is_graded_in_time, chosen)]
     try:
-        the_release_is_repeatable_and_tells_nothing()
         with ThreadPoolExecutor(max_workers=jobs) as pool:
-            # the last is the longest: begun last, it would keep one core idle
-            counts = list(pool.map(lambda a: prove(a, seeds), reversed(chosen)))
-        a_full_solution_is_graded_in_time(chosen)
+            _, *counts, _ = pool.map(lambda step: step(), steps)
     except Wrong as wrong:
         return f"self-test failed: {wrong}"
     print(f"the grader is right about {len(chosen)} assignments, "
@@ -382,11 +384,12 @@ def cheats(a, run, worker, folder):
 def endings(a, run, right, passed):
     """A function that never ends, or ends the process: its checks fail, the others are graded."""
     file, name = a.hard_coded
-    for body, kinds in (("while True: pass", {"timeout"}), ("import os; os._exit(0)", {"crashed"}),
-                        ("import os; os.abort()", {"crashed"}),
-                        ("import sys; sys.exit(0)", {"error"})):
+    for body, kinds, seconds in (("while True: pass", {"timeout"}, 2),      # each check's
+                                 ("import os; os._exit(0)", {"crashed"}, 6),
+                                 ("import os; os.abort()", {"crashed"}, 6),
+                                 ("import sys; sys.exit(0)", {"error"}, 6)):
         files = right | {file: with_bodies(right[file], {name: ["    " + body]})}
-        results = run(files, seconds=6)
+        results = run(files, seconds=seconds)
         ended = [r for r in results if r["kind"] != "passed"]
         demand(len(results) == sum(a.checks) and passed(results) and ended
                and {r["kind"] for r in ended} == kinds,
@@ -430,9 +433,15 @@ def a_full_solution_is_graded_in_time(chosen):
                 files[file] = with_bodies(files[file], bodies)
             if (name := f"{TOOL}/{a.folder}/answers.py") in mine:
                 files[name] = mine[name]
-        started, computed = time.monotonic(), computing()
-        report = grade(write(Path(folder) / "student", files), [a.number for a in chosen])
-        seconds, computed = time.monotonic() - started, computing() - computed
+        tree, said, started = Path(folder) / "student", Path(folder) / "said", time.monotonic()
+        # in a process of its own, whose computing is counted apart from that of the other steps
+        grading = subprocess.Popen(
+            [sys.executable, "-B", HERE / "course.py", "grade", write(tree, files), "--json", said,
+             "--only", *(str(a.number) for a in chosen)], stdout=subprocess.DEVNULL)
+        used = os.wait4(grading.pid, 0)[2]
+        seconds, computed = time.monotonic() - started, used.ru_utime + used.ru_stime
+        demand(said.exists(), "a full solution is not graded: see the message above")
+        report = json.loads(said.read_text(encoding="utf-8"))
     demand(report["points"] == report["of"] and not report["edited"],
            f"a full solution gets {report['points']} of {report['of']}")
     # of computing: a machine that does other things as well is no fault of the grader
