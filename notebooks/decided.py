@@ -239,6 +239,7 @@ METRICS = {
     "own-domain accuracy": probing("own"),
     "other-domain accuracy": probing("others"),
     "own minus others": difference(probing("own"), probing("others")),
+    "own minus others, gates kept": difference(probing("own_kept"), probing("others_kept")),
     "gate accuracy": probing("gate_accuracy"),
     "gate's lead over blind ones": difference(probing("gate_accuracy"), probing("blind")),
     "oracle cosine": unless(DRAWN, lambda row: row.get("oracle_cosine")),
@@ -387,6 +388,9 @@ HYPOTHESES = [
                ("mode-k2",), ("moe-k2",)),
     Hypothesis("mutual", "they stay specialised: own minus others does not shrink at 0.1", "M",
                "own minus others", ("mode-k2-alpha-0.1",), ("moe-k2",), -0.005),
+    # probing sets an expert's gate to 1, where the gates of two sum to less
+    Hypothesis("mutual", "... nor where tokens keep their gates", "ours",
+               "own minus others, gates kept", ("mode-k2-alpha-0.1",), ("moe-k2",), -0.005),
     Hypothesis("mutual", "the gate chooses better", "M", "gate accuracy", ("mode-k2",),
                ("moe-k2",)),
     # alike experts are right together, which helps a gate that chooses blindly as well

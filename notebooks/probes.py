@@ -76,19 +76,38 @@ def oracle_cosine(student, images, labels, block, draws=1, also=None):
 def probe_experts(student, images, labels, block):
     """Force each expert on all images, and judge it on the domains of the model's own gate.
 
-    Returns own-domain, other-domain and gate accuracy, 0 to 1, as distill.py defines them, and the
-    mean accuracy of blind gates, each of which asks one expert about every image (ours).
+    Returns own-domain, other-domain and gate accuracy, 0 to 1, as distill.py defines them, the
+    first two also where tokens keep their gates, and the mean accuracy of blind gates, each of
+    which asks one expert about every image (ours).
     """
     parts = list(zip(images.split(500), labels.split(500), strict=True))
-    correct = torch.cat([distill.probe(student, *part, block) for part in parts], dim=1)   # (E, B)
+    correct, kept = (torch.cat([ask(student, *part, block) for part in parts], dim=1)
+                     for ask in (distill.probe, probe_keeping_gates))           # (E, B) both
     probs = torch.cat([student(x).layers[block].routing.probs for x, _ in parts])
     domain = distill.domains(probs, student.n_tokens)
     own, others = distill.own_and_others(distill.accuracy_matrix(correct, domain))
+    own_kept, others_kept = distill.own_and_others(distill.accuracy_matrix(kept, domain))
     found = {"own": own.nanmean().item(), "others": others.nanmean().item(),
+             "own_kept": own_kept.nanmean().item(), "others_kept": others_kept.nanmean().item(),
              "gate_accuracy": distill.gate_accuracy(correct, domain),
              "blind": np.mean([distill.gate_accuracy(correct, torch.full_like(domain, e))
                                for e in range(len(correct))]).item()}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+@torch.no_grad()
+def probe_keeping_gates(student, images, labels, block):
+    """`distill.probe`, (E, B) bool, but each token's expert has what its own gates sum to (ours).
+
+    A gate of 1 is more than K < E trained gates ever sum to, so it makes a block louder than it is.
+    """
+    routing = student(images).layers[block].routing
+    gates = routing.gates.sum(dim=1, keepdim=True)                              # (T, 1)
+    correct = []
+    for e in range(routing.probs.shape[1]):
+        asked = routing._replace(chosen=torch.full_like(routing.chosen[:, :1], e), gates=gates)
+        correct.append(student(images, {block: asked}).logits.argmax(dim=1) == labels)
+    return torch.stack(correct)
 
 
 @torch.no_grad()

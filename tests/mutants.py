@@ -996,6 +996,14 @@ MUTANTS = [
 
     ("notebooks/probes.py", 'square().sum(dim=-1) - E ', 'square().sum(dim=-1) '),
     ("notebooks/probes.py", '"own": own.nanmean()', '"own": others.nanmean()'),
+    ("notebooks/probes.py", 'own_and_others(distill.accuracy_matrix(kept', 'own_and_others('
+     'distill.accuracy_matrix(correct'),
+    ("notebooks/probes.py", 'gates = routing.gates.sum(dim=1, keepdim=True)',
+     'gates = routing.gates[:, :1]'),
+    ("notebooks/probes.py", 'routing.chosen[:, :1], e), gates=gates)',
+     'routing.chosen[:, :1], e), gates=torch.ones_like(gates))'),
+    ("notebooks/probes.py", 'full_like(routing.chosen[:, :1], e)', 'full_like('
+     'routing.chosen[:, :1], 0)'),
     ("notebooks/probes.py", 'distill.gate_accuracy(correct, domain),', 'own.nanmean().item(),'),
     ("notebooks/probes.py", 'alone = joint.sum(axis=1, keepdims=True)',
      'alone = joint.sum(axis=0, keepdims=True)'),

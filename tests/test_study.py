@@ -377,7 +377,33 @@ def test_forced_experts_are_judged_on_the_domains_of_the_models_own_gate():
         ((correct * home).sum() / correct.any(dim=0).sum()).item())
     assert found["blind"] == pytest.approx(
         (correct.sum(dim=1) / correct.any(dim=0).sum()).mean().item())
-    assert len({round(value, 4) for value in found.values()}) == 4
+    kept = probes.probe_keeping_gates(student, images, labels, 2).float()
+    share = kept @ home.T / home.sum(dim=1)
+    assert found["own_kept"] == pytest.approx(share.diagonal().nanmean().item())
+    assert found["others_kept"] == pytest.approx(
+        share[other].view(4, 3).nanmean(dim=1).nanmean().item())
+    assert len({round(value, 4) for value in found.values()}) == 6
+
+
+def test_probing_with_a_tokens_own_gates_gives_an_expert_their_sum():
+    student = prepared("moe-k2")[0].model.eval()
+    images, moe = SMALL.normalise(SMALL.test.images), student.blocks[1].mlp
+    gate = moe.router.gate
+    with torch.no_grad():
+        for weight in (moe.experts.w_out, moe.experts.b_out):
+            weight.normal_(std=3)
+        labels = student(images).logits.argmax(dim=1)
+        kept = probes.probe_keeping_gates(student, images, labels, 2)
+        moe.router.gate = "topk_softmax"                    # whose gates sum to 1
+        alone = distill.probe(student, images, labels, 2)
+        assert torch.equal(probes.probe_keeping_gates(student, images, labels, 2), alone)
+        assert (kept != alone).any()
+        moe.router.gate = gate
+        moe.router.weight.zero_()                           # 2 of 4 equal gates sum to a half
+        kept = probes.probe_keeping_gates(student, images, labels, 2)
+        moe.experts.w_out.div_(2), moe.experts.b_out.div_(2)
+        halved = distill.probe(student, images, labels, 2)
+    assert torch.equal(kept, halved) and (kept != alone).any() and kept.any()
 
 
 def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
@@ -820,7 +846,8 @@ def test_a_block_has_a_row_for_each_arm_and_one_teacher_that_serves_them_all(mon
     found = {(r["arm"], r["seed"]): r for r in rows()}
     oracle, mode = found["tgr-k1-oracle-alone", 1], found["mode-k2", 0]
     assert 0 <= oracle["oracle_accuracy"] <= 1 and "oracle_accuracy" not in mode
-    assert mode["probing"].keys() == {"own", "others", "gate_accuracy", "blind"}
+    assert mode["probing"].keys() == {"own", "others", "own_kept", "others_kept", "gate_accuracy",
+                                      "blind"}
     assert "followed" not in mode and mode["mean_gate"] > 0
     assert "similarity" not in found["dense", 0] and "hits" in found["dense", 0]
     taught = {r["teacher_accuracy"] for (_, s), r in found.items() if s == 1} - {None}
