@@ -105,6 +105,20 @@ def curves(title, x, lines, xlabel, ylabel, alt, **axis):
     show(fig, alt)
 
 
+def above(rows, arms, than):
+    """How far each arm of the study is above the arm `than`, in points; arms {name: label}."""
+    fig, axes = report.sheet(None, 1, 1, 10, 4)
+    found = {name: dots(axes[0, 0], at, rows, "accuracy", (name,), (than,), COLOURS[0])
+             for at, name in enumerate(arms)}
+    axes[0, 0].axhline(0, color="black", lw=0.8)
+    axes[0, 0].set(ylabel=f"points above {than}", xticks=range(len(arms)),
+                   xticklabels=arms.values())
+    best = max(found, key=lambda name: found[name].mean)
+    axes[0, 0].set_title(f"{arms[best]} is highest: {decided.signed(found[best])}")
+    show(fig, "")
+    return found
+
+
 def loads(found, counts):
     """Bars: the tokens of each expert {name: (E,)}; and by how many experts a token is taken."""
     fig, axes = report.sheet(f"Expert choice: even to the token, and {counts[0] / sum(counts):.0%} "

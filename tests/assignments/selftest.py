@@ -438,9 +438,10 @@ def a_full_solution_is_graded_in_time(chosen):
         grading = subprocess.Popen(
             [sys.executable, "-B", HERE / "course.py", "grade", write(tree, files), "--json", said,
              "--only", *(str(a.number) for a in chosen)], stdout=subprocess.DEVNULL)
-        used = os.wait4(grading.pid, 0)[2]
+        _, status, used = os.wait4(grading.pid, 0)
+        grading.returncode = os.waitstatus_to_exitcode(status)
         seconds, computed = time.monotonic() - started, used.ru_utime + used.ru_stime
-        demand(said.exists(), "a full solution is not graded: see the message above")
+        demand(grading.returncode == 0, "a full solution is not graded: see the message above")
         report = json.loads(said.read_text(encoding="utf-8"))
     demand(report["points"] == report["of"] and not report["edited"],
            f"a full solution gets {report['points']} of {report['of']}")
