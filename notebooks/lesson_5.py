@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import report
 from moe import MoE
-from notebooks.lesson import show
+from notebooks.decided import METRICS
+from notebooks.lesson import dots, show
 from notebooks.remedies import REMEDIES
 from report import COLOURS
 
@@ -106,17 +107,36 @@ def curves(title, x, lines, xlabel, ylabel, alt, **axis):
 
 
 def above(rows, arms, than):
-    """How far each arm of the study is above the arm `than`, in points; arms {name: label}."""
-    fig, axes = report.sheet(None, 1, 1, 10, 4)
-    found = {name: dots(axes[0, 0], at, rows, "accuracy", (name,), (than,), COLOURS[0])
-             for at, name in enumerate(arms)}
-    axes[0, 0].axhline(0, color="black", lw=0.8)
-    axes[0, 0].set(ylabel=f"points above {than}", xticks=range(len(arms)),
-                   xticklabels=arms.values())
-    best = max(found, key=lambda name: found[name].mean)
-    axes[0, 0].set_title(f"{arms[best]} is highest: {decided.signed(found[best])}")
-    show(fig, "")
-    return found
+    """Draw how far arms of the study {name: label} are above the arm `than` on validation images.
+
+    A ring stands for a seed, a bar for the mean, a line for its 95 % interval.
+    """
+    fig, axes = report.sheet("", 1, 1, 10, 4)
+    axis = axes[0, 0]
+    found = [dots(axis, at, rows, "accuracy", (name,), (than,), COLOURS[0])
+             for at, name in enumerate(arms)]
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(ylabel="points of validation accuracy\nabove V-MoE", xticks=range(len(arms)),
+             xticklabels=arms.values())
+    fig.suptitle(f"Above 0: {sum(e.low > 0 for e in found)} of {len(arms)} intervals, and "
+                 f"{sum(e.mean > 0 for e in found)} of {len(arms)} means")
+    show(fig, "Paired differences of accuracy from V-MoE, a ring for every seed, and their mean")
+
+
+def by_luck(rows, arms, than, draws=10_000):
+    """How far would the best of these arms be above the arm `than` if all were equally good?
+
+    In points of accuracy, on average over what chance can do to means over the same seeds.
+    """
+    known = {arm: {r["seed"]: METRICS["accuracy"](r) for r in rows if r["arm"] == arm}
+             for arm in (*arms, than)}
+    seeds = sorted(set.intersection(*map(set, known.values())))
+    each = np.array([[own[seed] for seed in seeds] for own in known.values()])     # (arms, n)
+    left = each - each.mean(axis=0) - each.mean(axis=1, keepdims=True) + each.mean()
+    free = len(arms) * (len(seeds) - 1)             # what arms and seeds do not explain
+    error = (np.square(left).sum() / free / len(seeds)) ** 0.5
+    draw = np.random.default_rng(0).standard_normal((draws, len(arms)))
+    return error * draw.max(axis=1).mean()
 
 
 def loads(found, counts):

@@ -4,6 +4,7 @@ Every exercise is tried three times in the notebook's own kernel: as the reader 
 wrong answer that the page itself folds away, and with its solution.
 """
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -149,6 +150,22 @@ ahead = {name for name, c in near.items() if c > near["V-MoE"]}
 assert ahead == {"default outputs", "sparse mixer", "dense mixer"}
 assert max(near[name] for name in ahead - {"dense mixer"}) < near["V-MoE"] + 0.05
 assert round(near["TGR, task and guidance"], 2) == 0.17
+assert len(tried) == 21 and len({r["seed"] for r in tried}) == 3
+assert best == "evened" and round(gains[best].mean, 2) == 0.92 and min(
+    gain.mean for gain in gains.values()) > 0
+from notebooks.decided import detectable
+asked, plain = judge("ideas", tried), ("tgr-k1-router-alone-val",)
+assert max(gain.low for gain in gains.values()) < 0 < contrast(
+    tried, "accuracy", plain, ("moe-k1-val",)).low
+assert 4.5 < detectable(asked) < 5 and len(asked) == 12
+assert not [h for h, (*_, verdict) in asked.items() if verdict == "met"]
+behind = {h.claim: e for h, (e, *_) in asked.items() if e.high < 0}
+assert list(behind) == ["a router guided 'near the top' beats one guided by TGR's KL"]
+assert min(p for _, p, _ in asked.values()) > 0.05
+mean_of = lambda metric, arm: sum(r[metric] for r in tried if r["arm"] == arm) / 3
+assert round(mean_of("mean_gate", "idea-by-value"), 2) == 0.18
+assert {round(mean_of("load_entropy", arm), 3) for arm in (
+    "idea-evened", *plain)} == {0.994}
 assert len({r["seed"] for r in grid}) < 10      # until then the page claims nothing: write it anew
 """,
 }
@@ -317,6 +334,17 @@ def test_verdicts_show_what_was_decided_beside_what_came(monkeypatch):
                        "+8.61 [+7.69, +9.52]", "< .001", "met"]
     assert ["TGR is as accurate as guided features alone", "ours", "within ±0.5"] in [
         row[:3] for row in rows]
+
+
+def test_the_best_of_several_equals_is_ahead_by_what_chance_gives_the_best():
+    from notebooks import lesson_5
+    # what arms and seeds do not explain: 1, -1; -1, 1; 0, 0. Its square sum over the 2 degrees that
+    # are left, halved for the mean of two seeds, is 1; the larger of two normals is 1 / sqrt(pi)
+    left = {"a": (1, -1), "b": (-1, 1), "V-MoE": (0, 0)}
+    rows = [{"arm": arm, "seed": seed, "test_accuracy": (value + 7 * seed + 3 * (arm == "b")) / 100}
+            for arm, values in left.items() for seed, value in enumerate(values)]
+    rows.append({"arm": "a", "seed": 2, "test_accuracy": 0.9})          # whose block lacks the rest
+    assert lesson_5.by_luck(rows, ["a", "b"], "V-MoE") == pytest.approx(math.pi ** -0.5, abs=0.03)
 
 
 def test_a_wrong_answer_is_told_where_it_first_differs(capsys):
