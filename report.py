@@ -469,7 +469,8 @@ def plot_agreement(consistency, layers):
 def plot_methods(rows, name=lambda row: f"{row['method']}, K={row['config']['k']}"):
     """Which method settles first? Mean agreement over the MoE layers, a thin line for each seed.
 
-    Runs of the same name(row) are one method; at least one run needs an `early_agreement`.
+    Runs of the same name(row) are one method; at least one run needs an `early_agreement`. Where
+    there are more than nine methods, the three steadiest and the three least steady have a colour.
     """
     groups = {}                                             # "tgr, K=1" > runs
     for row in rows:
@@ -478,21 +479,30 @@ def plot_methods(rows, name=lambda row: f"{row['method']}, K={row['config']['k']
     if not groups:
         raise ValueError("no run has a router and two epochs, so there is no agreement to draw")
     early = {group: mean(map(early_agreement, runs)) for group, runs in groups.items()}
-    best, worst = max(early, key=early.get), min(early, key=early.get)
+    ranked = sorted(early, key=early.get, reverse=True)
+    best, worst = ranked[0], ranked[-1]
+    named = list(groups) if len(groups) <= 9 else [*ranked[:3], *ranked[-3:]]
     fig, axes = sheet(
         f"In the first quarter of training {early[best]:.0%} of tokens keep their expert from one "
         f"epoch to the next with {best}, {early[worst]:.0%} with {worst}", 1, 2, 10, 4.2)
     panels = {"agreement_adjacent": ("same expert as an epoch ago", 2),
               "agreement_final": ("same expert as at the end", 1)}
     for axis, (curve, (panel, start)) in zip(axes[0], panels.items(), strict=True):
-        for i, (group, runs) in enumerate(groups.items()):
+        for group, runs in groups.items():
             curves = 100 * np.array([np.mean(run["consistency"][curve], axis=0) for run in runs])
-            epoch, style = np.arange(curves.shape[1]) + start, ["-", "--", ":"][i // 3 % 3]
+            epoch = np.arange(curves.shape[1]) + start
+            if group not in named:
+                axis.plot(epoch, curves.mean(axis=0), lw=1, color="0.8", zorder=1)
+                continue
+            i = named.index(group)
+            style = ["-", "--", ":"][i // 3 % 3]
             axis.plot(epoch, curves.T, style, lw=0.8, alpha=0.5, color=COLOURS[i % 8])
             axis.plot(epoch, curves.mean(axis=0), style, lw=2.5, color=COLOURS[i % 8],
                       label=f"{group} (n={len(runs)})")
         by_epoch(axis, "tokens, %")
         axis.set_title(panel, fontsize=11)
+    if others := len(groups) - len(named):
+        axes[0, 1].plot([], color="0.8", label=f"the {others} others")
     axes[0, 1].legend()
     return fig
 

@@ -288,6 +288,7 @@ class Hypothesis(NamedTuple):
 MARGIN = 0.5        # points of accuracy within which two models count as equal
 ACC, TGR_MOE = "accuracy", (("tgr-k1",), ("moe-k1",))
 DISPATCHED, HALF = "accuracy, dispatched as in training", "agreement with the end at 1/2"
+STEADY = "agreement adjacent, first quarter"
 NONE, ROUTER, FEATURES, BOTH = CELLS.values()
 FLOOR = "random fixed", "hash"
 
@@ -415,8 +416,7 @@ HYPOTHESES = [
     # --- the first ---
     Hypothesis("main", "experts help", "T", ACC, ("moe-k1",), ("dense",), 0.8),
     Hypothesis("main", "guidance helps", "T", ACC, *TGR_MOE, 0.8),
-    Hypothesis("main", "guidance steadies routing", "T", "agreement adjacent, first quarter",
-               *TGR_MOE),
+    Hypothesis("main", "guidance steadies routing", "T", STEADY, *TGR_MOE),
     Hypothesis("main", "... beyond chance", "ours", "kappa adjacent, first quarter", *TGR_MOE),
     Hypothesis("main", "guided tokens settle early", "T", "agreement with the end at 1/6",
                *TGR_MOE),

@@ -40,7 +40,7 @@ import report
 import train
 from notebooks import decided, lite0, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
-from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, VAL
+from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, STEADY, VAL
 from notebooks.ideas import IDEAS
 from notebooks.probes import MOVED, closing_look
 
@@ -542,7 +542,7 @@ def link(path, page):
 
 
 def picture_paths(grid, scale, rows):
-    routed = any(report.early_agreement(row) is not None for row in rows)
+    routed = any(METRICS[STEADY](row) is not None for row in rows)
     names = ["differences", *["agreement"] * routed, *["alpha"] * (grid in ("alpha", "mutual"))]
     return {name: FIGURES / f"study-{scale}-{grid}-{name}.png" for name in names}
 
@@ -594,8 +594,9 @@ def plot_alpha(rows):
 
 def draw(grid, scale):
     rows = rows_of(grid, scale)
+    told = [row for row in rows if METRICS[STEADY](row) is not None]    # expert choice is not
     plots = {"differences": lambda: plot_differences(grid, rows),
-             "agreement": lambda: report.plot_methods(rows, lambda row: row["arm"]),
+             "agreement": lambda: report.plot_methods(told, lambda row: row["arm"]),
              "alpha": lambda: plot_alpha(rows)}
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name, path in picture_paths(grid, scale, rows).items():
@@ -631,7 +632,6 @@ def front(page):
                   and "machine" not in row], list(FRONT))
     if not rows:
         return "The study has no rows yet."
-    steady = "agreement adjacent, first quarter"
     lines = ["| model | guided: router / features | test accuracy, % "
              "| against V-MoE, paired by seed [95 %] | steadiness | n |", "|-|-|-|-|-|-|"]
     made_at = {}                                            # commits > models
@@ -640,7 +640,7 @@ def front(page):
         against = "–" if arm == "moe-k1" else decided.signed(
             decided.contrast(rows, ACC, (arm,), ("moe-k1",)))
         lines.append(f"| {model} | {guided} | {report.pooled([METRICS[ACC](r) for r in some])} "
-                     f"| {against} | {report.pooled([METRICS[steady](r) for r in some])} "
+                     f"| {against} | {report.pooled([METRICS[STEADY](r) for r in some])} "
                      f"| {len(some)} |")
         commits = all_of(some, lambda row: (row["commit"] or "unknown")[:12])
         made_at.setdefault(commits or "none", []).append(model)

@@ -419,6 +419,23 @@ def test_methods_are_compared_by_the_mean_over_their_layers_and_seeds():
     assert "90% of tokens" in title(fig) and "tgr" in title(fig).split("60%")[0]
 
 
+def test_of_many_methods_the_steadiest_and_the_least_steady_are_named():
+    def drawn(n):
+        # in an order that is not that of their agreement
+        rows = [a_row(method=f"m{i}", consistency={
+            "first_quarter_agreement_adjacent": 0.05 * i, "agreement_adjacent": [[0.05 * i]],
+            "agreement_final": [[0.04 * i, 1.0]]}) for i in sorted(range(n), key=lambda i: i % 4)]
+        adjacent, final = report.plot_methods(rows, lambda row: row["method"]).axes
+        grey = {round(line.get_ydata()[0]) for line in adjacent.lines if line.get_color() == "0.8"}
+        return grey, [text.get_text() for text in final.get_legend().texts]
+
+    grey, said = drawn(9)
+    assert not grey and len(said) == 9
+    grey, said = drawn(11)
+    assert grey == {15, 20, 25, 30, 35} and said[-1] == "the 5 others"
+    assert sorted(text.split()[0] for text in said[:-1]) == ["m0", "m1", "m10", "m2", "m8", "m9"]
+
+
 def test_patches_are_coloured_by_their_expert_row_by_row_and_the_class_token_is_left_out():
     images = np.zeros((1, 3, 8, 8), dtype=np.uint8)
     experts = np.array([5, 0, 0, 1, 1])[None, :, None]  # class token: 5, then a square of 2 * 2

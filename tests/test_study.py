@@ -1331,6 +1331,7 @@ def test_the_figures_show_curves_and_every_alpha(monkeypatch):
     assert "agreement" not in study.picture_paths("main", "cpu", [row("dense", 0, 0.3)])
     monkeypatch.setattr(study, "rows_of", lambda *args: found)
     monkeypatch.setattr(study, "FIGURES", Path("figures"))
+    paths_of = study.picture_paths
     monkeypatch.setattr(study, "picture_paths", lambda *args: {"agreement": Path("figures/a.png")})
     seen, original = [], report.plot_methods
     monkeypatch.setattr(report, "plot_methods",
@@ -1338,6 +1339,11 @@ def test_the_figures_show_curves_and_every_alpha(monkeypatch):
     study.draw("alpha", "cpu")
     labels = [text.get_text() for text in seen[0].axes[1].get_legend().texts]
     assert labels == ["moe-k2 (n=2)", "mode-k2 (n=2)", "mode-k2-alpha-100 (n=2)"]
+    # under expert choice a token has no one expert that it could keep
+    found += [r | {"arm": "moe-k1-expert-choice"} for r in found[:1]]
+    study.draw("alpha", "cpu")
+    assert [text.get_text() for text in seen[1].axes[1].get_legend().texts] == labels
+    assert "agreement" not in paths_of("routing", "cpu", found[-1:])
 
 
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
