@@ -120,7 +120,8 @@ def grouped(x, chosen, gates, w_in, b_in, w_out, b_out, return_choices=False):
     undo = torch.empty_like(plan.order).scatter_(0, plan.order, row)    # (S,) a choice's row
     choices = x[:, None].expand(T, K, D).reshape(T * K, D)              # (S, D) a row per choice
     rows = Permute.apply(choices, plan.order, undo)                     # (S, D) sorted by expert
-    mlp = grouped_mm_mlp if use_grouped_mm(rows, w_in, FEW_ROWS) else sliced_mlp
+    one_call = use_grouped_mm(rows, w_in, FEW_ROWS, pads=True)
+    mlp = grouped_mm_mlp if one_call else sliced_mlp
     out = mlp(rows, plan, w_in, b_in, w_out, b_out)                     # (S, D) still sorted
     raw = Permute.apply(out, undo, plan.order).view(T, K, D)
     return gated_sum(raw, gates, return_choices)
@@ -145,7 +146,13 @@ class Permute(torch.autograd.Function):
 
 
 def grouped_mm_mlp(rows, plan, w_in, b_in, w_out, b_out):
-    """What `sliced_mlp` computes, in two calls of grouped_mm. It has no bias: `OwnBias` adds it."""
+    """What `sliced_mlp` computes, in two calls of grouped_mm. It has no bias: `OwnBias` adds it.
+
+    grouped_mm takes rows of whole 16 bytes. Hidden units without weights fill up what is missing.
+    """
+    if missing := -w_in.shape[2] % (16 // rows.element_size()):
+        w_in, b_in = F.pad(w_in, (0, missing)), F.pad(b_in, (0, missing))
+        w_out = F.pad(w_out, (0, 0, 0, missing))
     ends = plan.offsets[1:].int()
     # sizes are read on an eager CPU alone: on a GPU the host would have to wait for the sort, and
     # a compiled graph has to serve all sizes
@@ -196,10 +203,13 @@ HIDDEN_FITS = 8 * 2 ** 20   # bytes of all hidden rows (S, H): fewer stay in the
 FEW_ROWS = 200
 
 
-def use_grouped_mm(rows, w_in, few_rows=0):
-    """Is grouped_mm the faster product for rows (S, D), and does it accept these tensors?"""
-    aligned = all(n * rows.element_size() % 16 == 0 for n in w_in.shape[1:])  # rows of 16 bytes
-    compiling, (E, _, H) = torch.compiler.is_compiling(), w_in.shape
+def use_grouped_mm(rows, w_in, few_rows=0, pads=False):
+    """Is grouped_mm the faster product for rows (S, D), and does it accept these tensors?
+
+    With `pads` the caller fills up hidden units to rows of whole 16 bytes.
+    """
+    compiling, (E, D, H) = torch.compiler.is_compiling(), w_in.shape
+    aligned = all(n * rows.element_size() % 16 == 0 for n in ((D,) if pads else (D, H)))
     small = len(rows) < few_rows * E or len(rows) * H * rows.element_size() < HIDDEN_FITS
     fast = rows.is_cuda or compiling or (small and E > 1)       # one expert is a plain MLP
     takes = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)

@@ -30,11 +30,13 @@ f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
 # Every way through the ladder: (rung, by what, device, dtypes, D, H); grouped_mm wants rows of a
-# multiple of 16 bytes, and Triton's interpreter multiplies bfloat16 wrongly.
+# multiple of 16 bytes, which `grouped` fills up for H, and Triton's interpreter multiplies bfloat16
+# wrongly.
 WAYS = {
     "sliced": ("sliced", None, "cpu", (f64, f32, bf16), D, H),
     "grouped by slices": ("grouped", "slices", "cpu", (f64, f32, bf16), D, H),
     "grouped by grouped_mm": ("grouped", "grouped_mm", "cpu", (f32, bf16), 24, 48),
+    "grouped by grouped_mm, filled up": ("grouped", "grouped_mm", "cpu", (f32, bf16), 24, 42),
     "grouped by grouped_mm, sizes unknown": ("grouped", "blind", "cpu", (f32, bf16), 24, 48),
     "lean by slices": ("lean", "slices", "cpu", (f64, f32, bf16), D, H),
     "lean by grouped_mm": ("lean", "grouped_mm", "cpu", (f32, bf16), 24, 48),
@@ -135,7 +137,7 @@ def go(monkeypatch):
     """go(way): its rung, device, D and H, with grouped_mm chosen or not as it says."""
     def go(way):
         backend, by, device, _, D, H = WAYS[way]
-        monkeypatch.setattr(kernels, "use_grouped_mm", lambda *_: by != "slices")
+        monkeypatch.setattr(kernels, "use_grouped_mm", lambda *_, **pads: by != "slices")
         if by == "blind":           # as on a GPU and while compiling: the host must not look
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         return backend, device, D, H
@@ -352,6 +354,9 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     assert kernels.use_grouped_mm(torch.zeros(T * E - 1, D), w, T)       # ... or an expert's are
     assert not kernels.use_grouped_mm(torch.zeros(T * E, D), w, T)
     assert not kernels.use_grouped_mm(x[1:], w[:1], T)           # one expert is a plain MLP
+    assert not kernels.use_grouped_mm(x[1:], odd[..., :43])      # 43 * 4 bytes: not a 16th
+    assert kernels.use_grouped_mm(x[1:], odd[..., :43], pads=True)
+    assert not kernels.use_grouped_mm(x[1:, 1:], w[:, 1:], pads=True)    # D is not filled up
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels.use_grouped_mm(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
     assert not kernels.use_grouped_mm(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
@@ -377,6 +382,8 @@ def test_small_layers_are_multiplied_in_one_call(monkeypatch):
     assert calls(few - 1) == ("grouped_mm_mlp", E) and calls(few) == ("sliced_mlp", E)
     monkeypatch.setattr(kernels, "HIDDEN_FITS", 2 * few * 44 * 4)
     assert calls(2 * few - 1) == ("grouped_mm_mlp", 1) and calls(2 * few) == ("sliced_mlp", E)
+    w[:3] = w[0][..., :43], w[1][:, :43], w[2][:, :43]      # `grouped` fills up, `lean` does not
+    assert calls(2 * few) == ("grouped_mm_mlp", E)              # whose hidden rows are fewer bytes
 
 
 @pytest.mark.parametrize("rung, dtype, tolerance, steps", [
