@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import efficientnet_b0
-from torchvision.ops import SqueezeExcitation
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from teacher import Pretrained
 
@@ -49,12 +50,25 @@ def network():
     return net.eval()
 
 
+def folded(net):
+    """The same network, which a CPU computes in less than half the time.
+
+    Each BatchNorm is part of the convolution before it, and a pixel's channels lie side by side.
+    """
+    for block in net.modules():
+        if isinstance(block, Conv2dNormActivation):
+            *pad, conv = block[0] if isinstance(block[0], nn.Sequential) else [block[0]]
+            block[0] = nn.Sequential(*pad, fuse_conv_bn_eval(conv, block[1]))
+            block[1] = nn.Identity()
+    return net.to(memory_format=torch.channels_last)
+
+
 def teacher(pixels, shown, blocks=None):
     """Lite0 as a teacher: `pixels`, a multiple of 32, are what it sees, `shown` as in Pretrained.
 
     Of its 16 blocks those in `blocks`, by default all.
     """
     nodes = [f"features.{stage}.{i}" for stage, n in enumerate(BLOCKS, start=1) for i in range(n)]
-    return Pretrained(network(), [nodes[b - 1] for b in blocks] if blocks else nodes,
+    return Pretrained(folded(network()), [nodes[b - 1] for b in blocks] if blocks else nodes,
                       "b d h w", pixels, shown, mean=3 * [127 / 255], std=3 * [128 / 255],
                       interpolation="bicubic")
