@@ -206,10 +206,12 @@ FEW_ROWS = 200
 def use_grouped_mm(rows, w_in, few_rows=0, pads=False):
     """Is grouped_mm the faster product for rows (S, D), and does it accept these tensors?
 
-    With `pads` the caller fills up hidden units to rows of whole 16 bytes.
+    With `pads` the caller can fill up hidden units to rows of whole 16 bytes. That copies the
+    weights, so it is for a narrow hidden layer with fewer numbers than the rows have.
     """
     compiling, (E, D, H) = torch.compiler.is_compiling(), w_in.shape
-    aligned = all(n * rows.element_size() % 16 == 0 for n in ((D,) if pads else (D, H)))
+    fills = pads and not (rows.is_cuda or compiling) and H < D and len(rows) >= E * H
+    aligned = all(n * rows.element_size() % 16 == 0 for n in ((D,) if fills else (D, H)))
     small = len(rows) < few_rows * E or len(rows) * H * rows.element_size() < HIDDEN_FITS
     fast = rows.is_cuda or compiling or (small and E > 1)       # one expert is a plain MLP
     takes = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)

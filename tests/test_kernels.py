@@ -354,12 +354,19 @@ def test_grouped_mm_is_asked_only_for_what_it_takes(monkeypatch):
     assert kernels.use_grouped_mm(torch.zeros(T * E - 1, D), w, T)       # ... or an expert's are
     assert not kernels.use_grouped_mm(torch.zeros(T * E, D), w, T)
     assert not kernels.use_grouped_mm(x[1:], w[:1], T)           # one expert is a plain MLP
-    assert not kernels.use_grouped_mm(x[1:], odd[..., :43])      # 43 * 4 bytes: not a 16th
-    assert kernels.use_grouped_mm(x[1:], odd[..., :43], pads=True)
-    assert not kernels.use_grouped_mm(x[1:, 1:], w[:, 1:], pads=True)    # D is not filled up
+    narrow = odd[:, :, :7]                                       # 7 * 4 bytes: not a 16th
+    assert not kernels.use_grouped_mm(x, narrow) and kernels.use_grouped_mm(x, narrow, pads=True)
+    assert kernels.use_grouped_mm(x[:E * 7], narrow, pads=True)
+    assert not kernels.use_grouped_mm(x[:E * 7 - 1], narrow, pads=True)  # more weights than rows
+    many = torch.zeros(110, D)                                   # is 22 * E
+    assert kernels.use_grouped_mm(many, odd[:, :, :D - 1], T, pads=True)
+    assert not kernels.use_grouped_mm(many, odd[:, :, :D + 1], T, pads=True)     # not narrow
+    assert not kernels.use_grouped_mm(x[:, 1:], narrow[:, 1:], pads=True)     # nor is D filled up
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels.use_grouped_mm(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 48))
     assert not kernels.use_grouped_mm(x.bfloat16(), w)           # 20 * 2 bytes: not a 16th
+    assert not kernels.use_grouped_mm(torch.zeros(T, 24).bfloat16(), torch.zeros(E, 24, 7),
+                                      pads=True)                 # filled up in eager mode alone
     assert not kernels.use_grouped_mm(x, odd) and not kernels.use_grouped_mm(x.double(), w)
     assert not kernels.use_grouped_mm(x, w)                      # float32 compiles to slices
     assert not kernels.use_grouped_mm(torch.zeros(T, 24).half(), torch.zeros(E, 24, 48))  # so this
@@ -382,7 +389,7 @@ def test_small_layers_are_multiplied_in_one_call(monkeypatch):
     assert calls(few - 1) == ("grouped_mm_mlp", E) and calls(few) == ("sliced_mlp", E)
     monkeypatch.setattr(kernels, "HIDDEN_FITS", 2 * few * 44 * 4)
     assert calls(2 * few - 1) == ("grouped_mm_mlp", 1) and calls(2 * few) == ("sliced_mlp", E)
-    w[:3] = w[0][..., :43], w[1][:, :43], w[2][:, :43]      # `grouped` fills up, `lean` does not
+    w[:3] = w[0][..., :19], w[1][:, :19], w[2][:, :19]      # `grouped` fills up, `lean` does not
     assert calls(2 * few) == ("grouped_mm_mlp", E)              # whose hidden rows are fewer bytes
 
 
