@@ -82,7 +82,7 @@ IDEAS = {name: f"idea-{name.replace(' ', '-')}" for name in GUIDED}
 GUIDED_BY = {name: TGR if name != "by value" else f"{MOE} --guide_weight 1" for name in GUIDED}
 # the idea with the highest mean accuracy in the three blocks of `ideas`, and its arm in `routing`
 BEST_IDEA = "evened"
-CONFIRMED = f"tgr-k1-{BEST_IDEA.replace(' ', '-')}"
+BEST_ARM = f"tgr-k1-{BEST_IDEA.replace(' ', '-')}"
 ARMS = {
     "dense": Arm("--method dense"),                        # = active FLOPs of moe-k1
     **CELL_ARMS,
@@ -102,7 +102,7 @@ ARMS = {
     "moe-k1-val": Arm(f"{MOE} {VAL}"), "moe-k1-no-aux-val": Arm(f"{NO_AUX} {VAL}"),
     "tgr-k1-router-alone-val": Arm(f"{TGR} {VAL}", "router alone"),
     **{arm: Arm(f"{GUIDED_BY[name]} {VAL}", name) for name, arm in IDEAS.items()},
-    CONFIRMED: Arm(GUIDED_BY[BEST_IDEA], BEST_IDEA),
+    BEST_ARM: Arm(GUIDED_BY[BEST_IDEA], BEST_IDEA),
     # the cells where the paper's experts are
     **{f"{arm}-late": a._replace(flags=f"{a.flags} --moe_blocks LATE")
        for arm, a in CELL_ARMS.items()},
@@ -156,7 +156,7 @@ GRIDS = {
         **{f"tgr-k1-router-alone-{teacher}": "moe-k1"
            for teacher in ("lite0", "untrained", "random", "k-means")},
         "tgr-k1-oracle-alone": "moe-k1", **dict.fromkeys(REMEDIED.values(), "moe-k1"),
-        CONFIRMED: "moe-k1", "dense": None}),
+        BEST_ARM: "moe-k1", "dense": None}),
     # can the routing alone be guided better? Validation images, which no teacher has seen either.
     # The best became an arm of `routing`, whose seeds are fresh, before the first block of that
     "ideas": Grid("cpu", 3, {
@@ -365,7 +365,7 @@ HYPOTHESES = [
                  ACC, (REMEDIED[name],), (NONE,), -MARGIN) for name in FLOOR),
     # the best of four ideas, by 0.2 to 0.6 points at three seeds: is there anything in it?
     *(Hypothesis("routing", f"a router guided {BEST_IDEA!r} beats {whom}", "ours", ACC,
-                 (CONFIRMED,), (other,))
+                 (BEST_ARM,), (other,))
       for whom, other in (("V-MoE", NONE), ("V-MoE without its own losses", "moe-k1-no-aux"),
                           ("one guided by TGR's KL", ROUTER))),
     Hypothesis("routing", "the router's exact gradient settles no tokens", "ours", HALF,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import report
 from moe import MoE
-from notebooks.decided import METRICS
+from notebooks.decided import METRICS, block
 from notebooks.lesson import dots, show
 from notebooks.remedies import REMEDIES
 from report import COLOURS
@@ -106,14 +106,12 @@ def curves(title, x, lines, xlabel, ylabel, alt, **axis):
     show(fig, alt)
 
 
-def above(rows, arms, than):
-    """Draw how far arms of the study {name: label} are above the arm `than` on validation images.
-
-    A ring stands for a seed, a bar for the mean, a line for its 95 % interval.
-    """
+def above(rows, arms, plain):
+    """Draw how far arms of the study {name: label} are above V-MoE, the arm `plain`, on validation
+    images: a ring for every seed, a bar for the mean, a line for its 95 % interval."""
     fig, axes = report.sheet("", 1, 1, 10, 4)
     axis = axes[0, 0]
-    found = [dots(axis, at, rows, "accuracy", (name,), (than,), COLOURS[0])
+    found = [dots(axis, at, rows, "accuracy", (name,), (plain,), COLOURS[0])
              for at, name in enumerate(arms)]
     axis.axhline(0, color="black", lw=0.8)
     axis.set(ylabel="points of validation accuracy\nabove V-MoE", xticks=range(len(arms)),
@@ -123,20 +121,24 @@ def above(rows, arms, than):
     show(fig, "Paired differences of accuracy from V-MoE, a ring for every seed, and their mean")
 
 
-def by_luck(rows, arms, than, draws=10_000):
-    """How far would the best of these arms be above the arm `than` if all were equally good?
+def by_luck(rows, arms, plain, draws=100_000):
+    """How far would the best of these arms be above the arm `plain` if all were equally good?
 
-    In points of accuracy, on average over what chance can do to means over the same seeds.
+    In points of accuracy: the mean, and what one case of twenty exceeds. Arms scatter alike, by
+    what neither arm nor block explains of their rows.
     """
-    known = {arm: {r["seed"]: METRICS["accuracy"](r) for r in rows if r["arm"] == arm}
-             for arm in (*arms, than)}
-    seeds = sorted(set.intersection(*map(set, known.values())))
-    each = np.array([[own[seed] for seed in seeds] for own in known.values()])     # (arms, n)
+    known = {arm: {block(r): METRICS["accuracy"](r) for r in rows if r["arm"] == arm}
+             for arm in (*arms, plain)}
+    blocks = sorted(set.intersection(*map(set, known.values())), key=str)
+    each = np.array([[own[b] for b in blocks] for own in known.values()])   # (arms + 1, n)
     left = each - each.mean(axis=0) - each.mean(axis=1, keepdims=True) + each.mean()
-    free = len(arms) * (len(seeds) - 1)             # what arms and seeds do not explain
-    error = (np.square(left).sum() / free / len(seeds)) ** 0.5
-    draw = np.random.default_rng(0).standard_normal((draws, len(arms)))
-    return error * draw.max(axis=1).mean()
+    free = len(arms) * (len(blocks) - 1)
+    error = (np.square(left).sum() / free / len(blocks)) ** 0.5
+    random = np.random.default_rng(0)
+    means = random.standard_normal((draws, len(arms) + 1))
+    lead = means[:, :-1].max(axis=1) - means[:, -1]
+    lead *= error / (random.chisquare(free, draws) / free) ** 0.5           # for `error` is a guess
+    return lead.mean(), np.quantile(lead, 0.95)
 
 
 def loads(found, counts):

@@ -99,7 +99,7 @@ def probe_experts(student, images, labels, block):
 def probe_keeping_gates(student, images, labels, block):
     """`distill.probe`, (E, B) bool, but each token's expert has what its own gates sum to (ours).
 
-    A gate of 1 is more than K < E trained gates ever sum to, so it makes a block louder than it is.
+    A gate of 1 is more than K < E gates of softmax_topk sum to: it makes a block louder than it is.
     """
     routing = student(images).layers[block].routing
     gates = routing.gates.sum(dim=1, keepdim=True)                              # (T, 1)

@@ -496,9 +496,9 @@ def section(grid, scale, page=PAGE):
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
                 f"block, which has a dense teacher of its own: intervals are over seeds and "
-                f"teachers, for one set of training images and one test set. Agreement, load and "
-                f"gates are means over all tokens and sparse blocks; what patches leave the last "
-                f"block with is read by nobody.")
+                f"teachers, for one set of training and one of {exam(rows[0])} images. Agreement, "
+                f"load and gates are means over all tokens and sparse blocks; what patches leave "
+                f"the last block with is read by nobody.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
     else:
         some = {arm: (sum(row["arm"] == arm for row in rows), n)

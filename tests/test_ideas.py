@@ -11,7 +11,7 @@ import train
 from data import synthetic
 from moe import routers
 from notebooks import controls, ideas, study
-from notebooks.decided import ARMS, BEST_IDEA, CONFIRMED, GRIDS, HYPOTHESES, IDEAS
+from notebooks.decided import ARMS, BEST_ARM, BEST_IDEA, GRIDS, HYPOTHESES, IDEAS
 from teacher import guidance_loss
 
 T, E = 26, 5
@@ -191,15 +191,15 @@ def test_an_idea_is_an_arm_that_the_study_trains_on_validation_images():
         assert (cfg.method, cfg.guide_weight) == (("moe", 1) if name == "by value" else ("tgr", 5))
 
 
-def test_the_idea_that_was_best_on_validation_images_is_confirmed_on_the_test_images():
+def test_the_idea_that_was_best_on_validation_images_is_tried_again_on_the_test_images():
     rows, block = study.rows_of("ideas", "cpu"), Counter()
     for row in rows:
         block[row["arm"]] += row["val_accuracy"]
         assert row["test_accuracy"] is None
     assert Counter(row["seed"] for row in rows) == dict.fromkeys((100, 101, 102), 7)
     assert max(IDEAS, key=lambda name: block[IDEAS[name]]) == BEST_IDEA
-    arm, screened = ARMS[CONFIRMED], ARMS[IDEAS[BEST_IDEA]]
+    arm, screened = ARMS[BEST_ARM], ARMS[IDEAS[BEST_IDEA]]
     assert arm == screened._replace(flags=screened.flags.removesuffix(" --split val"))
-    assert "split" not in arm.flags and GRIDS["routing"].arms[CONFIRMED] == "moe-k1"
-    asked = {h.minus for h in HYPOTHESES if h.plus == (CONFIRMED,)}
+    assert "split" not in arm.flags and GRIDS["routing"].arms[BEST_ARM] == "moe-k1"
+    asked = {h.minus for h in HYPOTHESES if h.plus == (BEST_ARM,)}
     assert asked == {("moe-k1",), ("moe-k1-no-aux",), ("tgr-k1-router-alone",)}
