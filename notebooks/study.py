@@ -541,9 +541,14 @@ def link(path, page):
     return Path(os.path.relpath(path, Path(page).resolve().parent)).as_posix()
 
 
+def may_change(row):
+    """Has a token one expert, unlike under expert choice, that may change, unlike under a hash?"""
+    return METRICS[STEADY](row) not in (None, 1)
+
+
 def picture_paths(grid, scale, rows):
-    routed = any(METRICS[STEADY](row) is not None for row in rows)
-    names = ["differences", *["agreement"] * routed, *["alpha"] * (grid in ("alpha", "mutual"))]
+    names = ["differences", *["agreement"] * any(map(may_change, rows)),
+             *["alpha"] * (grid in ("alpha", "mutual"))]
     return {name: FIGURES / f"study-{scale}-{grid}-{name}.png" for name in names}
 
 
@@ -594,9 +599,9 @@ def plot_alpha(rows):
 
 def draw(grid, scale):
     rows = rows_of(grid, scale)
-    told = [row for row in rows if METRICS[STEADY](row) is not None]    # expert choice is not
     plots = {"differences": lambda: plot_differences(grid, rows),
-             "agreement": lambda: report.plot_methods(told, lambda row: row["arm"]),
+             "agreement": lambda: report.plot_methods(
+                 [row for row in rows if may_change(row)], lambda row: row["arm"]),
              "alpha": lambda: plot_alpha(rows)}
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name, path in picture_paths(grid, scale, rows).items():

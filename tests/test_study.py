@@ -1339,11 +1339,13 @@ def test_the_figures_show_curves_and_every_alpha(monkeypatch):
     study.draw("alpha", "cpu")
     labels = [text.get_text() for text in seen[0].axes[1].get_legend().texts]
     assert labels == ["moe-k2 (n=2)", "mode-k2 (n=2)", "mode-k2-alpha-100 (n=2)"]
-    # under expert choice a token has no one expert that it could keep
+    # under expert choice a token has no one expert that it could keep, and a hash keeps all
+    found += [r | {"arm": "moe-k1-hash", "consistency": r["consistency"] | {
+        "first_quarter_agreement_adjacent": 1.0}} for r in found[:1]]
     found += [r | {"arm": "moe-k1-expert-choice"} for r in found[:1]]
     study.draw("alpha", "cpu")
     assert [text.get_text() for text in seen[1].axes[1].get_legend().texts] == labels
-    assert "agreement" not in paths_of("routing", "cpu", found[-1:])
+    assert "agreement" not in paths_of("routing", "cpu", found[-2:])
 
 
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
