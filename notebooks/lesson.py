@@ -4,7 +4,6 @@ Guesses and checks, figures, and what was measured before, with its origin. No c
 the modules is defined here a second time.
 """
 import html
-import io
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import torch
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
-from PIL import Image as Picture
 from torchvision.transforms import v2
 from tqdm.auto import tqdm as bar
 
@@ -186,16 +184,10 @@ def brief(value):
 # --- figures ---
 
 def show(fig, alt):
-    """Put a figure on the page; `alt` tells it to those who cannot see it.
-
-    It has the dots of a projector and the size of a page. 256 colours halve its file; they are
-    chosen to cover all that it has, so that a colour bar is not falsified.
-    """
-    drawn, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=150)
-    few = Picture.open(drawn).convert("RGB").quantize(256, Picture.Quantize.MAXCOVERAGE)
-    few.save(small, "png", optimize=True)
-    display(Image(small.getvalue(), width=round(few.width * 80 / 150), alt=alt))
+    """Put a figure on the page, with the dots of a projector; `alt` tells it to those who cannot
+    see it."""
+    display(Image(report.png(fig, few_colours=True, dpi=150), width=round(80 * fig.get_figwidth()),
+                  alt=alt))
 
 
 ABOUT = {       # the parts of the picture below, and what the page that marks one of them is about

@@ -605,7 +605,7 @@ def draw(grid, scale):
              "alpha": lambda: plot_alpha(rows)}
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name, path in picture_paths(grid, scale, rows).items():
-        checkpoint.write(path, report.png(plots[name]()))
+        checkpoint.write(path, report.png(plots[name](), few_colours=True))
 
 
 # --- what is written between two markers of a file ---
