@@ -576,8 +576,8 @@ def figures(run_dir):
 
 
 def png(figure, few_colours=False, dpi="figure"):
-    """A figure's file. 256 colours halve it; they are chosen to cover all that the figure has, so
-    that a colour bar is not falsified."""
+    """A figure as a file. With `few_colours` it has 256, which halves it at least; they are chosen
+    to cover all that the figure has, so that a colour bar is not falsified."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     if not few_colours:

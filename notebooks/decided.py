@@ -363,7 +363,7 @@ HYPOTHESES = [
       for name, keeps in REMEDIES.items() if not keeps and name not in FLOOR),
     *(Hypothesis("routing", f"the floor {name!r} is no more than half a point below V-MoE", "ours",
                  ACC, (REMEDIED[name],), (NONE,), -MARGIN) for name in FLOOR),
-    # the best of four ideas, by 0.2 to 0.6 points at three seeds: is there anything in it?
+    # the best of four ideas: is there anything in it?
     *(Hypothesis("routing", f"a router guided {BEST_IDEA!r} beats {whom}", "ours", ACC,
                  (BEST_ARM,), (other,))
       for whom, other in (("V-MoE", NONE), ("V-MoE without its own losses", "moe-k1-no-aux"),

@@ -94,9 +94,9 @@ def by_value(cfg, student, guide, images, targets):
         found = []
         for b, dy in zip(student.moe_blocks, slopes, strict=True):
             read = dy.flatten(0, 1).any(dim=1)                          # (T,)
-            targets = worth(student.blocks[b - 1].mlp, output.layers[b].h.detach()[read],
-                            dy.flatten(0, 1)[read])
-            found.append(guidance_loss(targets, logits_of(student, output, b)[read]))
+            asked = worth(student.blocks[b - 1].mlp, output.layers[b].h.detach()[read],
+                          dy.flatten(0, 1)[read])                       # (read tokens, E)
+            found.append(guidance_loss(asked, logits_of(student, output, b)[read]))
     return terms | {"guidance": cfg.guide_weight / len(found) * sum(found)}
 
 

@@ -51,7 +51,7 @@ def network():
 
 
 def folded(net):
-    """The same network, but for rounding, which a CPU computes in less than half the time.
+    """The same network, but for rounding, which a CPU computes faster.
 
     Each BatchNorm is part of the convolution before it, and a pixel's channels lie side by side.
     """

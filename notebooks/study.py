@@ -557,9 +557,10 @@ def plot_differences(grid, rows):
     found = {f"{arm} − {other}": decided.contrast(rows, ACC, (arm,), (other,))
              for arm, other in arms_of(grid).items() if other}
     found = {name: e for name, e in found.items() if e.mean is not None}
-    sure = sum(e.low is not None and (e.low > 0 or e.high < 0) for e in found.values())
-    title = f"{sure} of {len(found)} differences in accuracy have an interval without 0" if any(
-        e.low is not None for e in found.values()) else "One block so far: no interval yet"
+    told = [e for e in found.values() if e.n >= 3]          # as for a verdict
+    sure = sum(e.low > 0 or e.high < 0 for e in told)
+    title = (f"{sure} of {len(told)} differences in accuracy have an interval without 0"
+             if told else "Fewer than three blocks: no verdict yet")
     fig, axes = report.sheet(title, 1, 1, 8, 1.4 + 0.35 * len(found))
     for y, e in enumerate(found.values()):
         if e.low is not None:

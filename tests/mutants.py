@@ -762,6 +762,7 @@ MUTANTS = [
     ("notebooks/study.py", "[STEADY](row) not in (None, 1)", "[STEADY](row) != 1"),
     ("notebooks/study.py", "METRICS[STEADY](row) not in", "report.early_agreement(row) not in"),
     ("notebooks/study.py", "for row in rows if may_change(row)]", "for row in rows]"),
+    ("notebooks/study.py", "if e.n >= 3]", "if e.n >= 2]"),
     ("report.py", '("same expert as an epoch ago", 2)', '("same expert as an epoch ago", 1)'),
     ("report.py", "key=early.get, reverse=True", "key=early.get"),
     ("report.py", "from matplotlib.figure import Figure",

@@ -1,5 +1,4 @@
 """Tests of notebooks/ideas.py: each idea guides the routers, and whom it says, and nothing else."""
-
 from collections import Counter
 
 import pytest

@@ -390,7 +390,7 @@ def test_small_layers_are_multiplied_in_one_call(monkeypatch):
     monkeypatch.setattr(kernels, "HIDDEN_FITS", 2 * few * 44 * 4)
     assert calls(2 * few - 1) == ("grouped_mm_mlp", 1) and calls(2 * few) == ("sliced_mlp", E)
     w[:3] = w[0][..., :19], w[1][:, :19], w[2][:, :19]      # `grouped` fills up, `lean` does not
-    assert calls(2 * few) == ("grouped_mm_mlp", E)              # whose hidden rows are fewer bytes
+    assert calls(2 * few) == ("grouped_mm_mlp", E)              # and fewer units fit
 
 
 @pytest.mark.parametrize("rung, dtype, tolerance, steps", [

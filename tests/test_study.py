@@ -1348,6 +1348,17 @@ def test_the_figures_show_curves_and_every_alpha(monkeypatch):
     assert "agreement" not in paths_of("routing", "cpu", found[-2:])
 
 
+def test_a_figure_of_differences_counts_none_below_three_seeds():
+    def title(n):
+        rows = [row(arm, s, a + 0.001 * s * (arm == "moe-k1-late"), config={"k": 1})
+                for arm, a, k in (("moe-k1", 0.3, n), ("moe-k1-late", 0.4, n), ("tgr-k1", 0.5, 2))
+                for s in range(k)]
+        return study.plot_differences("placement", rows).get_suptitle()
+
+    assert title(2) == "Fewer than three blocks: no verdict yet"
+    assert title(3) == "1 of 1 differences in accuracy have an interval without 0"
+
+
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
     Path("results").mkdir()
     row = json.dumps({"method": "moe", "seed": 0}) + "\n"

@@ -384,7 +384,8 @@ def cheats(a, run, worker, folder):
 def endings(a, run, right, passed):
     """A function that never ends, or ends the process: its checks fail, the others are graded."""
     file, name = a.hard_coded
-    for body, kinds, seconds in (("while True: pass", {"timeout"}, 2),      # each check's
+    # the seconds are each check's: those that meet the endless loop use up all of theirs
+    for body, kinds, seconds in (("while True: pass", {"timeout"}, 2),
                                  ("import os; os._exit(0)", {"crashed"}, 6),
                                  ("import os; os.abort()", {"crashed"}, 6),
                                  ("import sys; sys.exit(0)", {"error"}, 6)):
