@@ -19,7 +19,7 @@ from notebooks.controls import dispatch
 from notebooks.decided import SEVERAL
 
 PROBED = 2_000      # test images on which every expert is forced in turn
-MOVED = 64          # probe images whose tokens are sent elsewhere, one at a time
+MOVED = 128         # test images whose tokens are sent elsewhere, one at a time
 
 
 @torch.no_grad()
@@ -139,6 +139,15 @@ def worth_of_choice(losses, chosen):
     return (blind - own).mean().item() / best if best else None
 
 
+def worth_of_choices(student, images, labels, block):
+    """`worth_of_choice` of a block's router; behind the last block only the class token is read."""
+    tokens = [0] if block == len(student.blocks) else range(student.n_tokens)
+    with torch.no_grad():
+        chosen = student(images).layers[block].routing.chosen.view(-1, student.n_tokens)
+    return worth_of_choice(forced_losses(student, images, labels, block, tokens),
+                           chosen[:, list(tokens)])
+
+
 def mutual_information(counts):
     """I(row; column) in nats of a table of counts (R, C): what the one tells of the other."""
     if counts.ndim != 2 or not counts.min(initial=0) >= 0 or not counts.sum() > 0:
@@ -158,8 +167,9 @@ def packed(right):
 def closing_look(job, guide, control, moved=0):
     """What a row of the study says beyond result.json: means over the MoE blocks, in float32.
 
-    It looks at the test images, or with --split val at the held-out ones alone; and at `moved` of
-    the probe images to ask what the choice of an expert is worth.
+    It looks at the test images, or with --split val at the held-out ones alone, `moved` of which
+    say what the choice of an expert is worth: experts know the images that they were trained on.
+    What routers do and hear is asked on the probe images.
     """
     cfg, data, sets, student, _ = job
     exam = sets.val or sets.test
@@ -168,8 +178,8 @@ def closing_look(job, guide, control, moved=0):
     found = {"hits": packed(answers == exam[1])}
     if cfg.method in ("dense", "soft"):
         return found
-    images, labels = (part[:PROBED] for part in exam)
-    images, x, y = data.normalise(images), data.normalise(sets.probe[0]), sets.probe[1]
+    images, labels = data.normalise(exam[0][:PROBED]), exam[1][:PROBED]
+    x, y = data.normalise(sets.probe[0]), sets.probe[1]
     blocks = student.moe_blocks
     with torch.no_grad():
         layers = student(x).layers
@@ -189,9 +199,8 @@ def closing_look(job, guide, control, moved=0):
             (routings[b].chosen[:, 0] == z.argmax(dim=1)).float().mean().item()
             for b, z in asked.items())
     if moved and control not in SEVERAL:
-        found["choice"] = report.mean(worth_of_choice(
-            forced_losses(student, x[:moved], y[:moved], b),
-            r.chosen.view(-1, student.n_tokens)[:moved]) for b, r in routings.items())
+        found["choice"] = report.mean(
+            worth_of_choices(student, images[:moved], labels[:moved], b) for b in blocks)
     if cfg.k > 1:
         probed = [probe_experts(student, images, labels, b) for b in blocks]
         found["probing"] = {name: report.mean(p[name] for p in probed) for name in probed[0]}

@@ -24,7 +24,7 @@ class Remedy(MoE):
     It takes over the router and the experts of `moe`, a layer of job.model.
     """
     penalty = 0.0               # what the layer adds to the loss, from its last forward pass
-    runs_all = False            # does every expert compute every token in training?
+    runs_all = False            # does every expert compute every token of a training step?
     has_oracle = True           # would its router's gradient be another one if it saw all experts?
 
     def __init__(self, moe, job):
@@ -122,10 +122,16 @@ class DefaultMoE(Remedy):
         self.keep_raw = True
         self.register_buffer("mean", torch.zeros_like(self.experts.b_out))              # (E, D)
 
-    def remedied(self, x, routing):
+    def forward(self, x, routing=None):
+        return super().forward(x) if routing is None else self.answered(x, routing)
+
+    def answered(self, x, routing):
         y, routing, raw = MoE.forward(self, x, routing)
         others = routing.probs.scatter(1, routing.chosen, 0.0)          # (T, E)
-        y = y + (others @ self.mean).to(y.dtype).view_as(y)
+        return y + (others @ self.mean).to(y.dtype).view_as(y), routing, raw
+
+    def remedied(self, x, routing):
+        y, routing, raw = self.answered(x, routing)
         if self.training:
             with torch.no_grad():
                 hot = F.one_hot(routing.chosen, len(self.mean)).float()             # (T, K, E)
@@ -210,8 +216,8 @@ class StableMoE(Remedy):
     """Distil the router into a light one in the first tenth of training, then freeze that.
 
     The light router sees what no training changes: a patch's own pixels and its place, as the
-    paper's sees a word and not its context (arXiv:2204.08396, section 2; its stages 1 and 2). Ours:
-    once it is frozen, the task loss is the only one. The class token has the pixels of the mean
+    paper's sees a word and not its context (arXiv:2204.08396, section 2; its stages 1 and 2). Once
+    it is frozen, the task loss is the only one. Ours: the class token has the pixels of the mean
     patch, or one expert would serve it in every image. The gate stays the learning router's
     softmax; the paper's is a sigmoid. The weight of the distillation is small: at weight 1 the
     light router's gradient would be a good part of what is clipped, though AdamW itself is all but
@@ -340,7 +346,8 @@ class ERC(Remedy):
 class SimBal(Remedy):
     """Keep the router's rows orthonormal, so that alike tokens get alike experts: |R R^T - I|_1.
 
-    It takes the place of the load loss (arXiv:2506.14038). Its weight is ours.
+    It takes the place of the load loss (arXiv:2506.14038). Ours: its weight, and that the entropy
+    loss goes as well.
     """
     weight = 0.01
 

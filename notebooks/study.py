@@ -4,6 +4,7 @@
     python notebooks/study.py run factors --seed 0                    go on with one block of a grid
     python notebooks/study.py run factors --workers 13 --minutes 9 \
         --how "--device cuda --backend fused --no-compile"            the same runs, on a GPU
+    python notebooks/study.py look routing --seed 0                   ask its models again
     python notebooks/study.py report factors                          tables, verdicts, figures
     python notebooks/study.py report --page notebooks/RESULTS.md      write those of all grids there
     python notebooks/study.py report --front README.md                what guidance guides, in short
@@ -160,49 +161,88 @@ def train_teacher(flags, scale, seed, folder, data_dir, how=""):
     return folder / checkpoint.NAME
 
 
+def block_folder(grid, scale, seed, commit, out):
+    return Path(out, scale, grid, f"seed{seed}-{commit[:8]}")
+
+
+def plan_one(arm, seed, scale, block, data_dir, how=""):
+    """An arm's (job, guide or None, own losses or None), its teachers trained where they are not.
+
+    A run in the folder `block` that has ended is only read.
+    """
+    _, control, teacher = ARMS[arm]
+    flags, dense, trained = flags_of(arm, scale), None, []
+    taught = "tgr" in flags or control in LOSSES
+    if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
+        dense = train_teacher(teachers_flags(scale, VAL in flags), scale, seed, block / "teacher",
+                              data_dir, how)
+    if control == "grouter":
+        other = train_teacher(flags_of("moe-k1", scale), scale, seed, block / "other", data_dir,
+                              how)
+        trained = [train.load_model(other, device="cpu")[0]]
+    change = remedies.remedy(control, *trained) if control in remedies.REMEDIES else None
+    planned, job = prepare(f"{SCALES[scale]} {flags} {how}", block / arm, data_dir, seed, dense,
+                           change)
+    guide = None
+    if taught:                         # a method that needs no teacher is planned without one
+        guide = guide_by(teacher, job, dense and (planned or train.teacher_of(job)))
+    if control in SETUPS:
+        SETUPS[control](job, guide)
+    if guide and job.ended:
+        guide.routers.load_state_dict(job.state["routers"])
+    return job, guide, remedies.losses if change else (LOSSES | IDEAS).get(control)
+
+
+def answers(grid, arm, job, guide):
+    """What probes.closing_look says of a trained arm of a grid."""
+    return closing_look(job, guide, ARMS[arm].control, MOVED * (grid in ("routing", "ideas")))
+
+
 def train_one(grid, arm, seed, scale, out, data_dir, dirty=False, how=""):
     """Train one arm with one seed and append its row, unless it is there.
 
     `how` are flags of train.py that say how it is computed, as the device, and not what.
     """
-    _, control, teacher = ARMS[arm]
-    flags, commit = flags_of(arm, scale), commit_of_row(dirty)
-    block = Path(out, scale, grid, f"seed{seed}-{commit[:8]}")
-    folder, dense = block / arm, None
-    with checkpoint.claim(folder, wait_for="to train the same arm and seed"):
+    commit = commit_of_row(dirty)
+    block = block_folder(grid, scale, seed, commit, out)
+    with checkpoint.claim(block / arm, wait_for="to train the same arm and seed"):
         if (arm, seed) not in to_do(grid, scale):
             return
-        taught = "tgr" in flags or control in LOSSES
-        if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
-            dense = train_teacher(teachers_flags(scale, VAL in flags), scale, seed,
-                                  block / "teacher", data_dir, how)
-        trained = []
-        if control == "grouter":
-            other = train_teacher(flags_of("moe-k1", scale), scale, seed, block / "other",
-                                  data_dir, how)
-            trained = [train.load_model(other, device="cpu")[0]]
-        change = remedies.remedy(control, *trained) if control in remedies.REMEDIES else None
-        planned, job = prepare(f"{SCALES[scale]} {flags} {how}", folder, data_dir, seed, dense,
-                               change)
-        guide = None
-        if taught:                     # a method that needs no teacher is planned without one
-            guide = guide_by(teacher, job, dense and (planned or train.teacher_of(job)))
-        if control in SETUPS:
-            SETUPS[control](job, guide)
-        if guide and job.ended:                            # then it is only read
-            guide.routers.load_state_dict(job.state["routers"])
+        job, guide, loss = plan_one(arm, seed, scale, block, data_dir, how)
         command = f"python notebooks/study.py run {grid} --scale {scale} --seed {seed} --only {arm}"
         command += f" --how={shlex.quote(how)}" if how else ""
-        loss = remedies.losses if change else (LOSSES | IDEAS).get(control)
         result = train.fit(job, guide, command, loss)
         row = {"grid": grid, "arm": arm, "scale": scale, "machine": machine(scale, how)} | result
         began = time.monotonic()                           # an interrupted run's seconds add up
-        row |= closing_look(job, guide, control, MOVED * (grid in ("routing", "ideas")))
+        row |= answers(grid, arm, job, guide)
         row["consistency"] = {name: short(value) for name, value in row["consistency"].items()}
         row["wall_seconds"] = result["seconds"] + time.monotonic() - began
-        row["terms"] = report.read_lines(folder / "metrics.jsonl")[-1]["terms"]
+        row["terms"] = report.read_lines(block / arm / "metrics.jsonl")[-1]["terms"]
         row["commit"] = commit
         append(RESULTS / f"{grid}.jsonl", row)
+
+
+def look(args):
+    """Ask the trained models of a block again, where probes.py has been mended since.
+
+    Their rows keep what training wrote, and note the commit that looked.
+    """
+    refuse_uncommitted(args.dirty)
+    path, scale = RESULTS / f"{args.grid}.jsonl", args.scale or GRIDS[args.grid].scale
+    rows = [row for row in rows_of(args.grid, scale) if row["seed"] == args.seed]
+    if not rows:
+        raise ValueError(f"{args.grid}, scale {scale}: no row of seed {args.seed}, run it first")
+    for row in rows:
+        block = block_folder(args.grid, scale, args.seed, row["commit"], args.out)
+        if not (block / row["arm"] / checkpoint.NAME).exists():
+            raise ValueError(f"{block} has no trained {row['arm']}: say with --out where the block "
+                             f"was trained, on {row['machine']}")
+        job, guide, _ = plan_one(row["arm"], args.seed, scale, block, args.data_dir)
+        row |= answers(args.grid, row["arm"], job, guide) | {"looked_at": commit_of_row(args.dirty)}
+        append(path, row)                                  # the last of two rows counts
+        print(f"{row['arm']}, seed {args.seed}: asked again")
+    kept = {(r["scale"], r["arm"], decided.block(r)): r for r in report.read_lines(path)}
+    checkpoint.write(path, "".join(json.dumps(row) + "\n" for row in kept.values()))
 
 
 def short(value):
@@ -281,14 +321,18 @@ def schedule(runs, start, workers, minutes=None, took=(), now=time.monotonic, sl
     return failed
 
 
+def refuse_uncommitted(dirty):
+    if not dirty and (changed := unclean()):
+        raise ValueError(f"a row must name its commit, and these are not committed: {changed}; "
+                         f"commit them, or give --dirty for a trial")
+
+
 def run(args):
     grid, scale = args.grid, args.scale or GRIDS[args.grid].scale
     if args.only and (unknown := set(args.only) - set(GRIDS[grid].arms)):
         raise ValueError(f"{grid} has no arm {', '.join(sorted(unknown))}: "
                          f"choose from {', '.join(GRIDS[grid].arms)}")
-    if not args.dirty and (changed := unclean()):
-        raise ValueError(f"a row must name its commit, and these are not committed: {changed}; "
-                         f"commit them, or give --dirty for a trial")
+    refuse_uncommitted(args.dirty)
     if args.seed is not None and args.seed not in (seeds := GRIDS[grid].seeds):
         raise ValueError(f"{grid} has no seed {args.seed}: choose from {seeds[0]} to {seeds[-1]}")
     if args.anew:
@@ -385,6 +429,20 @@ def arms_table(grid, rows):
     return "\n".join(lines)
 
 
+def contrast_of(h):
+    return " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
+
+
+def estimates(rows, h, drawn):
+    """A hypothesis' cells: its estimate and, if any row is `drawn` from, that over images too."""
+    e = decided.contrast(rows, h.metric, h.plus, h.minus)
+    cells = [decided.signed(e, 2 if h.metric.startswith(ACC) else 3)]
+    if drawn:
+        both = decided.over_images(rows, h.plus, h.minus) if h.metric == ACC else None
+        cells.append(f"[{both[0]:+.2f}, {both[1]:+.2f}]" if both else "–")
+    return [*cells, str(e.n)]
+
+
 def hypotheses_table(grid, rows):
     """What was expected of a grid and what came; the last interval draws test images anew too."""
     drawn = any("hits" in row for row in rows)
@@ -392,19 +450,30 @@ def hypotheses_table(grid, rows):
              + "| over images too " * drawn + "| n | p, Holm | verdict |",
              "|-|-|-|-|-|-|-|-|-|" + "-|" * drawn]
     judged = decided.judge(grid, rows)
-    for h, (e, p, verdict) in judged.items():
-        digits = 2 if h.metric.startswith(ACC) else 3
-        words = " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
+    for h, (_, p, verdict) in judged.items():
         least = f"{h.least:g}" if h.margin is None else f"within ±{h.margin:g}"
-        cells = [h.claim, h.source, h.metric, words, least, decided.signed(e, digits)]
-        if drawn:
-            both = decided.resampled(rows, h.plus, h.minus) if h.metric == ACC else None
-            cells.append(f"[{both[0]:+.2f}, {both[1]:+.2f}]" if both else "–")
-        lines.append(f"| {' | '.join([*cells, str(e.n), shown(p), verdict])} |")
+        cells = [h.claim, h.source, h.metric, contrast_of(h), least, *estimates(rows, h, drawn)]
+        lines.append(f"| {' | '.join([*cells, shown(p), verdict])} |")
     if least := decided.detectable(judged):
         lines.append(f"\nAt the median standard error of these contrasts in accuracy, the first is "
-                     f"met from {least:.2f} points on.")
+                     f"met from {least:.2f} points on, and a true difference of that size every "
+                     f"second time.")
+    if best := decided.attainable(judged):
+        lines.append(f"\nWith means of exactly 0, equivalence would have had p = "
+                     f"{', '.join(map(shown, best))} before Holm's correction.")
     return "\n".join(lines)
+
+
+def afterwards(grid, rows):
+    """A table in a list, or an empty list: what was asked when rows were known."""
+    drawn = any("hits" in row for row in rows)
+    lines = [f"| {h.claim} | {h.metric} | {contrast_of(h)} | "
+             f"{' | '.join(estimates(rows, h, drawn))} |"
+             for h in decided.AFTERWARDS if h.grid == grid]
+    return [] if not lines else ["\n".join([
+        "Asked after the first rows were seen, so without p and verdict:", "",
+        "| asked | metric | contrast | estimate [95 %] " + "| over images too " * drawn + "| n |",
+        "|-|-|-|-|-|" + "-|" * drawn, *lines])]
 
 
 def exam(row):
@@ -493,12 +562,14 @@ def section(grid, scale, page=PAGE):
     if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
     if grid in GRIDS:
+        more = ", which knows five times its students' images" * (
+            "--train_images 0" in decided.TEACHER[scale])
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
-                f"block, which has a dense teacher of its own: intervals are over seeds and "
-                f"teachers, for one set of training and one of {exam(rows[0])} images. Agreement, "
-                f"load and gates are means over all tokens and sparse blocks; what patches leave "
-                f"the last block with is read by nobody.")
+                f"block, which has a dense teacher of its own{more}: intervals are over seeds and "
+                f"dense teachers, for one Lite0, one hash, one set of training and one of "
+                f"{exam(rows[0])} images. Agreement, load and gates are means over all tokens and "
+                f"sparse blocks; what patches leave the last block with is read by nobody.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
     else:
         some = {arm: (sum(row["arm"] == arm for row in rows), n)
@@ -510,11 +581,14 @@ def section(grid, scale, page=PAGE):
         command = f"The first edition: `python notebooks/study.py run {grid}` at those commits"
     caption = (
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. {made} "
-        f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. T: the TGR-MoE paper, "
+        f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. MFLOPs are an image's, "
+        f"forward, in training. T: the TGR-MoE paper, "
         f"M: the MoDE paper, R: a remedy's own, ours: a control. Met: the estimate is at least the "
         f"threshold, its interval above 0 and p, corrected by Holm for the contrasts of this "
         f"table, below .05; "
-        f"not met: the interval is below the threshold; below three seeds there is no verdict.")
+        f"not met: the interval, which is not corrected, is below the threshold; below three seeds "
+        f"there is no verdict, and before the last announced block it is one so far. Over images "
+        f"too: as if the images had been drawn anew as well.")
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     its = [factors(title, rows, tuple(decided.cells(grid, mark)))
@@ -522,19 +596,36 @@ def section(grid, scale, page=PAGE):
     return "\n\n".join([
         f"### {grid}, scale {scale}", command, arms_table(grid, rows), caption
         + unpaired(grid, rows), *filter(None, its), hypotheses_table(grid, rows),
-        *unrelated(grid, rows), pictures])
+        *afterwards(grid, rows), *unrelated(grid, rows), pictures])
+
+
+# the arm that is tested by a router that it was not trained with
+ASTRAY = "tgr-k1-oracle-alone"
 
 
 def unrelated(grid, rows):
-    """A list, of one paragraph or none: does any metric of the arms foretell another?"""
+    """A table in a list, or an empty list: does any metric of the arms foretell another?"""
     lines = []
     for cause, effect in decided.UNRELATED.get(grid, ()):
         if found := decided.rank_correlation(rows, cause, effect):
             rho, low, high, arms, n = found
-            lines.append(f"- {effect} by {cause}: {rho:+.2f} [{low:+.2f}, {high:+.2f}], {arms} "
-                         f"arms, {n} blocks: {'' if low <= 0 <= high else 'not '}as expected")
-    return ["Expected of the arms together: no relation. Spearman's rho of their means, with 95 % "
-            "of its values when blocks are drawn anew:\n\n" + "\n".join(lines)] * bool(lines)
+            others = decided.rank_correlation([r for r in rows if r["arm"] != ASTRAY],
+                                              cause, effect)
+            lines.append(f"| {effect} | {cause} | {rho:+.2f} [{low:+.2f}, {high:+.2f}] "
+                         f"| {f'{others[0]:+.2f}' if others else '–'} | {arms} | {n} | "
+                         + " | ".join(f"{decided.reliability(rows, name):.2f}"
+                                      for name in (effect, cause))
+                         + f" | {'' if low <= 0 <= high else 'not '}as expected |")
+    return [] if not lines else ["\n".join([
+        "Expected of the arms together: none of two metrics foretells one of two others.", "",
+        "| of | by | Spearman's rho of the arms' means [95 %] | without the teacher's dispatch "
+        "| arms | n | reliability: of | by | verdict |", "|-|-|-|-|-|-|-|-|-|", *lines, "",
+        "As expected: the interval contains 0. That shows no relation and excludes none: every rho "
+        "in it is compatible with the rows. Blocks alone are drawn anew, so it is about these arms "
+        "and not about remedies at large, and the four are not corrected for their number. "
+        "Reliability is the share of the variance of the arms' means that is no noise; where it is "
+        "low, any rho is pulled towards 0. The model that the teacher dispatches is tested astray, "
+        "by its own router."])]
 
 
 def link(path, page):
@@ -727,9 +818,14 @@ def main(argv=None):
     one.add_argument("--only", type=lambda text: text.split(","), help="these arms: ARM,ARM")
     one.add_argument("--seed", type=int, help="the block of this seed alone")
     one.add_argument("--anew", action="store_true", help="drop the block's rows and begin it again")
-    one.add_argument("--out", default="runs/study", help="where checkpoints and logs go")
-    one.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")
-    one.add_argument("--dirty", action="store_true", help="a trial: write rows without a commit")
+    three = command.add_parser("look", help="ask a block's trained models again, by newer probes")
+    three.add_argument("grid", choices=GRIDS)
+    three.add_argument("--scale", choices=SCALES)
+    three.add_argument("--seed", type=int, required=True, help="the block of this seed")
+    for its in (one, three):
+        its.add_argument("--out", default="runs/study", help="where checkpoints and logs go")
+        its.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")
+        its.add_argument("--dirty", action="store_true", help="a trial: rows without a commit")
     one.add_argument("--here", action="store_true", help="in this process, as a worker does")
     two = command.add_parser("report", help="tables, verdicts and figures from the rows")
     two.add_argument("grid", nargs="?", choices=(*GRIDS, *FIRST))
@@ -741,7 +837,8 @@ def main(argv=None):
     try:
         if args.command == "list":
             print(overview())
-        return {"list": lambda args: 0, "run": run, "report": tell}[args.command](args) or 0
+        its = {"list": lambda args: 0, "run": run, "look": look, "report": tell}
+        return its[args.command](args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2

@@ -125,6 +125,8 @@ for w, cost in (("0.5", 2.6), ("50", 2.2)):
     e, _ = said[f"the KL's weight of 5 beats {w}"]
     assert round(e.mean, 1) == cost and e.high - e.mean < 0.5
 assert said["a router that the KL alone trains is as good"][1] == "met"
+beside = contrast(lesson.rows("ideas"), HALF, ("tgr-k1-router-alone-val",), ("moe-k1-no-aux-val",))
+assert round(beside.mean, 2) == 0.09 and beside.low > 0 and beside.n == 3
 first = lesson.rows("main")
 assert 1 < contrast(first, ACC, ("moe-k1-logits",), (none,)).mean < 1.5
 assert abs(contrast(first, ACC, (none,), ("dense",)).mean) < 0.3

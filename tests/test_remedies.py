@@ -17,6 +17,7 @@ import train
 from data import synthetic
 from moe import MoE
 from notebooks import measure, remedies
+from notebooks.decided import SEVERAL
 from notebooks.probes import closing_look, oracle_cosine
 from notebooks.remedies import REMEDIES, hashed
 
@@ -534,6 +535,21 @@ def test_a_routing_that_is_given_is_followed_as_in_v_moe(name):
     routing = MoE.forward(layer, x)[1]
     forced = routing._replace(chosen=(routing.chosen + 1) % 4, gates=routing.gates + 0.5)
     assert torch.equal(layer(x, forced)[0], MoE.forward(layer, x, forced)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in REMEDIES if name not in SEVERAL])
+def test_who_is_sent_where_it_goes_anyway_gets_the_same_answer(name):
+    job = plan(name)
+    model, images = job.model.eval(), torch.randn(3, 3, 32, 32)
+    for block in model.blocks:
+        if name == "default outputs":
+            block.mlp.mean.normal_()
+        elif name == "loss-free bias":
+            block.mlp.bias.normal_()
+    with torch.no_grad():
+        plain = model(images)
+        again = model(images, {b: plain.layers[b].routing for b in model.moe_blocks})
+    assert torch.equal(plain.logits, again.logits) and plain.logits.std() > 0
 
 
 def test_what_a_remedy_cannot_do_it_says():

@@ -621,17 +621,83 @@ def test_arms_are_ranked_by_two_metrics_and_blocks_are_drawn_anew():
     assert low < rho < high and low < 0 < high
 
 
+def test_equal_arms_share_a_rank_and_arms_that_are_all_equal_have_no_correlation():
+    assert decided.midranks(np.array([0.5, 0.1, 0.5, 0.9])).tolist() == [2, 0.5, 2, 3.5]
+    arms = ("moe-k1", "moe-k1-hash", "moe-k1-coupled", "moe-k1-stable")
+
+    def found(order, settled):
+        rows = [row(arms[k], s, choice=0.1 * k,
+                    consistency={"half_agreement_final": settled[k]}) for k in order
+                for s in range(3)]
+        return decided.rank_correlation(rows, "worth of the choice", decided.HALF)
+
+    # ranks 0, 1, 2, 3 and 0, 1, 2.5, 2.5: 4.5 / (5 * 4.5) ** 0.5, whoever comes first
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        assert found(order, (0.5, 0.6, 1.0, 1.0))[0] == pytest.approx(0.9 ** 0.5)
+        assert found(order, (1.0, 1.0, 1.0, 1.0)) is None
+
+
+def test_reliability_is_the_share_of_the_arms_variance_that_is_no_noise():
+    def found(noise):
+        return decided.reliability([row(arm, s, 0.3 + 0.02 * k + 0.05 * s + noise * (-1) ** (k + s))
+                                    for k, arm in enumerate(("moe-k1", "tgr-k1")) for s in (0, 1)],
+                                   "accuracy")
+    # arms are 2 points apart, what a block adds to both is no noise, and the rest is x, -x, -x, x:
+    # 2 * 2 ** 2 / 2 beside 4 x ** 2, in squared points
+    assert found(0.0) == pytest.approx(1)
+    assert found(0.005) == pytest.approx(1 - 4 * 0.5 ** 2 / (2 * 2 * 1 ** 2))
+    assert found(0.05) == 0
+    assert decided.reliability([], "accuracy") is None
+    assert decided.reliability([row("moe-k1", s, 0.3) for s in (0, 1)], "accuracy") is None
+    assert decided.reliability([row(arm, 0, 0.3) for arm in ("moe-k1", "tgr-k1")],
+                               "accuracy") is None
+
+
+def test_what_an_equivalence_could_have_reached_is_its_p_at_a_mean_of_0():
+    wide, narrow = [
+        decided.attainable(decided.judge("placement", [
+            row(arm, s, 0.5 + 0.001 * size * (s * k % 5) + 0.1 * k) for s in range(5)
+            for k, arm in enumerate(("tgr-k1", "moe-k1-features-alone"), 1)]))
+        for size in (4.0, 1.0)]
+    assert len(wide) == len(narrow) == 1                    # the others lack an arm
+    away = 1e-3 * np.std([s - 2 * s % 5 for s in range(5)], ddof=1) * 100
+    assert narrow[0] == pytest.approx((1 - decided.central(0.5 / (away / 5 ** 0.5), 4)) / 2)
+    assert wide[0] > 3 * narrow[0]
+    assert decided.attainable(decided.judge("placement", [])) == []
+
+
 def test_a_report_says_what_was_expected_of_all_arms_together():
     for k, arm in enumerate(("moe-k1", "moe-k1-hash", "moe-k1-coupled")):
         for seed in range(3):
             study.append(study.RESULTS / "routing.jsonl", full(arm, seed, 0.3 + 0.01 * k) | {
                 "grid": "routing", "machine": "m", "choice": 0.1 * k, "oracle_cosine": None})
     said = study.section("routing", "cpu")
-    assert ("- accuracy by worth of the choice: +1.00 [+1.00, +1.00], 3 arms, 3 blocks: not as "
-            "expected") in said
-    assert "by oracle cosine" not in said and "of the arms together" in said
+    assert ("| accuracy | worth of the choice | +1.00 [+1.00, +1.00] | +1.00 | 3 | 3 | 1.00 | 1.00 "
+            "| not as expected |") in said
+    assert "| oracle cosine |" not in said.partition("of the arms together")[2]
+    # an arm whose router does not know its experts turns the ranks around
+    for seed in range(3):
+        study.append(study.RESULTS / "routing.jsonl", full(study.ASTRAY, seed, 0.2) | {
+            "grid": "routing", "machine": "m", "choice": 0.9, "oracle_cosine": None})
+    assert ("| accuracy | worth of the choice | -0.20 [-0.20, -0.20] | +1.00 | 4 | 3 |"
+            in study.section("routing", "cpu"))
     written()
     assert "of the arms together" not in study.section("main", "cpu")
+
+
+def test_what_was_asked_when_rows_were_known_has_an_interval_and_no_verdict():
+    for k, arm in enumerate(("moe-k1", "moe-k1-hash", "moe-k1-no-aux")):
+        for seed in range(3):
+            study.append(study.RESULTS / "routing.jsonl", full(arm, seed, 0.3 + 0.01 * k) | {
+                "grid": "routing", "machine": "m"})
+    said = study.section("routing", "cpu").partition("Asked after the first rows were seen")[2]
+    assert ("| the floor 'hash' beside V-MoE | accuracy | moe-k1-hash − moe-k1 "
+            "| +1.00 [+1.00, +1.00] |") in said
+    assert "Holm" not in said and "| undecided |" not in said and "| met |" not in said
+    for h in decided.AFTERWARDS:                            # arms of their grids, against others
+        assert {*h.plus, *h.minus} <= set(GRIDS[h.grid].arms) and h.minus and h.metric in METRICS
+    written()
+    assert "Asked after" not in study.section("main", "cpu")
 
 
 def test_what_a_metric_cannot_say_of_an_arm_it_does_not_say():
@@ -695,25 +761,31 @@ def test_which_images_were_right_survives_the_row():
     assert decided.bits(held).tolist() == right.tolist() and len(held["hits"]) < 20
 
 
-def test_drawing_images_anew_widens_what_blocks_alone_leave_narrow():
+def test_an_interval_over_images_too_is_wider_by_what_the_images_scatter():
     # in every block TGR gets the same 80 images of 400 more, so that blocks alone tell no spread
     better = torch.arange(400) < 80
     rows = [row(arm, s, test_images=400, hits=probes.packed(better if arm == "tgr-k1"
                                                            else torch.zeros(400, dtype=bool)))
             for arm in ("tgr-k1", "moe-k1") for s in range(4)]
-    low, high = decided.resampled(rows, ("tgr-k1",), ("moe-k1",), draws=4_000)
-    error = 100 * (0.2 * 0.8 / 400) ** 0.5                  # of a share of 0.2 among 400, in points
-    assert low == pytest.approx(20 - 1.96 * error, abs=0.4)         # a count of images is whole
-    assert high == pytest.approx(20 + 1.96 * error, abs=0.4)
-    assert decided.resampled(rows, ("tgr-k1",), ("moe-k1",), draws=4_000) == (low, high)
-    # and where images agree, blocks alone make the spread
-    for r in rows:
-        all_right = torch.full((400,), r["arm"] == "tgr-k1" and r["seed"] % 2 == 0)
-        r["hits"] = probes.packed(all_right)
-    assert decided.resampled(rows, ("tgr-k1",), ("moe-k1",)) == (0, 100)
-    for lacking in (rows[:1] + rows[4:5], [r for r in rows if r["arm"] == "moe-k1"],
+    asked = ("tgr-k1",), ("moe-k1",)
+    error = 100 * (0.2 * 0.8 / 399) ** 0.5                  # of a share of 0.2 among 400, in points
+    either = 1.96 * error
+    assert decided.over_images(rows, *asked) == pytest.approx((20 - either, 20 + either))
+    # where images agree, blocks alone make the spread: 100, 0, 100, 0, and t with 3 degrees
+    blocks = [r | {"hits": probes.packed(torch.full((400,), r["arm"] == "tgr-k1"
+                                                   and r["seed"] % 2 == 0))} for r in rows]
+    half = 3.182 * (10_000 / 3) ** 0.5 / 2
+    assert decided.over_images(blocks, *asked) == pytest.approx((50 - half, 50 + half))
+    # both at once: in odd blocks TGR has nothing more, so that an image is worth 0 or a half
+    for r in blocks:
+        if r["seed"] % 2 == 0 and r["arm"] == "tgr-k1":
+            r["hits"] = probes.packed(better)
+    half = math.hypot(3.182 * (400 / 3) ** 0.5 / 2, 1.96 * error / 2)
+    assert decided.over_images(blocks, *asked) == pytest.approx((10 - half, 10 + half))
+    two = [r for r in rows if r["seed"] < 2]
+    for lacking in (two, [r for r in rows if r["arm"] == "moe-k1"],
                     [{k: v for k, v in r.items() if k != "hits"} for r in rows]):
-        assert decided.resampled(lacking, ("tgr-k1",), ("moe-k1",)) is None
+        assert decided.over_images(lacking, *asked) is None
 
 
 def test_two_factors_crossed_say_what_each_does_and_what_they_do_together():
@@ -900,6 +972,55 @@ def test_a_choice_is_worth_a_share_of_what_the_best_one_would_win():
     assert probes.worth_of_choice(losses, torch.tensor([[1, 2]])) == 0.5
     assert probes.worth_of_choice(losses, torch.tensor([[2, 0]])) == -1.5
     assert probes.worth_of_choice(losses[:, 1:], torch.tensor([[0]])) is None
+
+
+def test_what_a_choice_is_worth_is_asked_of_images_that_no_expert_was_trained_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(probes, "forced_losses", lambda student, images, labels, b, tokens=None: (
+        asked.append((images, labels, b, tokens)), torch.rand(len(images), len(tokens), 4))[1])
+    _, job = study.prepare(f"{SCALE} --method moe --k 1", "runs/x", "data")
+    exam = SMALL.test.images, SMALL.test.fine
+    found = probes.closing_look(job, None, None, moved=7)
+    assert -9 < found["choice"] < 1 and [b for _, _, b, _ in asked] == [1, 2]
+    for images, labels, b, tokens in asked:
+        assert torch.equal(images, job.data.normalise(exam[0][:7]))
+        assert torch.equal(labels, exam[1][:7]) and list(tokens) == ([0] if b == 2 else [*range(5)])
+
+
+def test_behind_the_last_block_only_the_class_token_is_read():
+    _, job = study.prepare(f"{SCALE} --method moe --k 1", "runs/x", "data")
+    x, y = job.data.normalise(SMALL.test.images[:6]), SMALL.test.fine[:6]
+    with torch.no_grad():
+        job.model.blocks[1].mlp.experts.w_out.mul_(20)
+    whole, chosen = probes.forced_losses(job.model, x, y, 2), job.model(x).layers[2].routing.chosen
+    assert (whole[:, 1:].std(dim=2) == 0).all() and (whole[:, 0].std(dim=1) > 0).all()
+    assert probes.worth_of_choices(job.model, x, y, 2) == pytest.approx(
+        probes.worth_of_choice(whole, chosen.view(6, 5)), rel=1e-4)
+
+
+def test_a_blocks_trained_models_are_asked_again_and_trained_no_more(monkeypatch, capsys):
+    arms = ("moe-k1-grouter", "tgr-k1-router-alone", "tgr-k1-oracle-alone")
+    for seed in (0, 1):
+        for arm in arms:
+            study.train_one("routing", arm, seed, "cpu", "runs", "data")
+    before = {(r["arm"], r["seed"]): r for r in rows()}
+    monkeypatch.setattr(checkpoint, "commit", lambda: "facade")
+    monkeypatch.setattr(train, "one_epoch", None)           # whoever trains fails
+    monkeypatch.setattr(study, "MOVED", 3)
+    look = ["look", "routing", "--seed", "1", "--dirty", "--out"]
+    assert study.main([*look, "elsewhere"]) == 2
+    assert "no trained tgr-k1-router-alone: say with --out where" in capsys.readouterr().err
+    assert study.main([*look, "runs"]) == 0
+    after = {(r["arm"], r["seed"]): r for r in rows()}
+    assert len(rows()) == len(before) == 6 and [*after] == [*before]
+    for (arm, seed), was in before.items():
+        now = after[arm, seed]
+        assert seed == 1 or now == was
+        changed = {key for key in now if now[key] != was.get(key)}
+        assert seed == 0 or (changed <= {"choice", "looked_at"} and now["looked_at"] == "facade")
+    assert any(after[arm, 1]["choice"] != before[arm, 1]["choice"] for arm in arms)
+    assert study.main(["look", "routing", "--seed", "2", "--dirty"]) == 2
+    assert "no row of seed 2" in capsys.readouterr().err
 
 
 def test_what_a_choice_is_worth_is_asked_where_routing_alone_is_at_stake():
@@ -1221,7 +1342,8 @@ def test_a_report_says_from_where_on_it_could_have_seen_a_difference(capsys):
             study.append(study.RESULTS / "main.jsonl", full(arm, seed, 0.3 + 0.01 * (seed * k % 4)))
     assert study.main(["report", "main"]) == 0
     least = decided.detectable(decided.judge("main", study.rows_of("main", "cpu")))
-    assert least > 1 and f"the first is met from {least:.2f} points on." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert least > 1 and f"the first is met from {least:.2f} points on, and a true" in said
 
 
 def test_a_grid_has_a_section_only_when_it_has_run_itself():
