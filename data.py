@@ -24,9 +24,9 @@ from checkpoint import claim
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms import v2
 
@@ -248,6 +248,9 @@ def pictures(name, folder, size):
     classes, labels = found[0].classes, [torch.tensor(part.targets) for part in found]
     if divided and found[1].classes != classes:
         raise ValueError(f"{name}: train/ and test/ must hold the same classes")
+    if not divided and len(labels[0]) < 10:
+        raise ValueError(f"{name} has {len(labels[0])} pictures, of which a tenth is to be the "
+                         f"test: bring 10 or more, or put them into train/ and test/")
     if not divided:
         order = torch.randperm(len(labels[0]), generator=torch.Generator().manual_seed(0))
         rows = order[len(order) // 10:], order[:len(order) // 10]
@@ -262,8 +265,15 @@ def pictures(name, folder, size):
 
 
 def square(file, size):
-    """A picture's file -> (3, size, size) uint8."""
-    picture = v2.functional.resize(default_loader(file), size, antialias=True)
+    """A picture's file -> (3, size, size) uint8; OSError where it holds none, or has no 8 bits."""
+    try:
+        with Image.open(file) as picture:
+            if picture.mode[0] in "IF":                     # PIL would cut off what is above 255
+                raise OSError(f"{file} has more than 8 bits a channel: save it with 8")
+            picture = picture.convert("RGB")
+    except (ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{file} is no picture that can be read ({error})") from error
+    picture = v2.functional.resize(picture, size, antialias=True)
     return v2.functional.pil_to_tensor(v2.functional.center_crop(picture, [size, size]))
 
 
@@ -383,6 +393,9 @@ def split(cfg, data):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order.to(labels.device)
     held_out = len(labels) // 10 if cfg.split == "val" else 0
+    if cfg.split == "val" and not held_out:
+        raise ValueError(f"--split val holds a tenth of the training images out, and {data.name} "
+                         f"has {len(labels)}: bring 10 or more")
     kept = order[:len(labels) - held_out]
     if cfg.train_images > len(kept):
         raise ValueError(f"--train_images {cfg.train_images}: {data.name} has {len(kept)} to train "
@@ -526,7 +539,7 @@ def mix(images, labels, n_classes, mixup, cutmix, seed):
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
         if not 0 <= alpha < math.inf:
             raise ValueError(f"{name} cannot be {alpha}: choose 0 or more")
-    kinds = [kind(alpha=alpha, num_classes=n_classes)
+    kinds = [kind(alpha=float(alpha), num_classes=n_classes)
              for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     if not kinds:
         return images, F.one_hot(labels, n_classes).float()

@@ -6,12 +6,13 @@ abstract. The formula below is the one that CoEKS (ICLR 2026, eq. 5-6) credits t
 the measures whose definition in the paper was not at hand.
 """
 import warnings
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from moe import check_blocks, routers
+from moe import check_blocks, routers, whole
 from router import Routing, expect
 
 
@@ -49,6 +50,7 @@ def domains(probs, n_tokens):
 
     An image's gate is the mean over its tokens (ours, for MoDE's experts see whole inputs).
     """
+    whole(n_tokens=n_tokens)
     expect(f"probs of {n_tokens} tokens an image", probs, len(probs) // n_tokens * n_tokens, "E")
     return probs.view(-1, n_tokens, probs.shape[1]).mean(dim=1).argmax(dim=1)
 
@@ -73,18 +75,27 @@ def forced(expert, n_tokens, n_experts, device="cpu"):
     return Routing(chosen, torch.ones_like(chosen, dtype=torch.float32), probs, probs.log())
 
 
+@contextmanager
+def evaluating(vit):
+    """The model in evaluation mode, and afterwards as it was, whatever happens."""
+    was_training = vit.training
+    vit.eval()
+    try:
+        yield
+    finally:
+        vit.train(was_training)
+
+
 @torch.no_grad()
 def probe(vit, images, labels, block):
     """Which images are classified right when expert i alone serves `block`? (E, B) bool."""
     check_blocks("block", [block], routers(vit))
     expect("labels", labels, *images.shape[:1])
     E, T = vit.blocks[block - 1].mlp.router.n_experts, len(images) * vit.n_tokens
-    was_training = vit.training
-    vit.eval()
-    correct = [vit(images, {block: forced(i, T, E, images.device)}).logits.argmax(dim=1) == labels
-               for i in range(E)]
-    vit.train(was_training)
-    return torch.stack(correct)
+    with evaluating(vit):
+        return torch.stack([
+            vit(images, {block: forced(i, T, E, images.device)}).logits.argmax(dim=1) == labels
+            for i in range(E)])
 
 
 def accuracy_matrix(correct, domain):
@@ -118,15 +129,14 @@ def gate_accuracy(correct, domain):
 def expert_gradient_norms(vit, images, labels, block):
     """||dL(x)/d theta_i|| for every image x and expert i of `block`, (B, E); one backward each."""
     check_blocks("block", [block], routers(vit))
+    expect("labels", labels, "B")
     weights = list(vit.blocks[block - 1].mlp.experts.parameters())      # each (E, ...)
-    was_training = vit.training
-    vit.eval()
     norms = []
-    for image, label in zip(images, labels, strict=True):
-        loss = F.cross_entropy(vit(image[None]).logits, label[None])
-        grads = torch.autograd.grad(loss, weights)
-        norms.append(sum(g.flatten(1).square().sum(dim=1) for g in grads).sqrt())    # (E,)
-    vit.train(was_training)
+    with evaluating(vit), torch.enable_grad():
+        for image, label in zip(images, labels, strict=True):
+            loss = F.cross_entropy(vit(image[None]).logits, label[None])
+            grads = torch.autograd.grad(loss, weights)
+            norms.append(sum(g.flatten(1).square().sum(dim=1) for g in grads).sqrt())    # (E,)
     return torch.stack(norms)
 
 

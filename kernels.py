@@ -654,12 +654,13 @@ def choose_rung():
 def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):
     """Refuse what no rung could compute, or would compute wrongly."""
     E, D, H = expect("w_in", w_in, "E", "D", "H")
-    T, K = expect("chosen", chosen, *x.shape[:1], "K", below=E)
+    T, K = expect("chosen", chosen, x.shape[0], "K", below=E)
     for name, v, *sizes in (("x", x, T, D), ("gates", gates, T, K), ("b_in", b_in, E, H),
-                            ("w_out", w_out, E, H, D), ("b_out", b_out, E, D)):
+                            ("w_in", w_in, E, D, H), ("w_out", w_out, E, H, D),
+                            ("b_out", b_out, E, D)):
         expect(name, v, *sizes)
-    if chosen.dtype != torch.int64 or not x.dtype == w_in.dtype == w_out.dtype:
-        raise TypeError(f"chosen must be int64, not {chosen.dtype}, and the weights {x.dtype} as x")
+        if name != "gates" and v.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype}, as x is, not {v.dtype}")
 
 
 # --- on a GPU that we have never seen: is `fused` right there, and is it the faster? ---

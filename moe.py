@@ -67,7 +67,7 @@ class Experts(nn.Module):
 
     def batched(self, x):
         """x (E, M, D), M rows for each expert -> (E, M, D)."""
-        expect("x", x, *self.w_in.shape[:1], *x.shape[1:2], self.w_in.shape[1])
+        expect("x", x, self.w_in.shape[0], None, self.w_in.shape[1])
         x, w_in, b_in, w_out, b_out = self.cast(x)
         return torch.baddbmm(b_out[:, None], F.gelu(torch.baddbmm(b_in[:, None], x, w_in)), w_out)
 
@@ -139,12 +139,12 @@ class SoftMoE(nn.Module):
 
     def forward(self, x):
         E, D, _ = self.experts.w_in.shape
-        expect("x", x, *x.shape[:2], D)
+        expect("x", x, None, None, D)
         keys = self.scale * F.normalize(self.phi, dim=0)                # (D, E*slots)
         logits = F.normalize(x, dim=-1) @ keys                          # (B, N, E*slots)
         mixed = logits.softmax(dim=1).transpose(1, 2) @ x               # (B, E*slots, D)
         out = self.experts.batched(rearrange(mixed, "b (e s) d -> e (b s) d", e=E))
-        out = rearrange(out, "e (b s) d -> b (e s) d", b=x.shape[0])
+        out = rearrange(out, "e (b s) d -> b (e s) d", s=self.slots)
         return logits.softmax(dim=2).to(out.dtype) @ out                # (B, N, D)
 
     def flops(self, N):
@@ -217,7 +217,8 @@ class ViT(nn.Module):
     def __init__(self, dim, depth, heads, hidden, patch, n_classes, moe_blocks=(),
                  make_sparse=None, drop_path=0.0, image_size=32):
         super().__init__()
-        whole(dim=dim, depth=depth, heads=heads, hidden=hidden, patch=patch, n_classes=n_classes)
+        whole(dim=dim, depth=depth, heads=heads, hidden=hidden, patch=patch, n_classes=n_classes,
+              image_size=image_size)
         if image_size % patch:
             raise ValueError(f"{image_size}x{image_size} pixels do not divide into patches of "
                              f"{patch}: choose --patch as a divisor of {image_size}")
@@ -249,8 +250,10 @@ class ViT(nn.Module):
     def forward(self, images, routings=None):
         """`routings` maps block numbers to a `Routing` that replaces the block's own."""
         check_blocks("routings", routings or (), routers(self))
-        expect("images", images, *images.shape[:1], 3, self.image_size, self.image_size)
-        if images.dtype != self.pos.dtype and not torch.is_autocast_enabled(images.device.type):
+        expect("images", images, None, 3, self.image_size, self.image_size)
+        cast = torch.is_autocast_enabled(images.device.type) and images.dtype in (
+            torch.float32, torch.float16, torch.bfloat16)           # by autocast, and no others
+        if images.dtype != self.pos.dtype and not cast:
             raise TypeError(f"images must be normalised and {self.pos.dtype}, not {images.dtype}")
         p = self.patch
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
@@ -269,7 +272,8 @@ class ViT(nn.Module):
     def features(self, images):
         """What each block's MLP is given: {block number: h (B, N, D)}."""
         layers = self(images).layers
-        return {n: layer.h.view(len(images), self.n_tokens, -1) for n, layer in layers.items()}
+        return {n: layer.h.unflatten(0, (len(images), self.n_tokens))
+                for n, layer in layers.items()}
 
     def flops(self):
         """FLOPs of one image's forward pass: two per multiply-add, matrix products alone."""
@@ -292,14 +296,26 @@ def upcycle(sparse, dense):
 
     Where a token's gates sum to 1 (topk_softmax, or K = E) the sparse ViT then computes what the
     dense one does; with softmax_topk and K < E, each sparse block's output is scaled by their sum.
-    Trunks of different shapes raise RuntimeError (Sparse Upcycling, arXiv:2212.05055).
+    ValueError, and nothing is copied, where their sizes differ (Sparse Upcycling,
+    arXiv:2212.05055).
     """
     replaced = tuple(f"blocks.{number - 1}.mlp." for number in sparse.moe_blocks)
     trunk = {k: v for k, v in dense.state_dict().items() if not k.startswith(replaced)}
-    own = {k: v for k, v in sparse.state_dict().items() if k.startswith(replaced)}
+    mine = sparse.state_dict()
+    own = {k: v for k, v in mine.items() if k.startswith(replaced)}
+    for name in sorted(trunk.keys() ^ (mine.keys() - own.keys())):
+        raise ValueError(f"only one of the two has {name}: give both the same depth")
+    for name, v in trunk.items():
+        expect(f"the dense ViT's {name}", v, *mine[name].shape)
+    pairs = [(sparse.blocks[n - 1].mlp.experts, dense.blocks[n - 1].mlp) for n in sparse.moe_blocks]
+    for experts, mlp in pairs:
+        if not isinstance(mlp, MLP):
+            raise ValueError("a dense ViT has an MLP where the sparse one has experts: this has "
+                             "experts too")
+        expect("the dense MLP's weight", mlp.fc_in.weight.T, *experts.w_in.shape[1:])
     sparse.load_state_dict(trunk | own)
-    for number in sparse.moe_blocks:
-        sparse.blocks[number - 1].mlp.experts.copy_mlp(dense.blocks[number - 1].mlp)
+    for experts, mlp in pairs:
+        experts.copy_mlp(mlp)
 
 
 def routers(vit):

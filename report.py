@@ -311,9 +311,10 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def write_page(page, results_path):
-    """Put table and picture of a file of results between two markers of a page."""
+    """Put table and picture of a file of results between two markers of a page, or on a new one."""
+    rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
+
     def content():
-        rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
         if all(early_agreement(row) is None for row in rows):   # a picture needs a router
             return results_table(rows)
         write(picture, png(plot_methods(rows)))
@@ -321,6 +322,8 @@ def write_page(page, results_path):
         return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
                 f"({link.as_posix()})")
 
+    if not Path(page).exists():
+        write(page, f"{BEGIN}\n{END}\n")
     put_between(page, BEGIN, END, content,
                 f"python report.py --page {page} {results_path}")
 
@@ -600,8 +603,12 @@ def main():
         if args.page:
             write_page(args.page, args.path)
         else:
-            result = (Path(args.path) / "result.json").read_text(encoding="utf-8")
-            print(closing_table(json.loads(result)))
+            run = Path(args.path)
+            if (run / "metrics.jsonl").exists() and not (run / "result.json").exists():
+                print(f"{run} has not ended: these are its curves so far")
+            else:
+                result = (run / "result.json").read_text(encoding="utf-8")
+                print(closing_table(json.loads(result)))
             for name, drawn in figures(args.path).items():
                 write(Path(args.path, name), drawn)
                 print(Path(args.path, name))
@@ -609,9 +616,8 @@ def main():
         unread = f"{error.filename} cannot be read: {error.strerror}"
         parser.exit(2, f"report.py: {unread if error.filename else error}\n")
     except ValueError as error:
-        if not args.page:
-            raise
-        parser.exit(2, f"report.py: {error}\n")
+        damaged = "" if args.page else f"a file of {args.path} is damaged: "
+        parser.exit(2, f"report.py: {damaged}{error}\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Letters, here and in every other file:
     E experts, K experts per token, C capacity (tokens one expert accepts)
 """
 import math
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -26,10 +27,15 @@ class Routing(NamedTuple):
 
 
 def expect(name, x, *sizes, below=None):
-    """The sizes of x, if they are these: a letter is any size but 0. `below` bounds its numbers."""
-    fits = (n > 0 if isinstance(s, str) else n == s for n, s in zip(x.shape, sizes, strict=False))
+    """The sizes of x, if they are these: a letter is any size but 0, None any at all. With `below`
+    it holds whole numbers, from 0 to the last one below."""
+    fits = (s is None or (n > 0 if isinstance(s, str) else n == s)
+            for n, s in zip(x.shape, sizes, strict=False))
     if len(x.shape) != len(sizes) or not all(fits):
-        raise ValueError(f"{name} must be ({', '.join(map(str, sizes))}), not {tuple(x.shape)}")
+        wanted = ", ".join("any" if s is None else str(s) for s in sizes)
+        raise ValueError(f"{name} must be ({wanted}), not {tuple(x.shape)}")
+    if below and x.dtype != torch.int64:        # bytes would be taken for a mask
+        raise TypeError(f"{name} must be int64, not {x.dtype}")
     if below and x.device.type == "cpu" and may_look() and x.numel():   # a GPU's host would wait
         low, high = map(int, x.aminmax())
         if not 0 <= low <= high < below:
@@ -64,8 +70,9 @@ class TopKRouter(nn.Module):
             raise ValueError(f"k cannot be {k} of {n_experts} experts: choose 1 to {n_experts}")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
-        for name, value in (("noise", noise), ("capacity_factor", capacity_factor or 0)):
-            if not value >= 0:
+        for name, value, most in (("noise", noise, sys.float_info.max),
+                                  ("capacity_factor", capacity_factor or 0, math.inf)):
+            if not 0 <= value <= most:
                 raise ValueError(f"{name} cannot be {value}: choose 0 or more")
         if gate == "topk_softmax" and k == 1:
             warnings.warn("topk_softmax with k=1: the only gate is 1, and the task loss never "
@@ -77,7 +84,7 @@ class TopKRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x):
-        expect("x", x, *x.shape[:1], self.weight.shape[1])
+        expect("x", x, None, self.weight.shape[1])
         wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 a few would choose others
         with torch.autocast(x.device.type, enabled=False):
             return self.route(F.linear(x.to(wide), self.weight.to(wide)))
@@ -85,7 +92,7 @@ class TopKRouter(nn.Module):
     def route(self, logits):
         """Turn logits (T, E) into a `Routing`; FloatingPointError where they are not finite, but
         not while training on a GPU."""
-        expect("logits", logits, *logits.shape[:1], self.n_experts)
+        expect("logits", logits, None, self.n_experts)
         # NaN logits sort without an error and send every token to the same expert: the model would
         # go on as a dense one. In training a GPU's host would wait here, block by block. There NaN
         # or infinite logits spoil the loss; who sees that can ask again in evaluation mode.
@@ -127,7 +134,7 @@ def within_capacity(chosen, n_experts, capacity_factor):
     ones, then in token order; a factor of 0 drops every choice, infinity none. V-MoE serves in the
     same order (arXiv:2106.05974) but rounds C to the nearest integer where we round up.
     """
-    T, K = expect("chosen", chosen, *chosen.shape[:1], "K", below=n_experts)
+    T, K = expect("chosen", chosen, None, "K", below=n_experts)
     if not capacity_factor >= 0:
         raise ValueError(f"capacity_factor cannot be {capacity_factor}: choose 0 or more")
     # rounded first, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more

@@ -198,6 +198,9 @@ def pretrained(name, file, pixels, shown):
 
     `pixels` None is 64, rounded up to whole patches. ValueError or OSError with one sentence.
     """
+    if file == "":                                          # an unset variable, most likely
+        raise ValueError(f"torchvision:{name}: names no file: leave the second colon out to "
+                         f"download the published weights")
     family = max((f for f in FAMILIES if name.startswith(f)), key=len, default=None)
     if family is None or name not in models.list_models(models):
         raise ValueError(f"torchvision:{name} is no teacher that is known: choose a network of "

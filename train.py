@@ -62,6 +62,24 @@ METHODS = {     # what each one adds to the task loss
 }
 
 
+# Which flags has a method no use for? Those of a part that it lacks; without any part it has no
+# router either.
+USED_BY = {"guide": ("teacher", "teacher_pixels", "teacher_epochs", "guide_weight", "guide_until",
+                     "guide_tokens"),
+           "mutual": ("alpha",)}
+ROUTED = ("k", "gate", "noise", "capacity_factor", "load_weight", "entropy_weight")
+
+
+def idle_flags(argv, method):
+    """The flags of a command that change nothing with its method."""
+    parts, given = METHODS[method], {
+        word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    idle = [name for part, names in USED_BY.items() if part not in parts for name in names]
+    idle += [] if parts else ROUTED
+    idle += ["n_experts"] if method == "dense" else []
+    return [name for name in idle if name in given]
+
+
 def flag(default, help, choices=None, own=False, **bounds):
     """A field that is a flag; `bounds` on a number: at_least, at_most, above, below."""
     return field(default=default, metadata={"help": help, "choices": choices, "own": own,
@@ -89,7 +107,7 @@ class Config:
     labels: str = flag("fine", "100 fine or 20 coarse classes", ("fine", "coarse"))
     split: str = flag("full", "full: train on all, test once at the end; val: hold a tenth of the "
                       "training images out, look at them every epoch, never test", ("full", "val"))
-    train_images: int = flag(None, "train on this many; 0 is all", at_least=0)
+    train_images: int = flag(None, "train on this many; 0 is all, as it is of a folder", at_least=0)
     augment: str = flag(None, "none, light: crop and flip, heavy: and affine, colour, erasing",
                         ("none", "light", "heavy"))
     mixup: float = flag(None, "alpha of mixup; 0 is off", at_least=0)
@@ -190,8 +208,16 @@ def parse(argv):
         try:
             repeated = json.loads(Path(given.pop("config")).read_text(encoding="utf-8"))["config"]
             Config(**repeated)
+            for f in fields(Config):
+                its, kinds = repeated.get(f.name), (f.type, int) if f.type is float else f.type
+                if its is not None and (not isinstance(its, kinds)
+                                        or its not in (f.metadata["choices"] or [its])):
+                    raise ValueError(f"its {f.name} cannot be {its!r}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             parser.error(f"--config needs the result.json of a run ({error})")
+        if given.get("preset", repeated["preset"]) != repeated["preset"]:
+            parser.error(f"--config has the numbers of preset {repeated['preset']}: leave --preset "
+                         f"out, or --config")
         given = {name: value for name, value in repeated.items()
                  if name not in checkpoint.HOW and value is not None} | given
     return given
@@ -211,6 +237,8 @@ def resolve(given):
     check_device(cfg.device)
     on_gpu = cfg.device.startswith("cuda")
     cfg.preset = cfg.preset or ("small" if on_gpu else "tiny")
+    if cfg.train_images is None and cfg.data.startswith("folder:"):
+        cfg.train_images = 0                                # of your own pictures, all
     for name, value in PRESETS[cfg.preset].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
@@ -275,7 +303,7 @@ def check_device(name):
                   "--device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("there is no MPS device here: leave --device out or give --device cpu")
-    if kind not in ("cpu", "cuda", "mps"):
+    if kind not in ("cpu", "cuda", "mps") or (kind == "cpu" and torch.device(name).index):
         raise ValueError(f"--device {name} is not one that train.py knows: choose cpu, cuda or mps")
 
 
@@ -355,10 +383,10 @@ def objective(cfg, output, targets, teacher_logits=None):
         load, entropy = teacher_router_losses(teacher_logits)
         terms["teacher_load"] = cfg.load_weight * load
         terms["teacher_entropy"] = cfg.entropy_weight * entropy
-        n_tokens = len(teacher_logits[min(routed)]) // len(targets)
-        terms["guidance"] = cfg.guide_weight / len(routed) * sum(
-            guidance_loss(teacher_logits[b], layer.routing.logits, cfg.guide_tokens, n_tokens)
-            for b, layer in routed.items())
+        n_tokens = len(output.layers[1].h) // len(targets)
+        terms["guidance"] = cfg.guide_weight / len(teacher_logits) * sum(
+            guidance_loss(z, routed[b].routing.logits, cfg.guide_tokens, n_tokens)
+            for b, z in teacher_logits.items())
     if "mutual" in METHODS[cfg.method]:
         terms["mutual"] = cfg.alpha / len(routed) * sum(
             mutual_distillation_loss(layer.raw) for layer in routed.values())
@@ -889,6 +917,8 @@ def refuse_to_overwrite(cfg):
 def refuse_other(given, state, sentence):
     """ValueError where a given flag is not what a checkpoint says, and is more than a HOW."""
     for name, value in list(given.items()):
+        if not hasattr(Config, name):
+            raise ValueError(f"there is no flag --{name}: python train.py --help names them all")
         its = state["config"].get(name, getattr(Config, name))
         if name in checkpoint.HOW or value == its:
             continue
@@ -1060,6 +1090,9 @@ def evaluate(given):
     here = {"data_dir": "data"} | OF_THE_MACHINE | {"compile": False}
     cfg = resolve(state["config"] | here | given)
     data = load(cfg.data, cfg.data_dir, cfg.device, "data" in given, cfg.image_size)
+    if state.get("data_md5") != data.md5:
+        raise ValueError(f"{given['eval']} was trained on other images than {data.name} has now, "
+                         f"some of which may be its test: give --images DIR to classify pictures")
     model = build(cfg, data)
     checkpoint.restore(model, state["student"], given["eval"])
     images, labels = split(cfg, data).test
@@ -1258,6 +1291,8 @@ def main(argv=None):
             for name in ("images", "export"):
                 if name in given and "eval" not in given:
                     raise ValueError(f"--{name} needs --eval: name a checkpoint with it")
+            if "images" in given and "export" in given:
+                raise ValueError("--images and --export are two commands: give one at a time")
             if "images" in given:
                 return classify(given)
             if "export" in given:
@@ -1267,6 +1302,8 @@ def main(argv=None):
             command = typed(argv)
             teacher, job = plan(given, lambda out: owned.enter_context(checkpoint.claim(out)))
             announce(teacher, job, try_fused(job))
+            if rank() == 0 and (idle := idle_flags(argv, job.cfg.method)):
+                print(f"not used by --method {job.cfg.method}: --{', --'.join(idle)}", flush=True)
             job, guide = begin(job, command), None
             if teacher:
                 guide = guide_of(trained(teacher, job, command), job)

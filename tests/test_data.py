@@ -585,6 +585,44 @@ def test_of_an_oblong_picture_the_middle_is_kept_undistorted(tmp_path):
     assert (x == torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)).all()
 
 
+def test_a_handful_of_pictures_has_no_tenth(tmp_path):
+    paint(tmp_path / "cat", [f"{i}.png" for i in range(9)])
+    with pytest.raises(ValueError, match=r"has 9 pictures, of which a tenth .*bring 10 or more"):
+        D.load(f"folder:{tmp_path}", size=8)
+    paint(tmp_path / "dog", ["9.png"])
+    assert len(D.load(f"folder:{tmp_path}", size=8).test.fine) == 1
+
+
+def test_a_split_without_held_out_images_is_refused_and_tests_nothing(tmp_path):
+    for part, n in (("train", 4), ("test", 2)):
+        for kind in ("cat", "dog"):
+            paint(tmp_path / part / kind, [f"{i}.png" for i in range(n)])
+    data = D.load(f"folder:{tmp_path}", size=8)
+    cfg = SimpleNamespace(labels="fine", split="val", train_images=0, batch_size=2, probe_images=1)
+    with pytest.raises(ValueError, match=r"--split val holds a tenth .* has 8: bring 10 or more"):
+        D.split(cfg, data)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_picture_of_more_than_8_bits_is_refused_and_not_cut_off(tmp_path, mode):
+    Image.new(mode, (8, 8), 40_000).save(tmp_path / "x.tiff")
+    with pytest.raises(OSError, match=r"x\.tiff has more than 8 bits a channel: save it with 8"):
+        D.square(tmp_path / "x.tiff", 8)
+
+
+def test_a_picture_that_is_too_large_to_be_one_is_refused_by_name(tmp_path, monkeypatch):
+    Image.new("L", (80, 80)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    with pytest.raises(OSError, match=r"x\.png is no picture that can be read"):
+        D.square(tmp_path / "x.png", 8)
+
+
+def test_an_alpha_may_be_a_whole_number():
+    mixed = [D.mix(X, Y, 100, a, 0, seed=3) for a in (1, 1.0)]
+    assert all(torch.equal(one, other) for one, other in zip(*mixed, strict=True))
+    assert not torch.equal(mixed[0][0], X)
+
+
 @pytest.mark.parametrize("prepare, sentence", [
     (lambda folder: None, "cannot be read"),
     (lambda folder: (folder / "cat").mkdir(), "cannot be read .*cat"),

@@ -250,6 +250,22 @@ def test_looking_at_a_model_leaves_it_as_it_was(look, training):
     assert all(p.grad is None for p in vit.parameters())
 
 
+@pytest.mark.parametrize("look", [probe, expert_gradient_norms])
+def test_looking_with_the_wrong_images_leaves_a_model_in_training(look):
+    vit, x, labels = sparse_vit()
+    vit.train()
+    with pytest.raises(TypeError, match="images must be normalised"):
+        look(vit, x.byte(), labels, 2)
+    assert all(m.training for m in vit.modules())
+
+
+def test_gradients_are_looked_at_where_nobody_asks_for_them():
+    vit, x, labels = sparse_vit()
+    norms = expert_gradient_norms(vit, x, labels, 2)
+    with torch.no_grad():
+        assert torch.equal(expert_gradient_norms(vit, x, labels, 2), norms) and norms.max() > 0
+
+
 CORRECT = torch.tensor([[1, 1, 0, 0, 1],
                         [0, 0, 1, 1, 1],
                         [0, 1, 0, 0, 0]]).bool()   # (E=3, B=5)
@@ -361,6 +377,15 @@ REFUSED = [
       for look in (probe, expert_gradient_norms) for block in (0, -1, 3, 4, 1.5, None)),
     *((looked_at(probe, n=n), rf"labels must be \(8\), not \({n},\)") for n in (1, 7, 0)),
     (looked_at(expert_gradient_norms, n=7), "argument 2 is shorter"),
+    (looked_at(expert_gradient_norms, n=0), r"labels must be \(B\), not \(0,\)"),
+    *((lambda n=n: domains(torch.zeros(6, 5), n), "n_tokens must be a whole number of 1 or more")
+      for n in (0, -3, 2.0)),
+    # bytes would be a mask, where numbers say which
+    *((lambda f=f, d=d: f(D3.to(d)), f"domain must be int64, not {d}")
+      for d in (torch.uint8, torch.bool, torch.int32) for f in (
+          lambda domain: class_domains(domain, L3, 3, 4),
+          lambda domain: gate_accuracy(RIGHT, domain),
+          lambda domain: accuracy_matrix(RIGHT, domain))),
     *((lambda f=f, i=i: f(RIGHT, replaced(D3, 1, i)), f"domain must be 0 to 2, not .*{i}")
       for f in (accuracy_matrix, gate_accuracy) for i in (-1, 3)),
     *((lambda f=f: f(RIGHT, D3[:1]), r"domain must be \(3\), not \(1,\)")
@@ -376,7 +401,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("call, sentence", REFUSED)
 def test_what_cannot_be_measured_is_refused_in_a_sentence(call, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         call()
 
 

@@ -428,9 +428,29 @@ def test_upcycling_copies_and_shares_nothing():
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
 
 
-def test_trunks_of_different_shapes_cannot_be_upcycled():
-    with pytest.raises(RuntimeError):
-        upcycle(a_sparse_vit(hidden=40), a_vit(n_classes=12))
+@pytest.mark.parametrize("sparse, dense, sentence", [
+    ({"hidden": 40}, {"n_classes": 12}, "head.weight must be "),
+    ({}, {"depth": 3}, "only one of the two has blocks.3.attn"),
+    ({"depth": 5}, {}, "only one of the two has blocks.4.attn"),
+    ({}, {"hidden": 16}, "blocks.0.mlp.fc_in.weight must be "),             # of a plain block
+    ({"experts": 36}, {}, r"the dense MLP's weight must be \(24, 36\), not \(24, 40\)"),
+    # a hidden size of 1 would be spread over all of an expert's
+    ({"hidden": 1, "experts": 36}, {"hidden": 1}, r"must be \(24, 36\), not \(24, 1\)"),
+    ({}, {"moe_blocks": (2,), "make_sparse": lambda: MoE(24, 40, E)}, "has experts too")])
+def test_what_cannot_be_upcycled_is_refused_before_anything_is_copied(sparse, dense, sentence):
+    sizes = {"hidden": 40, "experts": 40} | sparse
+    experts = sizes.pop("experts")
+    one = a_vit(lambda: MoE(24, experts, E), moe_blocks=(2, 4), **sizes)
+    before = {name: v.clone() for name, v in one.state_dict().items()}
+    with pytest.raises(ValueError, match=sentence):
+        upcycle(one, a_vit(**{"hidden": 40} | dense))
+    assert all(torch.equal(v, before[name]) for name, v in one.state_dict().items())
+
+
+def test_no_images_are_mixed_and_have_features_of_no_tokens():
+    assert SoftMoE(D, H, E, N)(torch.randn(0, N, D)).shape == (0, N, D)
+    features = a_sparse_vit().features(some_images(2)[:0])
+    assert {h.shape for h in features.values()} == {(0, 17, 24)} and len(features) == 4
 
 
 # --- what other tools make of it (the slow ones, last) ---
@@ -511,6 +531,14 @@ def shown(images, routings=None):
     return lambda: a_sparse_vit()(images, routings)
 
 
+def cast(dtype):
+    """A ViT under autocast, which takes care of three dtypes of images and no other."""
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            a_vit()(some_images(2).to(dtype))
+    return call
+
+
 def routed(**changes):
     """Two images are routed by a `Routing` of which some fields are changed."""
     good = dict(chosen=torch.zeros(34, 1, dtype=torch.int64), gates=torch.ones(34, 1))
@@ -544,11 +572,14 @@ REFUSED = [
     (routed(chosen=torch.zeros(34, 1)), "chosen must be int64, not torch.float32"),
     (routed(gates=torch.ones(34)), r"gates must be \(34, 1\), not \(34,\)"),
     (routed(gates=torch.ones(34, 2)), r"gates must be \(34, 1\), not \(34, 2\)"),
-    (lambda: MoE(D, H, E)(torch.randn(B, N, D + 1)), rf"x must be \({T}, {D}\), not"),
+    (lambda: MoE(D, H, E)(torch.randn(B, N, D + 1)), rf"x must be \(any, {D}\), not"),
     (lambda: SoftMoE(D, H, E, N)(torch.randn(B, N, D + 1)), rf"x must be .*{D}\), not"),
     (lambda: SoftMoE(D, H, E, N)(torch.randn(T, D)), r"x must be .*, not"),
-    (lambda: Experts(D, H, E).batched(torch.randn(E - 1, T, D)), rf"x must be \({E}, {T}, {D}\)"),
-    (lambda: Experts(D, H, E).batched(torch.randn(T, D)), rf"x must be \({E}, {D}, {D}\), not"),
+    (lambda: Experts(D, H, E).batched(torch.randn(E - 1, T, D)), rf"x must be \({E}, any, {D}\)"),
+    (lambda: Experts(D, H, E).batched(torch.randn(T, D)), rf"x must be \({E}, any, {D}\), not"),
+    *((built(image_size=n), f"image_size {WHOLE}{n}") for n in (0, -32, 32.0)),
+    *((cast(dtype), f"images must be normalised and torch.float32, not {dtype}")
+      for dtype in (torch.uint8, torch.int64, torch.float64)),
 ]
 
 

@@ -472,8 +472,10 @@ def test_the_command_prints_the_table_and_the_pictures_paths_without_a_display(t
 
 @pytest.mark.parametrize("arguments, said", [
     (["nowhere"], "report.py: nowhere/result.json cannot be read: No such file or directory\n"),
-    (["--page", "nowhere.md", "rows.jsonl"],
-     "report.py: nowhere.md cannot be read: No such file or directory\n"),
+    (["--page", "new.md", "nowhere.jsonl"],
+     "report.py: nowhere.jsonl cannot be read: No such file or directory\n"),
+    (["damaged"], "report.py: a file of damaged is damaged: Expecting property name enclosed in "
+                  "double quotes: line 1 column 2 (char 1)\n"),
     (["run"], "report.py: run/loss.png cannot be written (Is a directory): what was there before "
               "is kept\n"),
     (["--page", "README.md", "rows.jsonl"],
@@ -484,11 +486,34 @@ def test_a_missing_file_or_marker_or_place_is_one_sentence_and_exit_code_2(
     a_run(tmp_path / "run", epochs=2, L=1)
     (tmp_path / "run/loss.png").mkdir()
     (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
+    (a_run(tmp_path / "damaged") / "result.json").write_text("{", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         report.main()
     assert (stopped.value.code, capsys.readouterr().err) == (2, said)
+    assert not Path("new.md").exists()
+
+
+def test_a_run_that_has_not_ended_shows_its_curves_so_far(tmp_path, monkeypatch, capsys):
+    (a_run(tmp_path / "run", epochs=2, L=1) / "result.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "run"])
+    report.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "run has not ended: these are its curves so far", *(
+            f"run/{name}.png" for name in ("loss", "load", "agreement", "patches"))]
+
+
+def test_a_page_that_is_not_there_is_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(a_row()) + "\n", encoding="utf-8")
+    for _ in range(2):
+        report.write_page("new.md", "rows.jsonl")
+        text = Path("new.md").read_text(encoding="utf-8")
+        assert text.startswith(f"{report.BEGIN}\n| method") and text.endswith(f"{report.END}\n")
+        assert text.count(report.BEGIN) == 1
 
 
 # --- what is refused ---

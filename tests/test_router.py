@@ -418,14 +418,14 @@ REFUSED = [
     *((lambda g=g: TopKRouter(D, E, gate=g), f"there is no gate {g!r}: choose one of softmax_topk")
       for g in ("softmax", "", None, 1)),
     *((lambda v=v: TopKRouter(D, E, noise=v), f"noise cannot be {v}: choose 0 or more")
-      for v in (-1, -1e-9, NAN, -INF)),
+      for v in (-1, -1e-9, NAN, -INF, INF)),
     *((lambda v=v: TopKRouter(D, E, capacity_factor=v), f"capacity_factor cannot be {v}: choose 0")
       for v in (-1, -1e-9, NAN, -INF)),
     *((lambda v=v: within_capacity(IDS, E, v), f"capacity_factor cannot be {v}: choose 0 or more")
       for v in (-1, -1e-9, NAN, -INF)),
     *((lambda s=s: TopKRouter(D, E).route(torch.zeros(s)), f"logits must be .*{E}.*, not ")
       for s in ((T, E - 1), (T, E + 1), (T, 1), (E,), (2, T, E), (0, 3))),
-    *((lambda s=s: TopKRouter(D, E)(torch.zeros(s)), f"x must be .*{D}.*, not ")
+    *((lambda s=s: TopKRouter(D, E)(torch.zeros(s)), rf"x must be \(any, {D}\), not ")
       for s in ((T, D - 1), (T, 1), (D,), (2, T, D))),
     *((lambda s=s: within_capacity(torch.zeros(s, dtype=torch.int64), E, 1.0),
        "chosen must be .*K.*, not ") for s in ((T,), (T, 0), (2, T, 2))),
@@ -438,12 +438,15 @@ REFUSED = [
     *((lambda s=s: balance_loss(Z, torch.zeros(s, dtype=torch.int64)),
        rf"chosen must be \({T}, K\), not ") for s in ((T,), (T - 1, 2), (1, 2), (T, 0))),
     *((lambda i=i: balance_loss(Z, IDS + i), f"chosen must be 0 to {E - 1}, ") for i in (-1, E)),
+    *((lambda f=f, d=d: f(IDS.to(d)), f"chosen must be int64, not {d}")
+      for d in (torch.uint8, torch.int32, torch.bool, torch.float32) for f in (
+          lambda c: balance_loss(Z, c), lambda c: within_capacity(c, E, 1.0))),
 ]
 
 
 @pytest.mark.parametrize("call, sentence", REFUSED)
 def test_what_a_router_cannot_be_or_be_given_is_refused_in_a_sentence(call, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         call()
 
 

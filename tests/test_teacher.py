@@ -437,6 +437,12 @@ def test_what_nobody_could_be_guided_by_is_refused_in_a_sentence(call, sentence)
         call()
 
 
+def test_an_empty_file_of_weights_is_refused_and_downloads_nothing(monkeypatch):
+    monkeypatch.setattr(teacher_py, "published", None)
+    with pytest.raises(ValueError, match="torchvision:vit_b_16: names no file: leave the second"):
+        teacher_py.pretrained("vit_b_16", "", 64, ((0.5,) * 3, (0.25,) * 3))
+
+
 def test_a_dense_student_may_be_guided_in_any_block_by_heads_of_its_own():
     assert list(guide({1: 2, 4: 8}, of=vit(6, 16))()(images())) == [1, 4]
     marked = vit(6, 16)

@@ -89,8 +89,12 @@ def terms(*flags, method="moe"):
 
 def refusal(capsys, *flags):
     """The one sentence that train.py ends with, code 2."""
+    return refusal_of(capsys, *BASE, *flags)
+
+
+def refusal_of(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
-        main([*BASE, *flags])
+        main(argv)
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -830,6 +834,23 @@ def test_guidance_is_the_mean_over_blocks_and_the_teachers_losses_the_sum():
     assert both["teacher_entropy"] / one["teacher_entropy"] > 1.5
 
 
+def test_blocks_that_nobody_guides_take_no_part_in_the_guidance():
+    cfg = config("--moe_blocks", "1,2", "--augment", "none", method="tgr")
+    student, teacher = train.build(cfg, SMALL), vit(method="dense")
+    images, targets = next(batches(cfg, SMALL, split(cfg, SMALL), epoch=1))
+    each = {}
+    for blocks in ({1: 2}, {2: 1}, {1: 2, 2: 1}):
+        torch.manual_seed(1)
+        guide = train.Guide(teacher, student, cfg.n_experts, blocks)
+        with torch.no_grad():
+            for b, router in guide.routers.items():
+                router.weight.normal_(generator=torch.Generator().manual_seed(int(b)))
+        each[len(blocks), min(blocks)] = train.losses(cfg, student, guide, images, targets)[
+            "guidance"]
+    torch.testing.assert_close(each[2, 1], (each[1, 1] + each[1, 2]) / 2)
+    assert each[1, 1] > 0 < each[1, 2]
+
+
 def test_guide_until_ends_the_guidance_there():
     _, lines, _ = run("--epochs", "4", "--guide_until", "0.5", method="tgr")
     assert ["guidance" in line["terms"] for line in lines] == [True, True, False, False]
@@ -984,6 +1005,13 @@ def test_eval_tests_a_checkpoint_class_by_class(capsys):
     assert "calibration error" in said and "worst" in said and "block 2" in said
 
 
+def test_eval_refuses_images_that_are_not_the_ones_of_the_training(capsys, monkeypatch):
+    run()
+    monkeypatch.setattr(train, "load", lambda *args, **how: SMALL._replace(md5="other"))
+    assert "was trained on other images than synthetic has now" in refusal_of(
+        capsys, "--eval", "run/checkpoint.pt")
+
+
 # --- a model leaves ---
 
 def shots(folder, n=3):
@@ -1038,11 +1066,20 @@ def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_draw
     (["--eval", "run/checkpoint.pt", "--export", "m.onnx"], "must end in .safetensors or .pt2"),
     (["--eval", "run/checkpoint.pt", "--images", "shots", "--k", "2"], "was trained with --k 1"),
     (["--config", "nowhere.json"], "--config needs the result.json of a run"),
-    (["--config", "shots/x.json"], "--config needs the result.json of a run")])
+    (["--config", "shots/x.json"], "--config needs the result.json of a run"),
+    (["--config", "shots/y.json"], "its k cannot be '2'"),
+    (["--config", "shots/z.json"], "its method cannot be 'best'"),
+    (["--config", "run/result.json", "--preset", "small"], "has the numbers of preset tiny: leave"),
+    (["--eval", "run/checkpoint.pt", "--images", "shots", "--export", "x.pt2"],
+     "--images and --export are two commands"),
+    (["--device", "cpu:1"], "--device cpu:1 is not one that train.py knows")])
 def test_what_cannot_leave_is_one_sentence(flags, words, capsys):
     run("--k", "1")
     shots("shots")
     Path("shots/x.json").write_text('{"config": {"colour": 3}}')
+    repeated = json.loads(Path("run/result.json").read_text())["config"]
+    for name, odd in (("y", {"k": "2"}), ("z", {"method": "best"})):
+        Path(f"shots/{name}.json").write_text(json.dumps({"config": repeated | odd}))
     Path("broken").mkdir()
     Path("broken/x.png").write_text("no picture")
     with pytest.raises(SystemExit) as stop:
@@ -1262,6 +1299,28 @@ def test_a_run_is_not_continued_on_other_images(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--resume", "--out", "run"])
     assert "other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method, flags, idle", [
+    ("moe", ["--alpha", "7", "--teacher=none", "--k", "1"], "teacher, --alpha"),
+    ("dense", ["--k", "1", "--guide_weight", "-0"], "guide_weight, --k, --n_experts"),
+    ("soft", ["--gate", "sigmoid"], "gate"), ("mode", ["--k", "1"], None)])
+def test_a_flag_that_its_method_does_not_use_is_named(method, flags, idle, capsys):
+    run(*flags, method=method)
+    said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert said == ([f"not used by --method {method}: --{idle}"] if idle else [])
+
+
+def test_a_folder_of_your_own_pictures_is_trained_on_whole():
+    assert resolve(train.parse(["--data", "folder:shots"])).train_images == 0
+    assert resolve(train.parse(["--data", "folder:shots", "--train_images", "9"])).train_images == 9
+    assert resolve(train.parse(["--data", "synthetic", "--preset", "tiny"])).train_images == 10_000
+
+
+def test_a_flag_that_there_is_not_is_named(capsys):
+    run()
+    with pytest.raises(ValueError, match="there is no flag --precission"):
+        train.load_model("run/checkpoint.pt", precission="fp32")
 
 
 def test_the_help_names_every_flag_with_a_line_of_help(capsys):
