@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import report
 from moe import MoE
-from notebooks.decided import METRICS, block
+from notebooks.decided import BEST_ARM, BEST_IDEA, METRICS, REMEDIED, block, contrast
 from notebooks.lesson import dots, show
 from notebooks.remedies import REMEDIES
 from report import COLOURS
@@ -119,6 +119,60 @@ def above(rows, arms, plain):
     fig.suptitle(f"Above 0: {sum(e.low > 0 for e in found)} of {len(arms)} intervals, and "
                  f"{sum(e.mean > 0 for e in found)} of {len(arms)} means")
     show(fig, "Paired differences of accuracy from V-MoE, a ring for every seed, and their mean")
+
+
+# Section 1's kinds, and arms of `routing`: {kind: {label: arm}}. One arm is not shown: the teacher
+# dispatches it in training, so that its own router, by which it is tested, leads it astray.
+KINDS = {
+    "a teacher guides the router": {
+        "dense teacher": "tgr-k1-router-alone", "pretrained": "tgr-k1-router-alone-lite0",
+        "untrained": "tgr-k1-router-alone-untrained", "random router": "tgr-k1-router-alone-random",
+        "k-means": "tgr-k1-router-alone-k-means", BEST_IDEA: BEST_ARM},
+    **{kind: {name: REMEDIED[name] for name in names} for kind, names in {
+        "estimate what is missing": ("default outputs", "sparse mixer", "dense mixer"),
+        "choose otherwise": ("loss-free bias", "expert choice", "relu"),
+        "fix the choice": ("stable", "grouter", "random fixed", "hash"),
+        "add a loss": ("coupled", "similar")}.items()},
+    "leave something out": {"no losses of its own": "moe-k1-no-aux", "no experts": "dense"}}
+
+
+def paid(rows, plain="moe-k1"):
+    """Draw how far each arm of KINDS is above V-MoE, the arm `plain`, and that against how near
+    its router's gradient comes to the oracle's; return {label: Estimate}."""
+    found = {label: contrast(rows, "accuracy", (arm,), (plain,))
+             for arms in KINDS.values() for label, arm in arms.items()}
+    best = max(found, key=lambda label: found[label].mean)
+    sure = sum(e.low > 0 for e in found.values())
+    fig, axes = report.sheet(
+        f"Above V-MoE are {sure} of {len(found)} intervals; highest is {best}, by "
+        f"{found[best].mean:.1f} points", 1, 2, 11, 6)
+
+    def mark(label, arm, gain, colour):
+        near = [METRICS["oracle cosine"](row) for row in rows if row["arm"] == arm]
+        if near and None not in near:
+            axes[0, 1].plot(np.mean(near), gain, "o", color=colour, ms=8)
+            axes[0, 1].annotate(label, (np.mean(near), gain), xytext=(4, 4), fontsize=8,
+                                textcoords="offset points")
+
+    place = {label: at for at, label in enumerate(sorted(found, key=lambda n: found[n].mean))}
+    for colour, (kind, arms) in zip(COLOURS, KINDS.items(), strict=False):
+        for label, arm in arms.items():
+            e, at = found[label], place[label]
+            axes[0, 0].plot([e.low, e.high], [at, at], color=colour, lw=2)
+            axes[0, 0].plot(e.mean, at, "o", color=colour)
+            mark(label, arm, e.mean, colour)
+        axes[0, 0].plot([], [], "o", color=colour, label=kind)
+    mark("V-MoE", plain, 0.0, "black")
+    axes[0, 0].axvline(0, color="black", lw=0.8)
+    axes[0, 0].set(yticks=range(len(place)), yticklabels=place,
+                   xlabel="points of test accuracy above V-MoE, 95 % interval")
+    fig.legend(loc="outside lower center", ncols=3)
+    axes[0, 1].axhline(0, color="black", lw=0.8)
+    axes[0, 1].set(xlabel="cosine with the oracle's gradient, at the end", xlim=(None, 1.12),
+                   ylabel="points of test accuracy above V-MoE")
+    show(fig, "Left: paired differences of test accuracy from V-MoE, sorted, a colour for each "
+              "kind. Right: the same differences against the cosine with the oracle's gradient")
+    return found
 
 
 def by_luck(rows, arms, plain, draws=100_000):

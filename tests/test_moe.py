@@ -399,6 +399,12 @@ def test_active_parameters_worked_by_hand():
     assert len(set(a_vit(lambda: SoftMoE(24, 36, E, 17), (2, 4)).params())) == 1
 
 
+def test_images_that_autocast_casts_may_be_of_half_precision():
+    vit, x = a_vit(), some_images(2).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vit(x).logits, vit(x.float()).logits)
+
+
 # --- sparse upcycling ---
 
 @pytest.mark.parametrize("k, gate", [(2, "topk_softmax"), (4, "softmax_topk")])

@@ -171,6 +171,10 @@ mean_of = lambda metric, arm: sum(r[metric] for r in tried if r["arm"] == arm) /
 assert round(mean_of("mean_gate", "idea-by-value"), 2) == 0.18
 assert {round(mean_of("load_entropy", arm), 3) for arm in (
     "idea-evened", *plain)} == {0.994}
+gate_of = {arm: np.mean([r["mean_gate"] for r in grid if r["arm"] == f"moe-k1-{arm}"])
+           for arm in ("stable", "grouter", "hash", "random-fixed")}
+assert gate_of["hash"] == gate_of["random-fixed"] == 1
+assert 0.23 < gate_of["stable"] < 0.27 and 0.18 < gate_of["grouter"] < 0.22
 assert len({r["seed"] for r in grid}) < 10      # until then the page claims nothing: write it anew
 """,
 }
