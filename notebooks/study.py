@@ -235,8 +235,8 @@ def look(args):
     for row in rows:
         block = block_folder(args.grid, scale, args.seed, row["commit"], args.out)
         if not (block / row["arm"] / checkpoint.NAME).exists():
-            raise ValueError(f"{block} has no trained {row['arm']}: say with --out where the block "
-                             f"was trained, on {row['machine']}")
+            raise ValueError(f"{block} has no trained {row['arm']}: put or link the block's folder "
+                             f"there, from where it was trained on {row['machine']}")
         job, guide, _ = plan_one(row["arm"], args.seed, scale, block, args.data_dir)
         row |= answers(args.grid, row["arm"], job, guide) | {"looked_at": commit_of_row(args.dirty)}
         append(path, row)                                  # the last of two rows counts
@@ -579,8 +579,11 @@ def section(grid, scale, page=PAGE):
                 "are over seeds alone, for one teacher, one set of training images and one test "
                 "set." + f" Announced and not completed, in seeds: {lacking}." * bool(lacking))
         command = f"The first edition: `python notebooks/study.py run {grid}` at those commits"
+    again = [row for row in rows if "looked_at" in row]
+    asked = f"; asked again at {all_of(again, lambda r: r['looked_at'])}" * bool(again)
     caption = (
-        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}. {made} "
+        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}{asked}. "
+        f"{made} "
         f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. MFLOPs are an image's, "
         f"forward, in training. T: the TGR-MoE paper, "
         f"M: the MoDE paper, R: a remedy's own, ours: a control. Met: the estimate is at least the "

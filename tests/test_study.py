@@ -1009,7 +1009,7 @@ def test_a_blocks_trained_models_are_asked_again_and_trained_no_more(monkeypatch
     monkeypatch.setattr(study, "MOVED", 3)
     look = ["look", "routing", "--seed", "1", "--dirty", "--out"]
     assert study.main([*look, "elsewhere"]) == 2
-    assert "no trained tgr-k1-router-alone: say with --out where" in capsys.readouterr().err
+    assert "no trained tgr-k1-router-alone: put or link the block" in capsys.readouterr().err
     assert study.main([*look, "runs"]) == 0
     after = {(r["arm"], r["seed"]): r for r in rows()}
     assert len(rows()) == len(before) == 6 and [*after] == [*before]
@@ -1019,6 +1019,7 @@ def test_a_blocks_trained_models_are_asked_again_and_trained_no_more(monkeypatch
         changed = {key for key in now if now[key] != was.get(key)}
         assert seed == 0 or (changed <= {"choice", "looked_at"} and now["looked_at"] == "facade")
     assert any(after[arm, 1]["choice"] != before[arm, 1]["choice"] for arm in arms)
+    assert "; asked again at facade. " in study.section("routing", "cpu")
     assert study.main(["look", "routing", "--seed", "2", "--dirty"]) == 2
     assert "no row of seed 2" in capsys.readouterr().err
 
