@@ -41,7 +41,17 @@ import report
 import train
 from notebooks import decided, lite0, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
-from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, STEADY, VAL
+from notebooks.decided import (
+    ACC,
+    ARMS,
+    FIRST,
+    GRIDS,
+    METRICS,
+    SCALES,
+    STEADY,
+    VAL,
+    Estimate,
+)
 from notebooks.ideas import IDEAS
 from notebooks.probes import MOVED, closing_look
 
@@ -611,14 +621,14 @@ def unrelated(grid, rows):
     lines = []
     for cause, effect in decided.UNRELATED.get(grid, ()):
         if found := decided.rank_correlation(rows, cause, effect):
-            rho, low, high, arms, n = found
-            others = decided.rank_correlation([r for r in rows if r["arm"] != ASTRAY],
-                                              cause, effect)
-            lines.append(f"| {effect} | {cause} | {rho:+.2f} [{low:+.2f}, {high:+.2f}] "
-                         f"| {f'{others[0]:+.2f}' if others else '–'} | {arms} | {n} | "
-                         + " | ".join(f"{decided.reliability(rows, name):.2f}"
-                                      for name in (effect, cause))
-                         + f" | {'' if low <= 0 <= high else 'not '}as expected |")
+            _, low, high, arms, n = found
+            others = [r for r in rows if r["arm"] != ASTRAY]
+            lines.append(" | ".join([
+                f"| {effect}", cause, decided.signed(Estimate(*found[:3], n)),
+                decided.signed(Estimate(*(decided.rank_correlation(others, cause, effect)
+                                          or 3 * [None])[:3], n)), str(arms), str(n),
+                *(f"{decided.reliability(others, name):.2f}" for name in (effect, cause)),
+                f"{'' if low <= 0 <= high else 'not '}as expected |"]))
     return [] if not lines else ["\n".join([
         "Expected of the arms together: none of two metrics foretells one of two others.", "",
         "| of | by | Spearman's rho of the arms' means [95 %] | without the teacher's dispatch "
@@ -628,7 +638,7 @@ def unrelated(grid, rows):
         "and not about remedies at large, and the four are not corrected for their number. "
         "Reliability is the share of the variance of the arms' means that is no noise; where it is "
         "low, any rho is pulled towards 0. The model that the teacher dispatches is tested astray, "
-        "by its own router."])]
+        "by its own router; it is left out of the reliabilities too."])]
 
 
 def link(path, page):
