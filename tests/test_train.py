@@ -1304,7 +1304,7 @@ def test_a_run_is_not_continued_on_other_images(capsys, monkeypatch):
 @pytest.mark.parametrize("method, flags, idle", [
     ("moe", ["--alpha", "7", "--teacher=none", "--k", "1"], "teacher, --alpha"),
     ("dense", ["--k", "1", "--guide_weight", "-0"], "guide_weight, --k, --n_experts"),
-    ("soft", ["--gate", "sigmoid"], "gate"), ("mode", ["--k", "1"], None)])
+    ("soft", ["--gate", "sigmoid"], "gate"), ("mode", ["--k", "1", "--alpha", "1"], None)])
 def test_a_flag_that_its_method_does_not_use_is_named(method, flags, idle, capsys):
     run(*flags, method=method)
     said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
