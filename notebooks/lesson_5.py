@@ -136,12 +136,16 @@ KINDS = {
     "leave something out": {"no losses of its own": "moe-k1-no-aux", "no experts": "dense"}}
 
 
-def paid(rows, plain="moe-k1"):
-    """Draw how far each arm of KINDS is above V-MoE, the arm `plain`, and that against how near
-    its router's gradient comes to the oracle's; return {label: Estimate}."""
-    found = {label: contrast(rows, "accuracy", (arm,), (plain,))
+def above_vmoe(rows):
+    """{label: Estimate}, how far each arm of KINDS is above V-MoE, the highest first."""
+    found = {label: contrast(rows, "accuracy", (arm,), ("moe-k1",))
              for arms in KINDS.values() for label, arm in arms.items()}
-    best = max(found, key=lambda label: found[label].mean)
+    return dict(sorted(found.items(), key=lambda item: -item[1].mean))
+
+
+def paid(rows, found):
+    """Draw what `above_vmoe` found, and the same against the cosine with the oracle's gradient."""
+    best = next(iter(found))
     sure = sum(e.low > 0 for e in found.values())
     fig, axes = report.sheet(
         f"Above V-MoE are {sure} of {len(found)} intervals; highest is {best}, by "
@@ -154,7 +158,7 @@ def paid(rows, plain="moe-k1"):
             axes[0, 1].annotate(label, (np.mean(near), gain), xytext=(4, 4), fontsize=8,
                                 textcoords="offset points")
 
-    place = {label: at for at, label in enumerate(sorted(found, key=lambda n: found[n].mean))}
+    place = {label: at for at, label in enumerate(reversed(found))}
     for colour, (kind, arms) in zip(COLOURS, KINDS.items(), strict=False):
         for label, arm in arms.items():
             e, at = found[label], place[label]
@@ -162,7 +166,7 @@ def paid(rows, plain="moe-k1"):
             axes[0, 0].plot(e.mean, at, "o", color=colour)
             mark(label, arm, e.mean, colour)
         axes[0, 0].plot([], [], "o", color=colour, label=kind)
-    mark("V-MoE", plain, 0.0, "black")
+    mark("V-MoE", "moe-k1", 0.0, "black")
     axes[0, 0].axvline(0, color="black", lw=0.8)
     axes[0, 0].set(yticks=range(len(place)), yticklabels=place,
                    xlabel="points of test accuracy above V-MoE, 95 % interval")
@@ -172,7 +176,6 @@ def paid(rows, plain="moe-k1"):
                    ylabel="points of test accuracy above V-MoE")
     show(fig, "Left: paired differences of test accuracy from V-MoE, sorted, a colour for each "
               "kind. Right: the same differences against the cosine with the oracle's gradient")
-    return found
 
 
 def by_luck(rows, arms, plain, draws=100_000):

@@ -171,6 +171,10 @@ mean_of = lambda metric, arm: sum(r[metric] for r in tried if r["arm"] == arm) /
 assert round(mean_of("mean_gate", "idea-by-value"), 2) == 0.18
 assert {round(mean_of("load_entropy", arm), 3) for arm in (
     "idea-evened", *plain)} == {0.994}
+from notebooks.decided import GRIDS
+from notebooks.lesson_5 import KINDS
+shown = {arm for arms in KINDS.values() for arm in arms.values()}
+assert shown | {"moe-k1", "tgr-k1-oracle-alone"} == {*GRIDS["routing"].arms} and len(over) == 20
 gate_of = {arm: np.mean([r["mean_gate"] for r in grid if r["arm"] == f"moe-k1-{arm}"])
            for arm in ("stable", "grouter", "hash", "random-fixed")}
 assert gate_of["hash"] == gate_of["random-fixed"] == 1
