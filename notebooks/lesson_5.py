@@ -151,11 +151,16 @@ def paid(rows, found):
         f"Above V-MoE are {sure} of {len(found)} intervals; highest is {best}, by "
         f"{found[best].mean:.1f} points", 1, 2, 11, 6)
 
+    cosines = {}
+    for arm in {row["arm"] for row in rows}:
+        its = [METRICS["oracle cosine"](row) for row in rows if row["arm"] == arm]
+        cosines[arm] = None if None in its else np.mean(its)
+
     def mark(label, arm, gain, colour):
-        near = [METRICS["oracle cosine"](row) for row in rows if row["arm"] == arm]
-        if near and None not in near:
-            axes[0, 1].plot(np.mean(near), gain, "o", color=colour, ms=8)
-            axes[0, 1].annotate(label, (np.mean(near), gain), xytext=(4, 4), fontsize=8,
+        if near := cosines.get(arm):
+            side, ha = (-5, "right") if near < cosines["moe-k1"] else (5, "left")
+            axes[0, 1].plot(near, gain, "o", color=colour, ms=8)
+            axes[0, 1].annotate(label, (near, gain), xytext=(side, 4), ha=ha, fontsize=8,
                                 textcoords="offset points")
 
     place = {label: at for at, label in enumerate(reversed(found))}
@@ -172,7 +177,7 @@ def paid(rows, found):
                    xlabel="points of test accuracy above V-MoE, 95 % interval")
     fig.legend(loc="outside lower center", ncols=3)
     axes[0, 1].axhline(0, color="black", lw=0.8)
-    axes[0, 1].set(xlabel="cosine with the oracle's gradient, at the end", xlim=(None, 1.12),
+    axes[0, 1].set(xlabel="cosine with the oracle's gradient, at the end", xlim=(0.3, 1.2),
                    ylabel="points of test accuracy above V-MoE")
     show(fig, "Left: paired differences of test accuracy from V-MoE, sorted, a colour for each "
               "kind. Right: the same differences against the cosine with the oracle's gradient")

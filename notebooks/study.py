@@ -572,7 +572,7 @@ def section(grid, scale, page=PAGE):
     if not any(row["grid"] == grid for row in rows):       # shared arms alone are no grid
         return ""
     if grid in GRIDS:
-        more = ", which knows five times its students' images" * (
+        more = ", which has seen every training image that is not held out" * (
             "--train_images 0" in decided.TEACHER[scale])
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
