@@ -301,21 +301,26 @@ def upcycle(sparse, dense):
     """
     replaced = tuple(f"blocks.{number - 1}.mlp." for number in sparse.moe_blocks)
     trunk = {k: v for k, v in dense.state_dict().items() if not k.startswith(replaced)}
-    mine = sparse.state_dict()
-    own = {k: v for k, v in mine.items() if k.startswith(replaced)}
-    for name in sorted(trunk.keys() ^ (mine.keys() - own.keys())):
-        raise ValueError(f"only one of the two has {name}: give both the same depth")
-    for name, v in trunk.items():
-        expect(f"the dense ViT's {name}", v, *mine[name].shape)
-    pairs = [(sparse.blocks[n - 1].mlp.experts, dense.blocks[n - 1].mlp) for n in sparse.moe_blocks]
-    for experts, mlp in pairs:
-        if not isinstance(mlp, MLP):
-            raise ValueError("a dense ViT has an MLP where the sparse one has experts: this has "
-                             "experts too")
-        expect("the dense MLP's weight", mlp.fc_in.weight.T, *experts.w_in.shape[1:])
+    own = {k: v for k, v in sparse.state_dict().items() if k.startswith(replaced)}
+    check_trunks(sparse, dense, replaced)
     sparse.load_state_dict(trunk | own)
-    for experts, mlp in pairs:
-        experts.copy_mlp(mlp)
+    for number in sparse.moe_blocks:
+        sparse.blocks[number - 1].mlp.experts.copy_mlp(dense.blocks[number - 1].mlp)
+
+
+def check_trunks(sparse, dense, replaced):
+    """Refuse a dense ViT whose sizes are not the sparse one's; what is `replaced` has others."""
+    theirs, mine = ({name: v for name, v in vit.state_dict().items()
+                     if not name.startswith(replaced)} for vit in (dense, sparse))
+    for name in sorted(theirs.keys() ^ mine.keys()):
+        raise ValueError(f"only one of the two has {name}: give both the same depth")
+    for name, v in theirs.items():
+        expect(f"the dense ViT's {name}", v, *mine[name].shape)
+    for number in sparse.moe_blocks:
+        mlp, moe = (vit.blocks[number - 1].mlp for vit in (dense, sparse))
+        if not isinstance(mlp, MLP):
+            raise ValueError(f"block {number} of the dense ViT must have an MLP, not experts")
+        expect("the dense MLP's weight", mlp.fc_in.weight.T, *moe.experts.w_in.shape[1:])
 
 
 def routers(vit):

@@ -214,12 +214,12 @@ MUTANTS = [
                "is_autocast_enabled() and images"),
     ("moe.py", "h.unflatten(0, (len(images), self.n_tokens))",
                "h.view(len(images), self.n_tokens, -1)"),
-    ("moe.py", "for name in sorted(trunk.keys() ^", "for name in sorted(trunk.keys() &  {} and"),
+    ("moe.py", "for name in sorted(theirs.keys() ^ mine.keys()):", "for name in ():"),
     ("moe.py", "        expect(f\"the dense ViT's {name}\", v, *mine[name].shape)\n",
                "        pass\n"),
     ("moe.py", "if not isinstance(mlp, MLP):", "if False:"),
     ("moe.py", "        expect(\"the dense MLP's weight\", mlp.fc_in.weight.T, "
-               "*experts.w_in.shape[1:])\n", ""),
+               "*moe.experts.w_in.shape[1:])\n", ""),
     ("moe.py", "is_autocast_enabled(device) and x.dtype != torch.float64",
                "is_autocast_enabled(device)"),
     ("moe.py", "self.blocks[number - 1].mlp = mlp", "self.blocks[number % depth].mlp = mlp"),
@@ -241,8 +241,8 @@ MUTANTS = [
     ("moe.py", "sparse.load_state_dict(trunk | own)",
                "sparse.load_state_dict(trunk | own | {'pos': sparse.pos})"),
     ("moe.py", "sparse.load_state_dict(trunk | own)", "sparse.load_state_dict(own, strict=False)"),
-    ("moe.py", "dense.blocks[n - 1].mlp) for n in sparse.moe_blocks]",
-               "dense.blocks[n - 2].mlp) for n in sparse.moe_blocks]"),
+    ("moe.py", "experts.copy_mlp(dense.blocks[number - 1].mlp)",
+               "experts.copy_mlp(dense.blocks[number - 2].mlp)"),
 
     # kernels.py: the definition and the plan
     ("kernels.py", "F.gelu(x @ w_in[e] + b_in[e])", "(x @ w_in[e] + b_in[e])"),

@@ -442,7 +442,8 @@ def test_upcycling_copies_and_shares_nothing():
     ({"experts": 36}, {}, r"the dense MLP's weight must be \(24, 36\), not \(24, 40\)"),
     # a hidden size of 1 would be spread over all of an expert's
     ({"hidden": 1, "experts": 36}, {"hidden": 1}, r"must be \(24, 36\), not \(24, 1\)"),
-    ({}, {"moe_blocks": (2,), "make_sparse": lambda: MoE(24, 40, E)}, "has experts too")])
+    ({}, {"moe_blocks": (2,), "make_sparse": lambda: MoE(24, 40, E)},
+     "block 2 of the dense ViT must have an MLP")])
 def test_what_cannot_be_upcycled_is_refused_before_anything_is_copied(sparse, dense, sentence):
     sizes = {"hidden": 40, "experts": 40} | sparse
     experts = sizes.pop("experts")

@@ -103,14 +103,16 @@ def same(quantity, got, expected, hint="", scale=None):
 
 
 def raises(quantity, error, call, hint=""):
-    """Fail unless `call()` raises `error`; the exception is returned. A blank is still a blank."""
+    """Fail unless `call()` raises `error`, a class or a tuple of them; the exception is returned.
+    A blank is still a blank."""
     try:
         result = call()
     except NotImplementedError:
         raise
     except error as raised:
         return raised
-    raise Failure(quantity, error.__name__, f"no error, but {brief(result)}", hint)
+    named = " or ".join(e.__name__ for e in (error if isinstance(error, tuple) else (error,)))
+    raise Failure(quantity, named, f"no error, but {brief(result)}", hint)
 
 
 def answered(student, name, like):

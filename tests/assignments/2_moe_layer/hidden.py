@@ -253,9 +253,10 @@ def trunks_of_different_shapes_are_refused(student, g):
     sparse = a_vit(student, g, k=2)
     moe = student.moe
     wide = moe.ViT(dim=12, depth=3, heads=2, hidden=10, patch=16, n_classes=8).double()
-    raises("upcycling with 7 and 8 classes", RuntimeError, lambda: moe.upcycle(sparse, wide))
+    refused = ValueError, RuntimeError
+    raises("upcycling with 7 and 8 classes", refused, lambda: moe.upcycle(sparse, wide))
     deep = moe.ViT(dim=12, depth=4, heads=2, hidden=10, patch=16, n_classes=7).double()
-    raises("upcycling 4 blocks into 3", RuntimeError, lambda: moe.upcycle(sparse, deep))
+    raises("upcycling 4 blocks into 3", refused, lambda: moe.upcycle(sparse, deep))
 
 
 # --- what a formula does not show ---

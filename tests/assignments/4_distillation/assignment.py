@@ -18,6 +18,8 @@ BLANKS = {
 }
 CHECKS = (13, 19)            # public, hidden
 NOT_ASKED = dict.fromkeys(
-    ["torch.float32", "", "    expect"],
+    ["torch.float32", "", *('[], routers(vit))\n    expect("labels", labels, ' + n
+                            for n in ("*", '"B'))],
     "what the function's arguments may be is in tests/test_distill.py")
+NOT_ASKED["evaluating(vit)"] = "so is that it looks where gradients are switched off"
 HARD_CODED = ("distill.py", "mutual_distillation_loss")

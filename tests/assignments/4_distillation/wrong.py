@@ -57,14 +57,14 @@ WRONG = [
      "    chosen = made.to(device)"),
     # probe
     ("grad wiped", "distill.py",
-     "    vit.eval()\n    correct",
-     "    vit.eval()\n    vit.zero_grad()\n    correct"),
+     "    with evaluating(vit):\n        return",
+     "    with evaluating(vit):\n        vit.zero_grad()\n        return"),
     ("input changed", "distill.py",
-     "    vit.eval()\n    correct",
-     "    vit.eval().requires_grad_(False)                    # frozen\n    correct"),
+     "    with evaluating(vit):\n        return",
+     "    with evaluating(vit.requires_grad_(False)):         # frozen\n        return"),
     ("random state", "distill.py",
-     "    vit.eval()\n    correct",
-     "    torch.manual_seed(0)\n    vit.eval()\n    correct"),
+     "    with evaluating(vit):\n        return",
+     "    torch.manual_seed(0)\n    with evaluating(vit):\n        return"),
     ("device", "distill.py",
      "{block: forced(i, T, E, images.device)}",
      "{block: forced(i, T, E)}"),
@@ -87,8 +87,8 @@ WRONG = [
     # expert_gradient_norms, narrow_vision
     ("grad wiped", "distill.py",
      "        grads = torch.autograd.grad(loss, weights)",
-     "        vit.zero_grad()\n        loss.backward()\n"
-     "        grads = [w.grad for w in weights]\n        vit.zero_grad()"),
+     "        vit.zero_grad()\n            loss.backward()\n"
+     "            grads = [w.grad for w in weights]\n            vit.zero_grad()"),
     ("input changed", "distill.py",
      "    norms = []\n",
      "    vit.requires_grad_(False)               # the gradient of these alone\n"
