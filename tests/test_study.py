@@ -621,6 +621,7 @@ def test_arms_are_ranked_by_two_metrics_and_blocks_are_drawn_anew():
     assert low < rho < high and low < 0 < high
 
 
+@pytest.mark.filterwarnings("error")
 def test_equal_arms_share_a_rank_and_arms_that_are_all_equal_have_no_correlation():
     assert decided.midranks(np.array([0.5, 0.1, 0.5, 0.9])).tolist() == [2, 0.5, 2, 3.5]
     arms = ("moe-k1", "moe-k1-hash", "moe-k1-coupled", "moe-k1-stable")
