@@ -648,6 +648,10 @@ def test_reliability_is_the_share_of_the_arms_variance_that_is_no_noise():
     assert found(0.0) == pytest.approx(1)
     assert found(0.005) == pytest.approx(1 - 4 * 0.5 ** 2 / (2 * 2 * 1 ** 2))
     assert found(0.05) == 0
+    # in three blocks x, -x, 0 and its opposite: 4 x ** 2 over 2 degrees, beside 3 * 2 * 1 ** 2
+    three = [row(arm, s, 0.3 + 0.02 * k + 0.005 * (-1) ** k * (1, -1, 0)[s])
+             for k, arm in enumerate(("moe-k1", "tgr-k1")) for s in range(3)]
+    assert decided.reliability(three, "accuracy") == pytest.approx(1 - 0.5 / 6)
     assert decided.reliability([], "accuracy") is None
     assert decided.reliability([row("moe-k1", s, 0.3) for s in (0, 1)], "accuracy") is None
     assert decided.reliability([row(arm, 0, 0.3) for arm in ("moe-k1", "tgr-k1")],
@@ -664,6 +668,10 @@ def test_what_an_equivalence_could_have_reached_is_its_p_at_a_mean_of_0():
     away = 1e-3 * np.std([s - 2 * s % 5 for s in range(5)], ddof=1) * 100
     assert narrow[0] == pytest.approx((1 - decided.central(0.5 / (away / 5 ** 0.5), 4)) / 2)
     assert wide[0] > 3 * narrow[0]
+    rows = [row(arm, s, 0.5 + 0.001 * (s * k % 5) + 0.1 * k) for s in range(5)
+            for k, arm in enumerate(("tgr-k1", "moe-k1-features-alone"), 1)]
+    assert (f"With means of exactly 0, equivalence would have had p = {study.shown(narrow[0])} "
+            in study.hypotheses_table("placement", rows))
     assert decided.attainable(decided.judge("placement", [])) == []
 
 
