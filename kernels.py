@@ -656,10 +656,10 @@ def check_operands(x, chosen, gates, w_in, b_in, w_out, b_out):
     E, D, H = expect("w_in", w_in, "E", "D", "H")
     T, K = expect("chosen", chosen, x.shape[0], "K", below=E)
     for name, v, *sizes in (("x", x, T, D), ("gates", gates, T, K), ("b_in", b_in, E, H),
-                            ("w_in", w_in, E, D, H), ("w_out", w_out, E, H, D),
-                            ("b_out", b_out, E, D)):
+                            ("w_out", w_out, E, H, D), ("b_out", b_out, E, D)):
         expect(name, v, *sizes)
-        if name != "gates" and v.dtype != x.dtype:
+    for name, v in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+        if v.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype}, as x is, not {v.dtype}")
 
 

@@ -302,19 +302,18 @@ def upcycle(sparse, dense):
     replaced = tuple(f"blocks.{number - 1}.mlp." for number in sparse.moe_blocks)
     trunk = {k: v for k, v in dense.state_dict().items() if not k.startswith(replaced)}
     own = {k: v for k, v in sparse.state_dict().items() if k.startswith(replaced)}
-    check_trunks(sparse, dense, replaced)
+    check_trunks(sparse, dense, trunk, own)
     sparse.load_state_dict(trunk | own)
     for number in sparse.moe_blocks:
         sparse.blocks[number - 1].mlp.experts.copy_mlp(dense.blocks[number - 1].mlp)
 
 
-def check_trunks(sparse, dense, replaced):
-    """Refuse a dense ViT whose sizes are not the sparse one's; what is `replaced` has others."""
-    theirs, mine = ({name: v for name, v in vit.state_dict().items()
-                     if not name.startswith(replaced)} for vit in (dense, sparse))
-    for name in sorted(theirs.keys() ^ mine.keys()):
+def check_trunks(sparse, dense, trunk, own):
+    """Refuse a dense ViT whose `trunk` is not that of the sparse one, which keeps its `own`."""
+    mine = {name: v for name, v in sparse.state_dict().items() if name not in own}
+    for name in sorted(trunk.keys() ^ mine.keys()):
         raise ValueError(f"only one of the two has {name}: give both the same depth")
-    for name, v in theirs.items():
+    for name, v in trunk.items():
         expect(f"the dense ViT's {name}", v, *mine[name].shape)
     for number in sparse.moe_blocks:
         mlp, moe = (vit.blocks[number - 1].mlp for vit in (dense, sparse))

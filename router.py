@@ -5,7 +5,6 @@ Letters, here and in every other file:
     E experts, K experts per token, C capacity (tokens one expert accepts)
 """
 import math
-import sys
 import warnings
 from typing import NamedTuple
 
@@ -70,9 +69,8 @@ class TopKRouter(nn.Module):
             raise ValueError(f"k cannot be {k} of {n_experts} experts: choose 1 to {n_experts}")
         if gate not in GATES:
             raise ValueError(f"there is no gate {gate!r}: choose one of {', '.join(GATES)}")
-        for name, value, most in (("noise", noise, sys.float_info.max),
-                                  ("capacity_factor", capacity_factor or 0, math.inf)):
-            if not 0 <= value <= most:
+        for name, value in (("noise", noise), ("capacity_factor", capacity_factor or 0)):
+            if not value >= 0 or (name == "noise" and value == math.inf):
                 raise ValueError(f"{name} cannot be {value}: choose 0 or more")
         if gate == "topk_softmax" and k == 1:
             warnings.warn("topk_softmax with k=1: the only gate is 1, and the task loss never "

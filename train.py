@@ -368,7 +368,9 @@ def objective(cfg, output, targets, teacher_logits=None):
     """Every term of the loss, already weighted; their sum is what training minimises.
 
     output of the student, targets (B, n_classes), teacher_logits {block: (T, E)} from a `Guide`,
-    or None where nothing is guided: in the other methods, and after --guide_until.
+    or None where nothing is guided: in the other methods, and after --guide_until. The guidance is
+    the mean over the blocks that the Guide has: all sparse ones, as in the paper, unless its caller
+    chose some (ours).
     """
     terms = {"task": F.cross_entropy(output.logits.float(), targets,
                                      label_smoothing=cfg.label_smoothing)}
@@ -877,9 +879,7 @@ def plan(given, own=lambda folder: None, change=lambda job: None):
     job = Job(cfg, data, sets, model, state)
     change(job)
     if state:
-        if state["data_md5"] != data.md5:
-            raise ValueError(f"the run in {cfg.out} was started on other images: its data had the "
-                             f"md5 {state['data_md5']}, {data.name} has {data.md5}")
+        refuse_other_images(state, data, f"the run in {cfg.out} was started")
         checkpoint.restore(model, state["student"], cfg.out)
     teacher = teacher_of(job) if "guide" in METHODS[cfg.method] else None
     if cfg.out is None:
@@ -927,6 +927,13 @@ def refuse_other(given, state, sentence):
             continue
         raise ValueError(f"{sentence} with --{name} {its}, not {value}: leave the flag out, or "
                          f"train another run")
+
+
+def refuse_other_images(state, data, sentence):
+    """ValueError where a checkpoint has seen other images: some may be of the test now."""
+    if state["data_md5"] != data.md5:
+        raise ValueError(f"{sentence} on other images: its data had the md5 {state['data_md5']}, "
+                         f"{data.name} has {data.md5}")
 
 
 def teacher_of(job):
@@ -1085,14 +1092,12 @@ def evaluate(given):
     A checkpoint's word makes no folder and downloads nothing: the images lie in --data_dir, or a
     --data cifar100 of the user's own asks for them.
     """
-    state = checkpoint.read(given["eval"], Config)
+    state = checkpoint.read(given["eval"], Config, ["data_md5"])
     refuse_other(given, state, f"{given['eval']} was trained")
     here = {"data_dir": "data"} | OF_THE_MACHINE | {"compile": False}
     cfg = resolve(state["config"] | here | given)
     data = load(cfg.data, cfg.data_dir, cfg.device, "data" in given, cfg.image_size)
-    if state.get("data_md5") != data.md5:
-        raise ValueError(f"{given['eval']} was trained on other images than {data.name} has now, "
-                         f"some of which may be its test: give --images DIR to classify pictures")
+    refuse_other_images(state, data, f"{given['eval']} was trained")
     model = build(cfg, data)
     checkpoint.restore(model, state["student"], given["eval"])
     images, labels = split(cfg, data).test

@@ -217,11 +217,11 @@ class StableMoE(Remedy):
 
     The light router sees what no training changes: a patch's own pixels and its place, as the
     paper's sees a word and not its context (arXiv:2204.08396, section 2; its stages 1 and 2). Once
-    it is frozen, the task loss is the only one. Ours: the class token has the pixels of the mean
-    patch, or one expert would serve it in every image. The gate stays the learning router's
-    softmax; the paper's is a sigmoid. The weight of the distillation is small: at weight 1 the
-    light router's gradient would be a good part of what is clipped, though AdamW itself is all but
-    blind to that weight.
+    it is frozen, the task loss is the only one, as in the authors' code. Ours: the class token has
+    the pixels of the mean patch, or one expert would serve it in every image. The gate stays the
+    learning router's softmax; the paper's is a sigmoid. The weight of the distillation is small: at
+    weight 1 the light router's gradient would be a good part of what is clipped, though AdamW
+    itself is all but blind to that weight.
     """
     share, weight = 0.1, 0.01
 

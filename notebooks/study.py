@@ -41,17 +41,7 @@ import report
 import train
 from notebooks import decided, lite0, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
-from notebooks.decided import (
-    ACC,
-    ARMS,
-    FIRST,
-    GRIDS,
-    METRICS,
-    SCALES,
-    STEADY,
-    VAL,
-    Estimate,
-)
+from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, STEADY, VAL
 from notebooks.ideas import IDEAS
 from notebooks.probes import MOVED, closing_look
 
@@ -443,9 +433,9 @@ def contrast_of(h):
     return " + ".join(h.plus) + "".join(f" − {arm}" for arm in h.minus)
 
 
-def estimates(rows, h, drawn):
-    """A hypothesis' cells: its estimate and, if any row is `drawn` from, that over images too."""
-    e = decided.contrast(rows, h.metric, h.plus, h.minus)
+def estimates(rows, h, e, drawn):
+    """A hypothesis' cells: its estimate `e` and, if any row is `drawn` from, that over images too.
+    """
     cells = [decided.signed(e, 2 if h.metric.startswith(ACC) else 3)]
     if drawn:
         both = decided.over_images(rows, h.plus, h.minus) if h.metric == ACC else None
@@ -460,9 +450,10 @@ def hypotheses_table(grid, rows):
              + "| over images too " * drawn + "| n | p, Holm | verdict |",
              "|-|-|-|-|-|-|-|-|-|" + "-|" * drawn]
     judged = decided.judge(grid, rows)
-    for h, (_, p, verdict) in judged.items():
+    for h, (e, p, verdict) in judged.items():
         least = f"{h.least:g}" if h.margin is None else f"within ±{h.margin:g}"
-        cells = [h.claim, h.source, h.metric, contrast_of(h), least, *estimates(rows, h, drawn)]
+        cells = [h.claim, h.source, h.metric, contrast_of(h), least,
+                 *estimates(rows, h, e, drawn)]
         lines.append(f"| {' | '.join([*cells, shown(p), verdict])} |")
     if least := decided.detectable(judged):
         lines.append(f"\nAt the median standard error of these contrasts in accuracy, the first is "
@@ -477,9 +468,11 @@ def hypotheses_table(grid, rows):
 def afterwards(grid, rows):
     """A table in a list, or an empty list: what was asked when rows were known."""
     drawn = any("hits" in row for row in rows)
-    lines = [f"| {h.claim} | {h.metric} | {contrast_of(h)} | "
-             f"{' | '.join(estimates(rows, h, drawn))} |"
-             for h in decided.AFTERWARDS if h.grid == grid]
+    lines = []
+    for h in (h for h in decided.AFTERWARDS if h.grid == grid):
+        e = decided.contrast(rows, h.metric, h.plus, h.minus)
+        lines.append(f"| {h.claim} | {h.metric} | {contrast_of(h)} | "
+                     f"{' | '.join(estimates(rows, h, e, drawn))} |")
     return [] if not lines else ["\n".join([
         "Asked after the first rows were seen, so without p and verdict:", "",
         "| asked | metric | contrast | estimate [95 %] " + "| over images too " * drawn + "| n |",
@@ -618,15 +611,15 @@ ASTRAY = "tgr-k1-oracle-alone"
 
 def unrelated(grid, rows):
     """A table in a list, or an empty list: does any metric of the arms foretell another?"""
-    lines = []
+    lines, rho = [], "{:+.2f} [{:+.2f}, {:+.2f}]"
     for cause, effect in decided.UNRELATED.get(grid, ()):
         if found := decided.rank_correlation(rows, cause, effect):
             _, low, high, arms, n = found
             others = [r for r in rows if r["arm"] != ASTRAY]
+            fewer = decided.rank_correlation(others, cause, effect)
             lines.append(" | ".join([
-                f"| {effect}", cause, decided.signed(Estimate(*found[:3], n)),
-                decided.signed(Estimate(*(decided.rank_correlation(others, cause, effect)
-                                          or 3 * [None])[:3], n)), str(arms), str(n),
+                f"| {effect}", cause, rho.format(*found), rho.format(*fewer) if fewer else "–",
+                str(arms), str(n),
                 *(f"{decided.reliability(others, name):.2f}" for name in (effect, cause)),
                 f"{'' if low <= 0 <= high else 'not '}as expected |"]))
     return [] if not lines else ["\n".join([

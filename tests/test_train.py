@@ -1008,7 +1008,7 @@ def test_eval_tests_a_checkpoint_class_by_class(capsys):
 def test_eval_refuses_images_that_are_not_the_ones_of_the_training(capsys, monkeypatch):
     run()
     monkeypatch.setattr(train, "load", lambda *args, **how: SMALL._replace(md5="other"))
-    assert "was trained on other images than synthetic has now" in refusal_of(
+    assert "run/checkpoint.pt was trained on other images: its data had the md5" in refusal_of(
         capsys, "--eval", "run/checkpoint.pt")
 
 
