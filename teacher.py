@@ -47,7 +47,7 @@ class Guide(nn.Module):
 
     `guide(images)` sees the images that the student sees, augmented and mixed (ours), and gives
     {student's block number: logits (T, E)}. `blocks` maps a student's block to the teacher's block
-    that feeds it, by default the one at the same relative depth; a sparse block that it leaves out
+    that feeds it, by default the one at the same relative depth. A sparse block that it leaves out
     is not guided. The feature of our ViT is what
     that block's MLP is given (ours). The teacher is frozen in place. It and its routers are dropped
     at inference. A dense student has no routers but may have heads, as in notebooks/controls.py.
