@@ -248,10 +248,10 @@ def pictures(name, folder, size):
     classes, labels = found[0].classes, [torch.tensor(part.targets) for part in found]
     if divided and found[1].classes != classes:
         raise ValueError(f"{name}: train/ and test/ must hold the same classes")
-    if not divided and len(labels[0]) < 10:
-        raise ValueError(f"{name} has {len(labels[0])} pictures, of which a tenth is to be the "
-                         f"test: bring 10 or more, or put them into train/ and test/")
     if not divided:
+        if len(labels[0]) < 10:
+            raise ValueError(f"{name} has {len(labels[0])} pictures, of which a tenth is to be the "
+                             f"test: bring 10 or more, or put them into train/ and test/")
         order = torch.randperm(len(labels[0]), generator=torch.Generator().manual_seed(0))
         rows = order[len(order) // 10:], order[:len(order) // 10]
         images, labels = [images[0][r] for r in rows], [labels[0][r] for r in rows]

@@ -9,6 +9,7 @@ This is the second edition. A review of the first (its grids are FIRST, its rows
 blocks, for factors crossed, and for claims no stronger than their intervals.
 """
 import base64
+import itertools
 import math
 import statistics
 from typing import NamedTuple
@@ -55,6 +56,7 @@ class Arm(NamedTuple):
     flags: str                      # of train.py
     control: str | None = None      # a name in controls.py or remedies.py, for what no flag can say
     teacher: str = "dense"          # a name in controls.TEACHERS
+    placed: tuple = ()              # words of remedies.Placed: what is as under a hash
 
 
 TGR, MOE = "--method tgr --k 1", "--method moe --k 1"
@@ -75,6 +77,11 @@ REMEDIES = {"loss-free bias": False, "expert choice": False, "default outputs": 
             "grouter": False, "coupled": True, "similar": False, "random fixed": False,
             "hash": False}
 REMEDIED = {name: f"moe-k1-{name.replace(' ', '-')}" for name in REMEDIES}
+# From V-MoE without its own losses to the floor 'hash', by what they differ in: eight models
+WORDS_OF_HASH = "class token", "patches", "gate 1"
+PLACED = {words: f"moe-k1-placed-{'-'.join(words).replace(' ', '-')}"
+          for n in range(4) for words in itertools.combinations(WORDS_OF_HASH, n)}
+PLACED |= {(): "moe-k1-no-aux", WORDS_OF_HASH: REMEDIED["hash"]}
 # own ideas for guiding the routing alone, in ideas.py; the last one has no teacher
 GUIDED = ("near the top", "while unsure", "evened", "by value")
 VAL = "--split val"         # a tenth of the training images stands for the test images
@@ -98,6 +105,11 @@ ARMS = {
        for teacher in ("untrained", "random", "k-means")},
     # what others do about blocking and fluctuation, and the floor
     **{arm: Arm(MOE if REMEDIES[name] else NO_AUX, name) for name, arm in REMEDIED.items()},
+    # what of the floor 'hash' is it? And the same for V-MoE and for a router guided by TGR
+    **{arm: Arm(NO_AUX, placed=words) for words, arm in PLACED.items()
+       if words not in ((), WORDS_OF_HASH)},
+    "moe-k1-class-token": Arm(MOE, placed=("class token",)),
+    "tgr-k1-router-alone-class-token": Arm(TGR, "router alone", placed=("class token",)),
     # ideas are looked at on validation images
     "moe-k1-val": Arm(f"{MOE} {VAL}"), "moe-k1-no-aux-val": Arm(f"{NO_AUX} {VAL}"),
     "tgr-k1-router-alone-val": Arm(f"{TGR} {VAL}", "router alone"),
@@ -163,6 +175,14 @@ GRIDS = {
         "moe-k1-val": None, "moe-k1-no-aux-val": "moe-k1-val",
         "tgr-k1-router-alone-val": "moe-k1-val", **dict.fromkeys(IDEAS.values(), "moe-k1-val")},
         first=100),
+    # Why was a hash of the place ahead of V-MoE and of every remedy, in the first six blocks of
+    # `routing`? A hash gives one expert to the class tokens of all images. In three blocks that we
+    # looked at, V-MoE shared them among nearly all experts. These seeds are fresh
+    "place": Grid("cpu", 5, {
+        "moe-k1": None, "moe-k1-class-token": "moe-k1", "tgr-k1-router-alone": "moe-k1",
+        "tgr-k1-router-alone-class-token": "tgr-k1-router-alone",
+        **{arm: "moe-k1-no-aux" if words else "moe-k1" for words, arm in PLACED.items()}},
+        first=20),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (
@@ -239,6 +259,8 @@ METRICS = {
     "agreement with the end at 1/6": over_time("sixth_agreement_final"),
     "agreement with the end at 1/2": over_time("half_agreement_final"),
     "load entropy": unless(SEVERAL, lambda row: row["load_entropy"]),
+    # of the class tokens alone: 0 is one expert for those of all images
+    "class token's load entropy": unless(SEVERAL, lambda row: row.get("class_load_entropy")),
     "expert similarity": lambda row: row.get("similarity"),
     "own-domain accuracy": probing("own"),
     "other-domain accuracy": probing("others"),
@@ -263,6 +285,8 @@ COLUMNS = {
         "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
         "oracle cosine", "worth of the choice", "mean gate", "experts per token",
         "follows the teacher")),
+    "place": ("agreement with the end at 1/2", "load entropy", "class token's load entropy",
+              "mean gate", "follows the teacher"),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
                "gate accuracy", "gate's lead over blind ones"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
@@ -315,6 +339,12 @@ def crossed(grid, mark=""):
                    (router, features), (both, none)),
         Hypothesis(grid, f"TGR is as accurate as guided features alone{said}", "ours", ACC,
                    (both,), (features,), margin=MARGIN)]
+
+
+def with_and_without(word):
+    """The arms of PLACED that have a word, and those that have it not."""
+    return (tuple(arm for words, arm in PLACED.items() if word in words),
+            tuple(arm for words, arm in PLACED.items() if word not in words))
 
 
 HYPOTHESES = [
@@ -378,6 +408,24 @@ HYPOTHESES = [
       for name, arm in IDEAS.items() for what, other in (
         ("V-MoE", "moe-k1-val"), ("V-MoE without its own losses", "moe-k1-no-aux-val"),
         ("one guided by TGR's KL", "tgr-k1-router-alone-val"))),
+    # What serves an image's class token learns from that image, and behind the last block nothing
+    # else is read: so experts that share the class tokens learn from a part of the images each.
+    # Sums are over the four pairs of models that differ in one word alone
+    Hypothesis("place", "a hash of the place beats V-MoE", "ours", ACC, (REMEDIED["hash"],),
+               (NONE,), 0.8),
+    Hypothesis("place", "one expert for all class tokens helps, by half a point (sum of four)",
+               "ours", ACC, *with_and_without("class token"), 4 * MARGIN),
+    Hypothesis("place", "the patches' place is as good as their router (sum of four)", "ours", ACC,
+               *with_and_without("patches"), margin=4 * MARGIN),
+    Hypothesis("place", "a gate of 1 helps (sum of four)", "ours", ACC,
+               *with_and_without("gate 1")),
+    Hypothesis("place", "one expert for all class tokens helps V-MoE with its own losses", "ours",
+               ACC, ("moe-k1-class-token",), (NONE,), MARGIN),
+    Hypothesis("place", "a guided router shares class tokens among fewer experts than V-MoE",
+               "ours", "class token's load entropy", (NONE,), (ROUTER,), 0.1),
+    Hypothesis("place", "guiding the router adds less where class tokens have one expert anyway",
+               "ours", ACC, (ROUTER, PLACED["class token",]),
+               ("moe-k1-no-aux", "tgr-k1-router-alone-class-token")),
     Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
                (BOTH,)),
     Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,

@@ -187,6 +187,9 @@ def closing_look(job, guide, control, moved=0):
     found |= {"similarity": report.mean(
                   expert_similarity(student.blocks[b - 1].mlp, layers[b].h) for b in blocks),
               "oracle_cosine": report.mean(oracle_cosine(student, x, y, b) for b in blocks),
+              "class_load_entropy": report.mean(report.load_entropy(report.load_share(
+                  r.chosen.view(-1, student.n_tokens, cfg.k)[:, 0].cpu().numpy(), cfg.n_experts))
+                  for r in routings.values()),
               # what all chosen experts of a token weigh together
               "mean_gate": report.mean(r.gates.sum(dim=1).mean().item() for r in routings.values()),
               "experts_per_token": report.mean(

@@ -297,23 +297,49 @@ class RandomFixed(Remedy):
         return MoE.forward(self, x, routing._replace(gates=torch.ones_like(routing.gates)))
 
 
-class HashRouting(Remedy):
-    """The other floor: a token's place decides, by a hash (arXiv:2106.04426, whose hash is of the
-    word). K = 1, and gates of 1. So one expert serves the class token of every image."""
+class Placed(Remedy):
+    """What is it that a hash does otherwise than V-MoE? Three things, each of which can be had
+    alone (ours). K = 1.
+
+    `words` says which: the expert of the "class token", or of the "patches", is named by a hash of
+    the place, and not by the router; with "gate 1" a chosen expert counts in full. Where the router
+    chooses, such a gate keeps a gradient, that of log p, straight through. Without words it is
+    V-MoE, with all three `HashRouting`.
+    """
+    WORDS = "class token", "patches", "gate 1"
     has_oracle = False
 
-    def __init__(self, moe, job):
+    def __init__(self, moe, job, *words):
         super().__init__(moe, job)
         if self.router.k != 1:
             raise ValueError(f"a hash names one expert: --k cannot be {self.router.k}, give 1")
-        self.router.requires_grad_(False)
-        self.register_buffer("expert_of", torch.tensor(
-            [hashed(n, self.router.n_experts) for n in range(job.model.n_tokens)]))
+        if other := set(words) - set(self.WORDS):
+            raise ValueError(f"{', '.join(sorted(other))} cannot be had of a hash: choose from "
+                             f"{', '.join(self.WORDS)}")
+        self.in_full = "gate 1" in words
+        experts = [hashed(n, self.router.n_experts) for n in range(job.model.n_tokens)]
+        named = ["class token" in words, *["patches" in words] * (len(experts) - 1)]
+        self.register_buffer("expert_of", torch.tensor(experts))                        # (N,)
+        self.register_buffer("named", torch.tensor(named), persistent=False)
 
     def remedied(self, x, routing):
-        chosen = self.expert_of.repeat(len(routing.gates) // len(self.expert_of))[:, None]
-        return MoE.forward(self, x, routing._replace(
-            chosen=chosen, gates=torch.ones_like(routing.gates)))
+        B = len(routing.gates) // len(self.named)
+        named, expert_of = (v.repeat(B)[:, None] for v in (self.named, self.expert_of))  # (T, 1)
+        chosen = torch.where(named, expert_of, routing.chosen)
+        gates = routing.probs.gather(1, chosen)
+        if self.in_full:
+            log_p = routing.logits.log_softmax(dim=1).gather(1, chosen)
+            gates = torch.where(named, 1.0, (log_p - log_p.detach()).exp())
+        return MoE.forward(self, x, routing._replace(chosen=chosen, gates=gates))
+
+
+class HashRouting(Placed):
+    """The other floor: a token's place decides, by a hash (arXiv:2106.04426, whose hash is of the
+    word). K = 1, and gates of 1. So one expert serves the class token of every image."""
+
+    def __init__(self, moe, job):
+        super().__init__(moe, job, *self.WORDS)
+        self.router.requires_grad_(False)
 
 
 def hashed(n, E):
@@ -366,15 +392,18 @@ REMEDIES = {"loss-free bias": LossFreeBias, "expert choice": ExpertChoice,
             "similar": SimBal, "random fixed": RandomFixed, "hash": HashRouting}
 
 
-def remedy(name, *trained):
-    """The change that puts a remedy into every sparse block of a job's model (train.plan).
+def remedy(name, *more):
+    """The change that puts a remedy, or "placed", into every sparse block of a job's model
+    (train.plan).
 
-    `trained` is the V-MoE, on a CPU, whose routing "grouter" takes; no other remedy has one.
+    `more` is the V-MoE, on a CPU, whose routing "grouter" takes, or the words of `Placed`.
     """
+    layer = (REMEDIES | {"placed": Placed})[name]
+
     def change(job):
         for b in job.model.moe_blocks:
             block = job.model.blocks[b - 1]
-            block.mlp = REMEDIES[name](block.mlp, job, *trained).to(job.cfg.device)
+            block.mlp = layer(block.mlp, job, *more).to(job.cfg.device)
 
     return change
 

@@ -170,7 +170,7 @@ def plan_one(arm, seed, scale, block, data_dir, how=""):
 
     A run in the folder `block` that has ended is only read.
     """
-    _, control, teacher = ARMS[arm]
+    _, control, teacher, placed = ARMS[arm]
     flags, dense, trained = flags_of(arm, scale), None, []
     taught = "tgr" in flags or control in LOSSES
     if taught and TEACHERS[teacher][0] is TEACHERS["dense"][0]:
@@ -180,7 +180,8 @@ def plan_one(arm, seed, scale, block, data_dir, how=""):
         other = train_teacher(flags_of("moe-k1", scale), scale, seed, block / "other", data_dir,
                               how)
         trained = [train.load_model(other, device="cpu")[0]]
-    change = remedies.remedy(control, *trained) if control in remedies.REMEDIES else None
+    change = (remedies.remedy("placed", *placed) if placed else
+              remedies.remedy(control, *trained) if control in remedies.REMEDIES else None)
     planned, job = prepare(f"{SCALES[scale]} {flags} {how}", block / arm, data_dir, seed, dense,
                            change)
     guide = None
@@ -190,7 +191,8 @@ def plan_one(arm, seed, scale, block, data_dir, how=""):
         SETUPS[control](job, guide)
     if guide and job.ended:
         guide.routers.load_state_dict(job.state["routers"])
-    return job, guide, remedies.losses if change else (LOSSES | IDEAS).get(control)
+    losses = dict.fromkeys(remedies.REMEDIES, remedies.losses) | LOSSES | IDEAS
+    return job, guide, losses.get(control)
 
 
 def answers(grid, arm, job, guide):

@@ -385,6 +385,68 @@ def test_a_floor_has_gates_of_1_and_a_router_that_never_learns(name):
         assert routing.chosen.view(3, 5).tolist() == [[hashed(n, 4) for n in range(5)]] * 3
 
 
+def placed(*words, B=3):
+    """(a V-MoE's layer, the same one with these words of a hash, B images of 4 tokens)."""
+    moe = MoE(D, H, E, 1).double()
+    torch.nn.init.normal_(moe.router.weight)
+    job = SimpleNamespace(model=SimpleNamespace(n_tokens=4))
+    return moe, remedies.Placed(moe, job, *words).double(), torch.randn(
+        B, 4, D, dtype=torch.float64, requires_grad=True)
+
+
+def answer_and_gradients(layer, x, dy):
+    y = layer(x)[0]
+    return y, *torch.autograd.grad((y * dy).sum(), [x, layer.router.weight, layer.experts.w_in],
+                                   allow_unused=True)
+
+
+def test_a_hash_of_which_nothing_is_taken_is_v_moe_to_the_bit_and_of_which_all_is_a_hash():
+    moe, layer, x = placed()
+    dy = torch.randn_like(x)
+    for ours, theirs in zip(answer_and_gradients(layer, x, dy), answer_and_gradients(moe, x, dy),
+                            strict=True):
+        assert torch.equal(ours, theirs)
+    moe, layer, x = placed(*remedies.Placed.WORDS)
+    _, routing, _ = layer(x)
+    assert routing.chosen.view(3, 4).tolist() == 3 * [[hashed(n, E) for n in range(4)]]
+    _, to_x, to_router, _ = answer_and_gradients(layer, x, dy)
+    f = outputs_of(layer, x.flatten(0, 1))[torch.arange(12), routing.chosen[:, 0]]
+    assert_close(to_x, torch.autograd.grad((f.view_as(x) * dy).sum(), x)[0])
+    assert to_router is None or not to_router.any()         # it chooses nobody and weighs nobody
+
+
+@pytest.mark.parametrize("words", [("class token",), ("patches",), ("class token", "patches")])
+def test_a_named_token_goes_where_its_place_says_by_its_routers_gate_and_others_are_routed(words):
+    moe, layer, x = placed(*words)
+    own = moe.router(x.flatten(0, 1))
+    routing = layer(x)[1]
+    here = torch.tensor(["class token" in words, *3 * ["patches" in words]]).repeat(3)
+    place = torch.tensor([hashed(n, E) for n in range(4)]).repeat(3)
+    assert (own.chosen[:, 0] != place)[here].any()
+    expected = torch.where(here, place, own.chosen[:, 0])
+    assert routing.chosen[:, 0].tolist() == expected.tolist()
+    assert torch.equal(routing.gates[:, 0], own.probs[torch.arange(12), expected])
+    # dL/dz = q p_c (onehot(c) - p), whoever chose c
+    dy = torch.randn_like(x)
+    q = (outputs_of(layer, x.flatten(0, 1))[torch.arange(12), expected]
+         * dy.flatten(0, 1)).sum(dim=1, keepdim=True)
+    dz = q * routing.gates * (F.one_hot(expected, E) - own.probs)
+    assert_close(answer_and_gradients(layer, x, dy)[2], dz.T @ x.flatten(0, 1))
+
+
+def test_a_gate_of_1_has_the_slope_of_log_p_where_the_router_chose_and_none_where_a_place_did():
+    _, layer, x = placed("class token", "gate 1")
+    y, routing, _ = layer(x)
+    assert (routing.gates == 1).all()
+    f = outputs_of(layer, x.flatten(0, 1))[torch.arange(12), routing.chosen[:, 0]]
+    assert_close(y.flatten(0, 1), f)
+    dy = torch.randn_like(x)
+    q = (f * dy.flatten(0, 1)).sum(dim=1, keepdim=True)
+    dz = q * (F.one_hot(routing.chosen[:, 0], E) - routing.probs)
+    dz[::4] = 0                                             # the class tokens
+    assert_close(answer_and_gradients(layer, x, dy)[2], dz.T @ x.flatten(0, 1))
+
+
 # --- couple router and experts by a loss ---
 
 def test_the_coupling_by_hand(monkeypatch):
@@ -560,6 +622,8 @@ def test_what_a_remedy_cannot_do_it_says():
     for name in ("sparse mixer", "hash"):
         with pytest.raises(ValueError, match="--k cannot be 2, give 1"):
             plan(name, "--k", "2")
+    with pytest.raises(ValueError, match="place cannot be had of a hash: choose from class token"):
+        placed("place")
 
 
 def test_dense_work_is_counted():

@@ -63,7 +63,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def prepared(arm, flags=""):
     """(job, guide, losses, a batch) of an arm, as train_one would begin it."""
-    _, control, teacher = ARMS[arm]
+    _, control, teacher, _ = ARMS[arm]
     words = f"{SCALE} {study.flags_of(arm, 'cpu')} {flags}".split()
     _, job = train.plan(train.parse([word.replace("tgr", "moe") for word in words]
                                     + ["--out", "unused"]))
@@ -437,6 +437,7 @@ def test_an_arm_of_validation_images_never_sees_a_test_image_and_says_so(monkeyp
     assert [(t["val_accuracy"] is None, t["test_accuracy"]) for t in teachers] == 2 * [
         (False, None)]                                      # nor has a teacher seen held-out ones
     for row in found:
+        assert ("guidance" in row["terms"]) == (row["arm"] != "moe-k1-val")
         assert METRICS["accuracy"](row) == 100 * row["val_accuracy"]
         assert decided.bits(row).mean() == pytest.approx(row["val_accuracy"])
     capsys.readouterr()
@@ -954,6 +955,40 @@ def test_grouter_takes_the_routing_of_a_v_moe_that_shares_no_seed_with_it(monkey
         assert go("--only", arm, "--seed", "3", grid="routing") == 0
     assert trained == [("moe", 1003), ("moe", 3), ("moe", 3)]
     assert len({r["config"]["seed"] for r in rows()}) == 1
+
+
+def test_what_a_hash_does_otherwise_is_crossed_in_eight_models():
+    found = {arm: ARMS[arm].placed for arm in GRIDS["place"].arms}
+    found["moe-k1-hash"] = decided.WORDS_OF_HASH            # which is a remedy
+    cells = {words: arm for words, arm in decided.PLACED.items() if found[arm] == words}
+    assert len(cells) == 8 and set(decided.WORDS_OF_HASH) == set(remedies.Placed.WORDS)
+    assert {ARMS[arm].flags for arm in cells.values()} == {decided.NO_AUX}
+    for word in decided.WORDS_OF_HASH:
+        have, lack = decided.with_and_without(word)
+        pairs = {(cells[words], cells[tuple(w for w in words if w != word)])
+                 for words in cells if word in words}
+        assert len(pairs) == 4 and ({a for a, _ in pairs}, {b for _, b in pairs}) == (
+            set(have), set(lack)) and len(have) == len(lack) == 4
+
+
+def test_a_named_class_token_has_one_expert_and_the_other_words_leave_it_alone():
+    arms = ("moe-k1", "moe-k1-class-token", "tgr-k1-router-alone-class-token", "moe-k1-hash",
+            "moe-k1-placed-patches-gate-1")
+    assert go("--only", ",".join(arms), "--seed", "20", grid="place") == 0
+    found = {r["arm"]: r for r in rows()}
+    entropy = {arm: METRICS["class token's load entropy"](r) for arm, r in found.items()}
+    assert [arm for arm in arms if entropy[arm] == 0] == [*arms[1:4]]
+    assert 0 < entropy["moe-k1"] <= 1 and 0 < entropy[arms[4]] <= 1
+    assert found[arms[1]]["terms"].keys() == found["moe-k1"]["terms"].keys() == {
+        "task", "load", "entropy"}
+    assert found[arms[2]]["terms"].keys() == {
+        "task", "guidance", "teacher_load", "teacher_entropy"}
+    assert found[arms[4]]["mean_gate"] == 1 and found[arms[1]]["mean_gate"] < 1
+    job, *_ = study.plan_one(arms[2], 20, "cpu", Path("runs/study/cpu/place/seed20-c0ffee"), "data")
+    routing = job.model(SMALL.normalise(SMALL.test.images)).layers[2].routing
+    chosen = routing.chosen.view(-1, 5)
+    assert (chosen[:, 0] == 0).all() and (routing.probs.argmax(dim=1).view(-1, 5)[:, 0] != 0).any()
+    assert torch.equal(chosen[:, 1:], routing.probs.argmax(dim=1).view(-1, 5)[:, 1:])
 
 
 def test_one_token_at_a_time_visits_every_expert_and_all_else_stays():
