@@ -179,10 +179,10 @@ GRIDS = {
     # `routing`? A hash gives one expert to the class tokens of all images. In three blocks that we
     # looked at, V-MoE shared them among nearly all experts. These seeds are fresh
     "place": Grid("cpu", 5, {
-        "moe-k1": None, "moe-k1-class-token": "moe-k1", "tgr-k1-router-alone": "moe-k1",
+        "moe-k1": "dense", "moe-k1-class-token": "moe-k1", "tgr-k1-router-alone": "moe-k1",
         "tgr-k1-router-alone-class-token": "tgr-k1-router-alone",
-        **{arm: "moe-k1-no-aux" if words else "moe-k1" for words, arm in PLACED.items()}},
-        first=20),
+        **{arm: "moe-k1-no-aux" if words else "moe-k1" for words, arm in PLACED.items()},
+        "dense": None}, first=20),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (
@@ -421,6 +421,8 @@ HYPOTHESES = [
                *with_and_without("gate 1")),
     Hypothesis("place", "one expert for all class tokens helps V-MoE with its own losses", "ours",
                ACC, ("moe-k1-class-token",), (NONE,), MARGIN),
+    Hypothesis("place", "... so that experts help", "ours", ACC, ("moe-k1-class-token",),
+               ("dense",), 0.8),
     Hypothesis("place", "a guided router shares class tokens among fewer experts than V-MoE",
                "ours", "class token's load entropy", (NONE,), (ROUTER,), 0.1),
     Hypothesis("place", "guiding the router adds less where class tokens have one expert anyway",
