@@ -954,6 +954,7 @@ def test_grouter_takes_the_routing_of_a_v_moe_that_shares_no_seed_with_it(monkey
     for arm in ("moe-k1-grouter", "moe-k1-stable"):
         assert go("--only", arm, "--seed", "3", grid="routing") == 0
     assert trained == [("moe", 1003), ("moe", 3), ("moe", 3)]
+    assert all("remedy" in r["terms"] for r in rows())      # its own penalty is in the loss
     assert len({r["config"]["seed"] for r in rows()}) == 1
 
 
