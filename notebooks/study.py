@@ -723,45 +723,42 @@ def results(page):
     return "\n\n".join(filter(None, [" · ".join(links), *sections.values(), again]))
 
 
-# The arms on the front page, at scale cpu: what they are called there, and whether router and
-# features are guided.
-FRONT = {"dense": ("dense ViT", "– / no"), "moe-k1": ("V-MoE", "no / no"),
-         "tgr-k1-router-alone": ("router guided alone", "yes / no"),
+# The front page shows one grid, and of it these arms: what they are called there, and whether
+# router and features are guided.
+FRONT_GRID = "placement"
+FRONT = {"moe-k1": ("V-MoE", "no / no"), "tgr-k1-router-alone": ("router guided alone", "yes / no"),
          "moe-k1-features-alone": ("features guided alone", "no / yes"),
          "tgr-k1": ("TGR", "yes / yes")}
 
 
 def front(page):
-    """What does guidance guide? A row for each of the five models that say it."""
-    rows = alike([row for row in read_rows() if row["scale"] == "cpu" and row["arm"] in FRONT
-                  and "machine" not in row], list(FRONT))
+    """What does guidance guide? A row for each of the four models that say it."""
+    scale = GRIDS[FRONT_GRID].scale
+    rows = decided.complete(rows_of(FRONT_GRID, scale), FRONT)
     if not rows:
         return "The study has no rows yet."
     lines = ["| model | guided: router / features | test accuracy, % "
-             "| against V-MoE, paired by seed [95 %] | steadiness | n |", "|-|-|-|-|-|-|"]
-    made_at = {}                                            # commits > models
+             "| against V-MoE [95 %] | settled at half-time | n |", "|-|-|-|-|-|-|"]
     for arm, (model, guided) in FRONT.items():
         some = [row for row in rows if row["arm"] == arm]
         against = "–" if arm == "moe-k1" else decided.signed(
             decided.contrast(rows, ACC, (arm,), ("moe-k1",)))
         lines.append(f"| {model} | {guided} | {report.pooled([METRICS[ACC](r) for r in some])} "
-                     f"| {against} | {report.pooled([METRICS[STEADY](r) for r in some])} "
+                     f"| {against} | {report.pooled([METRICS[decided.HALF](r) for r in some])} "
                      f"| {len(some)} |")
-        commits = all_of(some, lambda row: (row["commit"] or "unknown")[:12])
-        made_at.setdefault(commits or "none", []).append(model)
-    commits = "; ".join(f"{some} ({', '.join(models)})" for some, models in made_at.items())
     first = rows[0]
     return "\n".join([*lines, "", (
         f"CIFAR-100, {first['labels']} labels, {first['train_images']:,} training images, "
         f"{first['epochs']} epochs of preset {first['preset']} on a CPU; the teacher has seen all "
-        f"training images. Mean ± sample standard deviation over n seeds; steadiness is the share "
-        f"of tokens that keep their expert from one epoch to the next, early in training."), "", (
+        f"training images. Mean ± sample standard deviation over n blocks of one seed, teacher, "
+        f"machine and commit each, within which differences are taken. Settled is the share of "
+        f"tokens that half-way through training have the expert that they will have in the end."),
+        "", (
         f"<details><summary>How these rows were made, and what they cannot say</summary>\n\n"
-        f"{recipe(rows, 'cpu')}; commits {commits}. A guided router has no load and entropy losses "
-        f"of its own; V-MoE's has. The t-intervals are over seeds alone, for one teacher and one "
-        f"set of images, and not corrected for their number. Early is the first quarter of "
-        f"training. Features guided alone were thought of after the first rows. All grids, "
-        f"verdicts and figures: [{PAGE.name}]({link(PAGE, page)}).\n\n</details>")])
+        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'])}. A guided router has "
+        f"no load and entropy losses of its own; V-MoE's has. The t-intervals are over blocks, for "
+        f"one set of images, and not corrected for their number. All grids, verdicts and figures: "
+        f"[{PAGE.name}]({link(PAGE, page)}).\n\n</details>")])
 
 
 BLOCKS = {"page": ("study", results), "front": ("front", front)}    # option: (marker, its text)

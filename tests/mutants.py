@@ -1379,6 +1379,8 @@ MUTANTS = [
     ("notebooks/probes.py", "exam = sets.val or sets.test", "exam = sets.test"),
     ("notebooks/decided.py", 'if row["test_accuracy"] is None else', "if False else"),
     ("notebooks/study.py", "remedies.losses) | LOSSES | IDEAS", "remedies.losses) | LOSSES"),
+    ("notebooks/study.py", "rows = decided.complete(rows_of(FRONT_GRID, scale), FRONT)",
+     "rows = rows_of(FRONT_GRID, scale)"),
     # a hash taken apart
     ("notebooks/remedies.py", "chosen = torch.where(named, expert_of, routing.chosen)",
      "chosen = torch.where(named, routing.chosen, expert_of)", "test_remedies.py"),

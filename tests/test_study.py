@@ -1409,13 +1409,15 @@ def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
     begin, end = study.markers(option)
     Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n", encoding="utf-8")
     written()
+    in_blocks(dict.fromkeys(study.FRONT, (0.3, 0.01, 0.5)), blocks=3)
     assert "not what the rows say" in study.disagreement("a.md")
     assert study.main(["report", f"--{option}", "a.md"]) == 0
     text = Path("a.md").read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
     assert f"Written by `python notebooks/study.py report --{option} a.md`." in text
     assert study.main(["report", "--check", "a.md"]) == 0
-    study.append(study.RESULTS / "main.jsonl", full("tgr-k1-router-alone", 0, 0.4))
+    study.append(study.RESULTS / "placement.jsonl", full("tgr-k1", 0, 0.4) | {
+        "grid": "placement", "machine": "a"})               # a run that was made again
     assert study.main(["report", "--check", "a.md"]) == 2
     assert f"report --{option} a.md" in capsys.readouterr().err
 
@@ -1435,20 +1437,29 @@ def test_a_page_begins_with_a_link_to_every_grid_and_finds_its_pictures_from_whe
     assert "](../../figures/study-cpu-main-differences.png)" in text
 
 
-def test_the_front_page_pairs_each_model_with_v_moe_and_names_its_runs_commits():
-    written()
-    for s in range(3):
-        later = full("moe-k1-features-alone", s, 0.4 + 0.01 * s) | {"commit": "d" * 40}
-        study.append(study.RESULTS / "later.jsonl", later)
-    lines = study.front(Path("a.md")).splitlines()
-    assert lines[2:7] == [
-        "| dense ViT | – / no | 30.40 ± 0.55 | -2.00 [-2.00, -2.00] | – | 5 |",
-        "| V-MoE | no / no | 32.40 ± 0.55 | – | 0.50 ± 0.00 | 5 |",
-        "| router guided alone | yes / no | – | – | – | 0 |",
-        "| features guided alone | no / yes | 41.00 ± 1.00 | +8.67 [+5.80, +11.54] | – | 3 |",
-        "| TGR | yes / yes | 32.40 ± 0.55 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 | 5 |"]
-    assert ("commits c (dense ViT, V-MoE, TGR); none (router guided alone); dddddddddddd (features "
-            "guided alone)") in "".join(lines)
+def in_blocks(arms, blocks, grid="placement"):
+    """Rows of arms {arm: (accuracy, what it gains from block to block, settled)}."""
+    found = [full(arm, s, start + step * s) | {
+        "grid": grid, "machine": "a", "consistency": {"half_agreement_final": settled}}
+        for arm, (start, step, settled) in arms.items() for s in range(blocks)]
+    for r in found:
+        study.append(study.RESULTS / f"{grid}.jsonl", r)
+    return found
+
+
+def test_the_front_page_pairs_each_model_with_v_moe_in_the_blocks_that_have_all():
+    in_blocks({"moe-k1": (0.3, 0.01, 0.5), "tgr-k1": (0.4, 0.02, 0.75),
+               "tgr-k1-router-alone": (0.31, 0.01, 0.6)}, blocks=4)
+    in_blocks({"moe-k1-features-alone": (0.38, 0.01, 0.7)}, blocks=3)
+    text = study.front(Path("a.md"))
+    assert text.splitlines()[2:6] == [
+        "| V-MoE | no / no | 31.00 ± 1.00 | – | 0.50 ± 0.00 | 3 |",
+        "| router guided alone | yes / no | 32.00 ± 1.00 | +1.00 [+1.00, +1.00] | 0.60 ± 0.00 "
+        "| 3 |",
+        "| features guided alone | no / yes | 39.00 ± 1.00 | +8.00 [+8.00, +8.00] | 0.70 ± 0.00 "
+        "| 3 |",
+        "| TGR | yes / yes | 42.00 ± 2.00 | +11.00 [+8.52, +13.48] | 0.75 ± 0.00 | 3 |"]
+    assert "; commit c. " in text
 
 
 def test_an_untrained_teachers_accuracy_is_no_teachers():
