@@ -78,6 +78,21 @@ def test_in_the_newer_runs_a_guided_routers_interval_contains_0():
         assert found.n >= 5 and found.low < 0 < found.high
 
 
+def test_what_the_readme_says_below_its_table_is_in_the_rows():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    rows, guided = study.rows_of("routing", "cpu"), "tgr-k1-router-alone"
+    for arm, other in ((guided, "moe-k1"), (guided, "moe-k1-no-aux"), ("moe-k1-hash", "moe-k1")):
+        found = decided.contrast(rows, "accuracy", (arm,), (other,))
+        assert found.n == 10 and decided.signed(found) in text
+    judged = decided.judge("routing", rows)
+    said = {h.claim: verdict for h, (*_, verdict) in judged.items()}
+    claim = "a router guided by a dense teacher beats V-MoE"
+    assert len(said) == 35
+    assert said[claim] == said[f"{claim} without its own losses"] == "undecided"
+    mixer = decided.contrast(rows, "accuracy", ("moe-k1-dense-mixer",), ("moe-k1",))
+    assert max(-mixer.low, mixer.high) < 0.4
+
+
 def test_every_flag_in_a_command_exists_and_every_method_is_known():
     known = {f.name for f in fields(Config)} | {"help", "config"}
     text = README.read_text(encoding="utf-8") + RESULTS.read_text(encoding="utf-8")
