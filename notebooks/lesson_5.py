@@ -156,22 +156,22 @@ def paid(rows, found):
         its = [METRICS["oracle cosine"](row) for row in rows if row["arm"] == arm]
         cosines[arm] = None if None in its else np.mean(its)
 
-    def mark(label, arm, gain, colour):
-        if near := cosines.get(arm):
-            side, ha = (-5, "right") if near < cosines["moe-k1"] else (5, "left")
-            axes[0, 1].plot(near, gain, "o", color=colour, ms=8)
-            axes[0, 1].annotate(label, (near, gain), xytext=(side, 4), ha=ha, fontsize=8,
-                                textcoords="offset points")
-
+    marks = [("V-MoE", cosines["moe-k1"], 0.0, "black")]
     place = {label: at for at, label in enumerate(reversed(found))}
     for colour, (kind, arms) in zip(COLOURS, KINDS.items(), strict=False):
         for label, arm in arms.items():
             e, at = found[label], place[label]
             axes[0, 0].plot([e.low, e.high], [at, at], color=colour, lw=2)
             axes[0, 0].plot(e.mean, at, "o", color=colour)
-            mark(label, arm, e.mean, colour)
+            if near := cosines.get(arm):
+                marks.append((label, near, e.mean, colour))
         axes[0, 0].plot([], [], "o", color=colour, label=kind)
-    mark("V-MoE", "moe-k1", 0.0, "black")
+    for label, near, gain, colour in marks:                 # right of who has a neighbour at left
+        right = near >= cosines["moe-k1"] or any(
+            0 < near - x < 0.12 and abs(gain - y) < 0.03 for _, x, y, _ in marks)
+        axes[0, 1].plot(near, gain, "o", color=colour, ms=8)
+        axes[0, 1].annotate(label, (near, gain), xytext=(5 if right else -5, 4), fontsize=8,
+                            ha="left" if right else "right", textcoords="offset points")
     axes[0, 0].axvline(0, color="black", lw=0.8)
     axes[0, 0].set(yticks=range(len(place)), yticklabels=place,
                    xlabel="points of test accuracy above V-MoE, 95 % interval")
