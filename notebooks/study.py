@@ -398,7 +398,7 @@ def overview():
                      f"{len(todo)} to do" + (f", {hours}" if todo else ""))
         for arm in its.arms:
             left = sum(a == arm for a, _ in todo)
-            lines.append(f"    {arm:<28}{its.blocks - left} of {its.blocks} blocks")
+            lines.append(f"    {arm:<36}{its.blocks - left} of {its.blocks} blocks")
     return "\n".join(lines)
 
 

@@ -1341,7 +1341,7 @@ def test_the_list_counts_what_is_done_and_to_do(monkeypatch):
             machine="m", commit="c") for s in range(3)])
     lines = study.overview().splitlines()
     assert "mutual, scale whole: 3 done, 27 to do, about 13.5 hours with 2 workers" in lines
-    assert "    moe-k2                      3 of 5 blocks" in lines
+    assert f"    {'moe-k2':36}3 of 5 blocks" in lines
     assert "factors, scale gpu: 0 done, 65 to do, hours unknown: no run yet" in lines
 
 
