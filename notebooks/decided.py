@@ -176,8 +176,8 @@ GRIDS = {
         "tgr-k1-router-alone-val": "moe-k1-val", **dict.fromkeys(IDEAS.values(), "moe-k1-val")},
         first=100),
     # Why was a hash of the place ahead of V-MoE and of every remedy, in the first six blocks of
-    # `routing`? A hash gives one expert to the class tokens of all images. In three blocks that we
-    # looked at, V-MoE shared them among nearly all experts. These seeds are fresh
+    # `routing`? A hash gives one expert to the class tokens of all images, and V-MoE need not: in
+    # three of those blocks, looked at by hand, it did not. These seeds are fresh
     "place": Grid("cpu", 5, {
         "moe-k1": "dense", "moe-k1-class-token": "moe-k1", "tgr-k1-router-alone": "moe-k1",
         "tgr-k1-router-alone-class-token": "tgr-k1-router-alone",

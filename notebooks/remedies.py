@@ -15,6 +15,7 @@ from torch import nn
 import train
 from data import batches, steps_per_epoch
 from moe import MoE
+from notebooks.decided import WORDS_OF_HASH
 from router import averaged
 
 
@@ -306,7 +307,7 @@ class Placed(Remedy):
     chooses, such a gate keeps a gradient, that of log p, straight through. Without words it is
     V-MoE, with all three `HashRouting`.
     """
-    WORDS = "class token", "patches", "gate 1"
+    WORDS = WORDS_OF_HASH
     has_oracle = False
 
     def __init__(self, moe, job, *words):

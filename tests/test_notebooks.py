@@ -201,10 +201,17 @@ evened = said["a router guided 'evened' beats one guided by TGR's KL"][0]
 assert max(-mixer.low, mixer.high) < 0.4 and max(-evened.low, evened.high) < 0.2
 assert round(over["hash"].mean, 1) == 1.8 > 2.5 * max(said[claim][0].mean for claim in ahead)
 from notebooks.decided import rank_correlation
-for cause in ("oracle cosine", "worth of the choice"):
-    assert rank_correlation(grid, cause, "accuracy")[2] < 0
-    _, low, high, *_ = rank_correlation(grid, cause, "agreement with the end at 1/2")
-    assert low > 0 or high < 0
+from notebooks.study import ASTRAY
+every = [rank_correlation(grid, cause, effect) for effect in (
+    "accuracy", "agreement with the end at 1/2") for cause in (
+    "oracle cosine", "worth of the choice")]
+assert not any(low <= 0 <= high for _, low, high, *_ in every)
+near, worth, calm_near, calm_worth = (rank_correlation(
+    [r for r in grid if r["arm"] != ASTRAY], cause, effect) for effect in (
+    "accuracy", "agreement with the end at 1/2") for cause in (
+    "oracle cosine", "worth of the choice"))
+assert near[1] < 0 < near[2] and worth[1] < 0 < worth[2] and calm_near[2] < 0 < calm_worth[1]
+assert round(said[foreseen[0]][0].mean, 1) == 2.7
 """,
 }
 ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins
