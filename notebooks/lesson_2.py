@@ -12,6 +12,7 @@ import report
 from notebooks import decided
 from notebooks.decided import CELLS, NAMES
 from notebooks.lesson import RESULTS, Table, display, dots, patch_map, rows, show
+from notebooks.study import interaction
 from report import COLOURS
 
 SHOWN = (0, 3, 5, 10, 14, 25)           # probe images whose objects can be told at 32 pixels
@@ -188,17 +189,8 @@ def crossed(of, metric, cells, title, ylabel, digits=1):
     found = list(estimates(of, metric, cells).values())
     fig, axes = report.sheet(title.format(*(f"{e.mean:+.{digits}f}" for e in found)), 1, 2, 10, 4.6,
                              width_ratios=[1, 1.3])
-    none, router, features, both = cells
-    for pair, name, style, colour in (((none, features), "router free", "o--", COLOURS[0]),
-                                      ((router, both), "router guided", "s-", COLOURS[3])):
-        each = [[decided.METRICS[metric](r) for r in of if r["arm"] == arm] for arm in pair]
-        axes[0, 0].plot([np.mean(values) for values in each], style[1:], color=colour, lw=2)
-        for at, values in enumerate(each):
-            axes[0, 0].plot([at] * len(values), values, style[0], ms=7, mfc="none", mew=1.5,
-                            color=colour)
-        axes[0, 0].plot([], style, color=colour, mfc="none", label=name)
-    axes[0, 0].set(xlim=(-0.3, 1.3), xticks=(0, 1), ylabel=ylabel,
-                   xticklabels=("features free", "features guided"))
+    interaction(axes[0, 0], of, metric, cells)
+    axes[0, 0].set_ylabel(ylabel)
     axes[0, 0].legend(loc="upper left")
     axes[0, 1].axhline(0, color="black", lw=0.8)
     for at, (plus, minus) in enumerate(list(decided.effects(cells).values())[:4]):

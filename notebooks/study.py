@@ -646,7 +646,8 @@ def may_change(row):
 
 
 def picture_paths(grid, scale, rows):
-    names = ["differences", *["agreement"] * any(map(may_change, rows)),
+    names = ["differences", *["crossed"] * bool(crossed_in(grid, rows)),
+             *["agreement"] * any(map(may_change, rows)),
              *["alpha"] * (grid in ("alpha", "mutual"))]
     return {name: FIGURES / f"study-{scale}-{grid}-{name}.png" for name in names}
 
@@ -670,6 +671,49 @@ def plot_differences(grid, rows):
     axes[0, 0].invert_yaxis()
     axes[0, 0].set_xlabel(f"points of {exam(rows[0])} accuracy, paired by seed, 95 % interval")
     axes[0, 0].grid(axis="x", alpha=0.25)
+    return fig
+
+
+def interaction(axis, rows, metric, cells):
+    """Draw four models of two crossed factors: a ring for each block, a line through the means."""
+    none, router, features, both = cells
+    for pair, name, style, colour in (((none, features), "router free", "o--", report.COLOURS[0]),
+                                      ((router, both), "router guided", "s-", report.COLOURS[3])):
+        each = [[METRICS[metric](r) for r in rows if r["arm"] == arm] for arm in pair]
+        axis.plot([statistics.fmean(values) for values in each], style[1:], color=colour, lw=2)
+        for at, values in enumerate(each):
+            axis.plot([at] * len(values), values, style[0], ms=7, mfc="none", mew=1.5, color=colour)
+        axis.plot([], [], style, color=colour, mfc="none", label=name)
+    axis.set(xlim=(-0.3, 1.3), xticks=(0, 1), xticklabels=("features free", "features guided"))
+
+
+def crossed_in(grid, rows):
+    """{setting: (the rows of the blocks that have all four models, the models)} of a grid."""
+    found = {}
+    for title, its, mark in CROSSED:
+        if its == grid and (some := decided.complete(rows, four := decided.cells(grid, mark))):
+            found[title] = some, four
+    return found
+
+
+def plot_crossed(grid, rows):
+    """Accuracy and settled tokens, with router and features guided or free, in every setting."""
+    settings = crossed_in(grid, rows)
+    gains = [decided.contrast(some, ACC, (arms[at],), arms[:1])
+             for at in (2, 1) for some, arms in settings.values()]
+    fig, axes = report.sheet(
+        "Fewer than three blocks: no verdict yet" if min(e.n for e in gains) < 3 else
+        "Points above V-MoE: {} with features alone guided, {} with routers".format(*(
+            " and ".join(f"{e.mean:+.1f}" for e in some)
+            for some in (gains[:len(settings)], gains[len(settings):]))),
+        2, len(settings), 4.5 * len(settings), 7, sharey="row")
+    for column, (setting, (some, arms)) in zip(axes.T, settings.items(), strict=True):
+        for axis, metric in zip(column, (ACC, decided.HALF), strict=True):
+            interaction(axis, some, metric, arms)
+        column[0].set_title(f"{setting} (n={len({decided.block(r) for r in some})})")
+    axes[0, 0].set_ylabel(f"{exam(rows[0])} accuracy, %")
+    axes[1, 0].set_ylabel("settled at half-time")
+    axes[0, 0].legend(loc="upper left")
     return fig
 
 
@@ -700,6 +744,7 @@ def plot_alpha(rows):
 def draw(grid, scale):
     rows = rows_of(grid, scale)
     plots = {"differences": lambda: plot_differences(grid, rows),
+             "crossed": lambda: plot_crossed(grid, rows),
              "agreement": lambda: report.plot_methods(
                  [row for row in rows if may_change(row)], lambda row: row["arm"]),
              "alpha": lambda: plot_alpha(rows)}

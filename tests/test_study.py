@@ -1537,6 +1537,31 @@ def test_a_figure_of_differences_counts_none_below_three_seeds():
     assert title(3) == "1 of 1 differences in accuracy have an interval without 0"
 
 
+def test_a_figure_of_crossed_factors_has_a_panel_for_each_setting_and_a_ring_for_each_run():
+    reached = {"": (0.30, 0.31, 0.40, 0.44), "-late": (0.50, 0.52, 0.57, 0.50)}
+    found = [row(arm, s, a + 0.01 * s, consistency={"half_agreement_final": a + 0.1 + 0.01 * s})
+             for mark, its in reached.items()
+             for arm, a in zip(decided.cells("placement", mark), its, strict=True)
+             for s in range(5) if (arm, s) != ("tgr-k1-late", 4)]
+    figure = study.plot_crossed("placement", found)
+    assert figure.get_suptitle() == ("Points above V-MoE: +10.0 and +7.0 with features alone "
+                                     "guided, +1.0 and +2.0 with routers")
+    left, right, below, _ = figure.axes
+    assert [axis.get_title() for axis in (left, right)] == [
+        "experts in blocks 2, 4, 6 (n=5)", "experts in the paper's blocks (n=4)"]
+    lines = [line.get_ydata() for line in left.lines if line.get_linestyle() != "None"]
+    assert [list(its) for its in lines if len(its)] == [
+        pytest.approx([32.0, 42.0]), pytest.approx([33.0, 46.0])]       # router free, guided
+    rings = [(line.get_xdata()[0], len(line.get_xdata())) for line in right.lines
+             if line.get_linestyle() == "None"]
+    assert rings == [(0, 4), (1, 4), (0, 4), (1, 4)]        # the block that lacks a model is out
+    assert max(max(line.get_ydata(), default=0) for line in below.lines) == pytest.approx(0.58)
+    few = [r for r in found if r["seed"] < 2]
+    assert study.plot_crossed("placement", few).get_suptitle().startswith("Fewer than three")
+    assert "crossed" in study.picture_paths("placement", "cpu", found)
+    assert "crossed" not in study.picture_paths("placement", "cpu", found[:10])
+
+
 def test_the_rows_that_are_there_are_the_studys_own(monkeypatch):
     Path("results").mkdir()
     row = json.dumps({"method": "moe", "seed": 0}) + "\n"
