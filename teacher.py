@@ -48,9 +48,9 @@ class Guide(nn.Module):
     `guide(images)` sees the images that the student sees, augmented and mixed (ours), and gives
     {student's block number: logits (T, E)}. `blocks` maps a student's block to the teacher's block
     that feeds it, by default the one at the same relative depth. A sparse block that it leaves out
-    is not guided. The feature of our ViT is what
-    that block's MLP is given (ours). The teacher is frozen in place. It and its routers are dropped
-    at inference. A dense student has no routers but may have heads, as in notebooks/controls.py.
+    is not guided. The feature of our ViT is what that block's MLP is given (ours). The teacher is
+    frozen in place. It and its routers are dropped at inference. A dense student has no routers but
+    may have heads, as in notebooks/controls.py.
 
     A teacher is a module with `dims`, {block: D}, and `features(images)`, {block: (B, N, D)} with
     the class token first: a `ViT` or a `Pretrained`. N may differ from the student's.

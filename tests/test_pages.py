@@ -70,15 +70,15 @@ def test_no_result_names_a_folder_of_the_machine_that_made_it(path):
                       path.read_text(encoding="utf-8")) == []
 
 
-def test_in_the_newer_runs_a_guided_routers_interval_contains_0():
-    rows = study.rows_of("placement", "cpu")
-    for late in ("", "-late"):
-        found = decided.contrast(rows, "accuracy", (f"tgr-k1-router-alone{late}",),
-                                 (f"moe-k1{late}",))
-        assert found.n >= 5 and found.low < 0 < found.high
-
-
 def test_what_the_readme_says_below_its_table_is_in_the_rows():
+    table, (none, router, features, both) = study.rows_of(study.FRONT_GRID, "cpu"), study.FRONT
+    same = decided.contrast(table, "accuracy", (both,), (features,))
+    assert same.n >= 5 and same.low < 0 < same.high
+    assert decided.contrast(table, "accuracy", (router,), (none,)).high < decided.contrast(
+        table, "accuracy", (features,), (none,)).low / 4                    # "little"
+    steady = {arm: decided.contrast(table, decided.HALF, (both,), (arm,)).low
+              for arm in (none, router, features)}
+    assert min(steady.values()) > 0                                         # "earliest"
     text = " ".join(README.read_text(encoding="utf-8").split())
     rows, guided = study.rows_of("routing", "cpu"), "tgr-k1-router-alone"
     for arm, other in ((guided, "moe-k1"), (guided, "moe-k1-no-aux"), ("moe-k1-hash", "moe-k1"),
