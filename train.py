@@ -385,7 +385,7 @@ def objective(cfg, output, targets, teacher_logits=None):
         load, entropy = teacher_router_losses(teacher_logits)
         terms["teacher_load"] = cfg.load_weight * load
         terms["teacher_entropy"] = cfg.entropy_weight * entropy
-        n_tokens = len(output.layers[1].h) // len(targets)
+        n_tokens = len(next(iter(output.layers.values())).h) // len(targets)
         terms["guidance"] = cfg.guide_weight / len(teacher_logits) * sum(
             guidance_loss(z, routed[b].routing.logits, cfg.guide_tokens, n_tokens)
             for b, z in teacher_logits.items())
