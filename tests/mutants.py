@@ -781,6 +781,8 @@ MUTANTS = [
     ("notebooks/study.py", "[STEADY](row) not in (None, 1)", "[STEADY](row) != 1"),
     ("notebooks/study.py", "METRICS[STEADY](row) not in", "report.early_agreement(row) not in"),
     ("notebooks/study.py", "for row in rows if may_change(row)]", "for row in rows]"),
+    ("train.py", "next(iter(output.layers.values())).h", "output.layers[1].h",
+     "tests/test_study.py"),
     ("notebooks/study.py", "if e.n >= 3]", "if e.n >= 2]"),
     ("notebooks/study.py", "(some := decided.complete(rows, four := decided.cells(grid, mark)))",
      "(some := [r for r in rows if r['arm'] in (four := decided.cells(grid, mark))])"),

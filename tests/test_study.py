@@ -71,7 +71,7 @@ def prepared(arm, flags=""):
     dense = job._replace(state=None, model=train.build(train.resolve(train.parse(
         [*SCALE.split(), "--method", "dense", "--moe_blocks=", "--seed", "1"])), SMALL))
     guide = controls.guide_by(teacher, job, dense)
-    if guide.routers["1"].weight.requires_grad:             # confident, unlike the student
+    if next(guide.routers.parameters()).requires_grad:      # confident, unlike the student
         for router in guide.routers.values():
             torch.nn.init.normal_(router.weight)
     if control in controls.SETUPS:
@@ -140,6 +140,15 @@ def test_a_free_router_learns_as_the_method_says_and_a_guided_one_has_no_losses_
         job, guide, losses, batch = prepared(arm)
         assert losses(job.cfg, job.model, guide, *batch).keys() == {
             "task", "guidance", "teacher_load", "teacher_entropy"} | own
+
+
+@pytest.mark.parametrize("arm", [
+    "tgr-k1", "tgr-k1-router-alone", "moe-k1-features-alone", "dense-features-alone",
+    "tgr-k1-oracle-alone", "moe-k1-logits", "tgr-k1-distil-only", "tgr-k1-last-layer"])
+def test_a_control_guides_a_student_whose_first_block_is_dense(arm):
+    job, guide, losses, batch = prepared(arm, "--moe_blocks 2")
+    terms = losses(job.cfg, job.model, guide, *batch)
+    assert terms["logits" if "logits" in arm else "guidance"] > 0
 
 
 def test_guided_features_weigh_what_guided_routers_weigh():
