@@ -537,6 +537,12 @@ AFTERWARDS = [
                  (other,)) for other, what in (
         (REMEDIED["random fixed"], "the floor 'random fixed'"), (NONE, "V-MoE"),
         ("moe-k1-no-aux", "V-MoE without its own losses"), (ROUTER, "a router guided by TGR"))),
+    *(Hypothesis("place", what, "ours", ACC, (arm,), (other,)) for what, arm, other in (
+        ("a hash beside the dense ViT", REMEDIED["hash"], "dense"),
+        ("a hash beside V-MoE without its own losses", REMEDIED["hash"], "moe-k1-no-aux"),
+        ("the patches' place alone", PLACED["patches",], "moe-k1-no-aux"),
+        ("... beside V-MoE", PLACED["patches",], NONE),
+        ("... beside the dense ViT", PLACED["patches",], "dense"))),
     Hypothesis("placement", "TGR beside guided features alone, in the sum of both placements",
                "ours", ACC, (BOTH, f"{BOTH}-late"), (FEATURES, f"{FEATURES}-late")),
 ]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import report
 from moe import MoE
-from notebooks.decided import BEST_ARM, BEST_IDEA, METRICS, REMEDIED, block, contrast
+from notebooks.decided import BEST_ARM, BEST_IDEA, METRICS, PLACED, REMEDIED, block, contrast
+from notebooks.decided import WORDS_OF_HASH as HASH
 from notebooks.lesson import dots, show
 from notebooks.remedies import REMEDIES
 from report import COLOURS
@@ -181,6 +182,37 @@ def paid(rows, found):
                    ylabel="points of test accuracy above V-MoE")
     show(fig, "Left: paired differences of test accuracy from V-MoE, sorted, a colour for each "
               "kind. Right: the same differences against the cosine with the oracle's gradient")
+
+
+def added(rows):
+    """What each word of a hash adds to V-MoE without its own losses, beside the other words:
+    {word: {the others: Estimate}}, from models that differ in that word alone."""
+    return {word: {others: contrast(rows, "accuracy", (PLACED[tuple(
+        w for w in HASH if w in (word, *others))],), (arm,))
+        for others, arm in PLACED.items() if word not in others} for word in HASH}
+
+
+def on_average(its):
+    """The mean of some Estimates {name: Estimate}."""
+    return np.mean([e.mean for e in its.values()]).item()
+
+
+def apart(adds):
+    """Draw what `added` found: a line for each pair of models."""
+    fig, axes = report.sheet("On average over the others, " + ", ".join(
+        f"“{word}” adds {on_average(its):+.1f}" for word, its in adds.items()), 1, 1, 9, 4.6)
+    labels = []
+    for colour, (word, its) in zip(COLOURS, adds.items(), strict=False):
+        for others, e in its.items():
+            axes[0, 0].plot([e.low, e.high], [len(labels)] * 2, color=colour, lw=2)
+            axes[0, 0].plot(e.mean, len(labels), "o", color=colour)
+            labels.append(f"{word}, beside {' and '.join(others)}" if others else f"{word} alone")
+    axes[0, 0].axvline(0, color="black", lw=0.8)
+    axes[0, 0].set(yticks=range(len(labels)), yticklabels=labels,
+                   xlabel="points of test accuracy that it adds, 95 % interval")
+    axes[0, 0].invert_yaxis()
+    show(fig, "What each of a hash's three differences adds to V-MoE in points of test accuracy, "
+              "alone and beside the others: twelve paired differences with their intervals")
 
 
 def by_luck(rows, arms, plain, draws=100_000):

@@ -212,6 +212,26 @@ near, worth, calm_near, calm_worth = (rank_correlation(
     "oracle cosine", "worth of the choice"))
 assert near[1] < 0 < near[2] and worth[1] < 0 < worth[2] and calm_near[2] < 0 < calm_worth[1]
 assert round(said[foreseen[0]][0].mean, 1) == 2.7
+assert {r["seed"] for r in fresh} == {*range(20, 25)} and max(
+    adds, key=lambda word: on_average(adds[word])) == "patches"
+assert [round(on_average(its), 1) for its in adds.values()] == [0.4, 1.5, -0.5]
+one, place, whole = adds.values()
+assert min(e.low for e in place.values()) > 0
+assert [round(f(e.mean for e in place.values()), 1) for f in (min, max)] == [0.7, 2.3]
+assert all((e.high < 0) == ("patches" not in others) for others, e in whole.items())
+assert round(max(e.mean for e in one.values()), 1) == round(one["patches", "gate 1"].mean, 1) == 0.7
+told = {h.claim: (e, verdict) for h, (e, _, verdict) in judge("place", fresh).items()}
+back = "a hash of the place beats V-MoE"
+assert len(told) == 8 and {claim for claim, (_, verdict) in told.items() if verdict == "met"} == {
+    back, "a guided router shares class tokens among fewer experts than V-MoE"}
+assert round(told[back][0].mean, 1) == 1.8
+for claim in ("one expert for all class tokens helps, by half a point (sum of four)",
+              "guiding the router adds less where class tokens have one expert anyway"):
+    assert told[claim][0].low < 0 < told[claim][0].high
+twin = {arm: contrast(fresh, "accuracy", (arm,), ("dense",)) for arm in ("moe-k1", "moe-k1-hash")}
+assert twin["moe-k1"].mean < 0 and round(twin["moe-k1-hash"].mean, 1) == 1.6
+assert said["the remedy 'stable' beats V-MoE"][1] == "undecided"
+assert said["the remedy 'grouter' beats V-MoE"][1] == "undecided"
 """,
 }
 ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins
@@ -379,6 +399,30 @@ def test_verdicts_show_what_was_decided_beside_what_came(monkeypatch):
                        "+8.61 [+7.69, +9.52]", "< .001", "met"]
     assert ["TGR is as accurate as guided features alone", "ours", "within ±0.5"] in [
         row[:3] for row in rows]
+
+
+def test_what_a_word_of_a_hash_adds_is_asked_of_two_models_that_differ_in_it_alone(monkeypatch):
+    from notebooks import decided, lesson_5
+    worth = {"class token": 1, "patches": 2, "gate 1": -3}
+    rows = [{"arm": arm, "seed": seed, "test_accuracy": 0.01 * (
+        20 + seed + sum(map(worth.get, words)) + 10 * (len(words) == 2))}   # two together: 10 more
+        for words, arm in decided.PLACED.items() for seed in (20, 21, 22)]
+    adds = lesson_5.added(rows)
+    assert list(adds) == list(worth)
+    for word, its in adds.items():
+        assert [round(e.mean - worth[word], 6) for e in its.values()] == [0, 10, 10, -10]
+        assert [(e.n, word in others) for others, e in its.items()] == [(3, False)] * 4
+        assert lesson_5.on_average(its) == pytest.approx(worth[word] + 2.5)
+    figures = []
+    monkeypatch.setattr(lesson_5, "show", lambda fig, alt: figures.append(fig))
+    lesson_5.apart(adds)
+    axis, = figures[0].axes
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    assert labels[0] == "class token alone"
+    assert labels[7] == "patches, beside class token and gate 1"
+    drawn = [line.get_xydata()[0] for line in axis.lines if line.get_marker() == "o"]
+    assert [at for _, at in drawn] == list(range(12))
+    assert [x for x, _ in drawn] == [e.mean for its in adds.values() for e in its.values()]
 
 
 def test_the_best_of_several_equals_is_ahead_by_what_chance_gives_the_best():

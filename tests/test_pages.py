@@ -90,6 +90,12 @@ def test_what_the_readme_says_below_its_table_is_in_the_rows():
     claim = "a router guided by a dense teacher beats V-MoE"
     assert len(said) == 35
     assert said[claim] == said[f"{claim} without its own losses"] == "undecided"
+    fresh = study.rows_of("place", "cpu")
+    have, lack = decided.with_and_without("patches")
+    of_four = [value / 4 for value in decided.contrast(fresh, "accuracy", have, lack)[:3]]
+    twin = decided.contrast(fresh, "accuracy", ("moe-k1-hash",), ("dense",))
+    assert twin.n == 5 and decided.signed(twin) in text
+    assert "{:+.2f} [{:+.2f}, {:+.2f}] on average".format(*of_four) in text
     mixer = decided.contrast(rows, "accuracy", ("moe-k1-dense-mixer",), ("moe-k1",))
     assert max(-mixer.low, mixer.high) < 0.4
 
