@@ -669,7 +669,8 @@ def plot_differences(grid, rows):
     axes[0, 0].axvline(0, color="black", lw=1)
     axes[0, 0].set_yticks(range(len(found)), [f"{name} (n={e.n})" for name, e in found.items()])
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlabel(f"points of {exam(rows[0])} accuracy, paired by seed, 95 % interval")
+    axes[0, 0].set_xlabel(f"points of {exam(rows[0])} accuracy, paired by seed, 95 % interval",
+                          loc="right")                      # for long names leave little room
     axes[0, 0].grid(axis="x", alpha=0.25)
     return fig
 
