@@ -641,9 +641,9 @@ def fit(job, guide=None, command="", own_losses=None):
         same_everywhere(optimizer)
     with checkpoint.until_asked_to_stop("" if rank() else "stopping after this step") as asked:
         while progress.epoch < cfg.epochs:
-            started = time.perf_counter()
+            started = time.perf_counter() - progress.spent      # an interrupted epoch goes on
             terms = one_epoch(job, guide, compute, optimizer, scaler, progress, asked)
-            progress.spent += time.perf_counter() - started
+            progress.spent = time.perf_counter() - started
             if terms is not None:
                 first(look_and_note, job, progress, terms, optimizer.param_groups[0]["lr"])
                 first(say, cfg, progress, begun, time.perf_counter() - started)

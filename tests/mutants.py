@@ -973,8 +973,9 @@ MUTANTS = [
     ("train.py", 'if state["optimizer"] is None:', "if False:"),
     ("train.py", "        scaler.load_state_dict(state[\"scaler\"])\n", ""),
     ("train.py", "    if job.state:\n        return job\n", ""),
-    ("train.py", "            progress.spent += time.perf_counter() - started",
-                 "            progress.spent = time.perf_counter() - started"),
+    ("train.py", "started = time.perf_counter() - progress.spent ",
+                 "started = time.perf_counter() "),
+    ("train.py", "begun, time.perf_counter() - started)", "begun, progress.spent)"),
     ("train.py", "progress.seconds + progress.spent, 0.0", "progress.seconds + progress.spent, "
                  "progress.spent"),
     ("train.py", "if mended := first(write_files, job, progress_of(job.state)",

@@ -887,6 +887,26 @@ def test_with_a_capacity_the_share_of_dropped_choices_is_said(capsys):
     assert "dropped" not in run(out="free")[1][0]
 
 
+def test_an_epoch_that_was_interrupted_counts_in_full_where_the_rest_is_foretold(
+        monkeypatch, capsys):
+    clock = itertools.count(step=30.0)                      # every look at it is 30 s later
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+
+    def stop(*args, original=train.losses):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "losses", stop)
+        run("--epochs", "3")
+    capsys.readouterr()
+    main(["--resume", "--out", "run"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch ")]
+    # two parts of 30 s each, then a look of 30 s; two more epochs like this take 3 minutes
+    assert said[0].endswith("60.0 s  about 3 minutes left")
+    assert read_run("run")[0]["seconds"] == 120
+
+
 def test_the_first_epoch_says_how_long_the_rest_will_take(monkeypatch, capsys):
     clock = itertools.count(step=30.0)                      # every look at it is 30 s later
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
