@@ -261,34 +261,28 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_goes_on_bit_for_bit(monke
                                             "--out", "it's here"])
 
 
+@pytest.mark.parametrize("where, foretold, seconds", [
+    ("say", "about 60 s left", 90),     # after an epoch; the next one, and a look, took 30 s each
+    # amid an epoch: two parts of 30 s, then a look of 30 s; two more like this take 3 minutes
+    ("losses", "60.0 s  about 3 minutes left", 120)])
 def test_what_an_interrupted_run_has_spent_and_will_is_counted_over_all_its_parts(
-        monkeypatch, capsys):
+        where, foretold, seconds, monkeypatch, capsys):
     clock = itertools.count(step=30.0)                      # every look at it is 30 s later
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    original = getattr(train, where)
 
-    def stop(cfg, progress, *rest, original=train.say):
-        original(cfg, progress, *rest)
-        if progress.epoch == 1:
-            signal.raise_signal(signal.SIGINT)
+    def stop(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "say", stop)
+        patch.setattr(train, where, stop)
         run("--epochs", "3")
     capsys.readouterr()
     main(["--resume", "--out", "run"])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch ")]
-    assert said[0].endswith("about 60 s left") and "left" not in said[1]
-    assert read_run("run")[0]["seconds"] == 90
-
-    def ask(cfg, *rest, original=train.losses):
-        signal.raise_signal(signal.SIGINT)
-        return original(cfg, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "losses", ask)                 # amid an epoch
-        run(out="amid")
-    main(["--resume", "--out", "amid"])
-    assert read_run("amid")[0]["seconds"] == 60
+    assert said[0].endswith(foretold) and "left" not in said[1]
+    assert read_run("run")[0]["seconds"] == seconds
 
 
 def test_a_resumed_run_scales_its_loss_as_it_did_before():
@@ -885,26 +879,6 @@ def test_with_a_capacity_the_share_of_dropped_choices_is_said(capsys):
     assert 0.5 <= lines[0]["dropped"] < 1
     assert f"dropped {lines[0]['dropped']:.1%}" in capsys.readouterr().out
     assert "dropped" not in run(out="free")[1][0]
-
-
-def test_an_epoch_that_was_interrupted_counts_in_full_where_the_rest_is_foretold(
-        monkeypatch, capsys):
-    clock = itertools.count(step=30.0)                      # every look at it is 30 s later
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-
-    def stop(*args, original=train.losses):
-        signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "losses", stop)
-        run("--epochs", "3")
-    capsys.readouterr()
-    main(["--resume", "--out", "run"])
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch ")]
-    # two parts of 30 s each, then a look of 30 s; two more epochs like this take 3 minutes
-    assert said[0].endswith("60.0 s  about 3 minutes left")
-    assert read_run("run")[0]["seconds"] == 120
 
 
 def test_the_first_epoch_says_how_long_the_rest_will_take(monkeypatch, capsys):
