@@ -56,7 +56,7 @@ class Arm(NamedTuple):
     flags: str                      # of train.py
     control: str | None = None      # a name in controls.py or remedies.py, for what no flag can say
     teacher: str = "dense"          # a name in controls.TEACHERS
-    placed: tuple = ()              # words of remedies.Placed: what is as under a hash
+    placed: tuple = ()              # words of remedies.Placed: what is as under a hash, which hash
 
 
 TGR, MOE = "--method tgr --k 1", "--method moe --k 1"
@@ -82,6 +82,10 @@ WORDS_OF_HASH = "class token", "patches", "gate 1"
 PLACED = {words: f"moe-k1-placed-{'-'.join(words).replace(' ', '-')}"
           for n in range(4) for words in itertools.combinations(WORDS_OF_HASH, n)}
 PLACED |= {(): "moe-k1-no-aux", WORDS_OF_HASH: REMEDIED["hash"]}
+# other maps of the patches' places to experts, and more or fewer of these
+MAPS = {name: f"{REMEDIED['hash']}-{name.replace(' ', '-')}"
+        for name in ("neighbours", "another in each block", "coin")}
+MAPS_OF = {E: f"{REMEDIED['hash']}-E{E}" for E in (4, 16)}
 # own ideas for guiding the routing alone, in ideas.py; the last one has no teacher
 GUIDED = ("near the top", "while unsure", "evened", "by value")
 VAL = "--split val"         # a tenth of the training images stands for the test images
@@ -108,6 +112,9 @@ ARMS = {
     # what of the floor 'hash' is it? And the same for V-MoE and for a router guided by TGR
     **{arm: Arm(NO_AUX, placed=words) for words, arm in PLACED.items()
        if words not in ((), WORDS_OF_HASH)},
+    **{arm: Arm(NO_AUX, placed=(*WORDS_OF_HASH, name)) for name, arm in MAPS.items()},
+    **{arm: Arm(f"{NO_AUX} --n_experts {E}", "hash") for E, arm in MAPS_OF.items()},
+    "dense-told-the-place": Arm("--method dense", "told the place"),
     "moe-k1-class-token": Arm(MOE, placed=("class token",)),
     "tgr-k1-router-alone-class-token": Arm(TGR, "router alone", placed=("class token",)),
     # ideas are looked at on validation images
@@ -183,6 +190,12 @@ GRIDS = {
         "tgr-k1-router-alone-class-token": "tgr-k1-router-alone",
         **{arm: "moe-k1-no-aux" if words else "moe-k1" for words, arm in PLACED.items()},
         "dense": None}, first=20),
+    # It was the patches' place. So what of a place is it? Our hash gives an expert two patches,
+    # one two rows below the other, in every image and block
+    "maps": Grid("cpu", 5, {
+        REMEDIED["hash"]: "dense",
+        **dict.fromkeys((*MAPS.values(), *MAPS_OF.values()), REMEDIED["hash"]),
+        "dense-told-the-place": "dense", "dense": None}, first=30),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (
@@ -287,6 +300,7 @@ COLUMNS = {
         "follows the teacher")),
     "place": ("agreement with the end at 1/2", "load entropy", "class token's load entropy",
               "mean gate", "follows the teacher"),
+    "maps": ("load entropy", "expert similarity"),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
                "gate accuracy", "gate's lead over blind ones"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
@@ -428,6 +442,24 @@ HYPOTHESES = [
     Hypothesis("place", "guiding the router adds less where class tokens have one expert anyway",
                "ours", ACC, (ROUTER, PLACED["class token",]),
                ("moe-k1-no-aux", "tgr-k1-router-alone-class-token")),
+    # Weights of a place's own, or just to know the place, which a dense ViT can be told? If they
+    # are weights, the more places are told apart the better, and like places may share them
+    Hypothesis("maps", "a hash of the place beats a dense ViT that is told the place", "ours", ACC,
+               (REMEDIED["hash"],), ("dense-told-the-place",), 0.8),
+    Hypothesis("maps", "a dense ViT gains nothing when it is told the place", "ours", ACC,
+               ("dense-told-the-place",), ("dense",), margin=MARGIN),
+    Hypothesis("maps", "an expert for each patch beats one for two", "ours", ACC, (MAPS_OF[16],),
+               (REMEDIED["hash"],)),
+    Hypothesis("maps", "... and that one for four", "ours", ACC, (REMEDIED["hash"],),
+               (MAPS_OF[4],)),
+    Hypothesis("maps", "an expert of two neighbours beats one of patches two rows apart", "ours",
+               ACC, (MAPS["neighbours"],), (REMEDIED["hash"],)),
+    Hypothesis("maps", "other pairs in each block are as good", "ours", ACC,
+               (MAPS["another in each block"],), (REMEDIED["hash"],), margin=MARGIN),
+    Hypothesis("maps", "a coin, as even and as blind, is worse", "ours", ACC, (REMEDIED["hash"],),
+               (MAPS["coin"],), 0.8),
+    Hypothesis("maps", "... and worse than no experts", "ours", ACC, ("dense",),
+               (MAPS["coin"],)),
     Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
                (BOTH,)),
     Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,

@@ -15,7 +15,7 @@ from torch import nn
 import train
 from data import batches, steps_per_epoch
 from moe import MoE
-from notebooks.decided import WORDS_OF_HASH
+from notebooks.decided import MAPS, WORDS_OF_HASH
 from router import averaged
 
 
@@ -54,6 +54,11 @@ class Remedy(MoE):
         """What each expert makes of every token of x: (E, T, D), E / K times the usual work."""
         tokens = x.reshape(-1, x.shape[-1])
         return self.experts.batched(tokens.expand(self.router.n_experts, *tokens.shape))
+
+
+def number_of(layer, job):
+    """The number of the block whose MLP is `layer`, counted from 1."""
+    return 1 + [block.mlp for block in job.model.blocks].index(layer)
 
 
 def ranked(scores, k):
@@ -270,7 +275,7 @@ class Grouter(StableMoE):
         super().__init__(moe, job)
         if job.state is not None:                           # its checkpoint will bring it
             return
-        b = 1 + [block.mlp for block in job.model.blocks].index(moe)
+        b = number_of(moe, job)
         if trained is None or (trained.n_tokens, trained.moe_blocks) != (
                 job.model.n_tokens, job.model.moe_blocks) or (
                 trained.blocks[b - 1].mlp.router.n_experts != self.router.n_experts):
@@ -306,8 +311,12 @@ class Placed(Remedy):
     the place, and not by the router; with "gate 1" a chosen expert counts in full. Where the router
     chooses, such a gate keeps a gradient, that of log p, straight through. Without words it is
     V-MoE, with all three `HashRouting`.
+
+    One more word, of `MAPS`, names the patches' experts otherwise: "neighbours" share one; what the
+    hash names is shuffled, and so "another in each block"; or a "coin" is tossed for each patch in
+    each step, and in evaluation an image's number in its batch is added to the hash.
     """
-    WORDS = WORDS_OF_HASH
+    WORDS = (*WORDS_OF_HASH, *MAPS)
     has_oracle = False
 
     def __init__(self, moe, job, *words):
@@ -317,21 +326,36 @@ class Placed(Remedy):
         if other := set(words) - set(self.WORDS):
             raise ValueError(f"{', '.join(sorted(other))} cannot be had of a hash: choose from "
                              f"{', '.join(self.WORDS)}")
-        self.in_full = "gate 1" in words
-        experts = [hashed(n, self.router.n_experts) for n in range(job.model.n_tokens)]
-        named = ["class token" in words, *["patches" in words] * (len(experts) - 1)]
-        self.register_buffer("expert_of", torch.tensor(experts))                        # (N,)
-        self.register_buffer("named", torch.tensor(named), persistent=False)
+        self.in_full, self.drawn = "gate 1" in words, "coin" in words
+        E, N = self.router.n_experts, job.model.n_tokens
+        expert_of = torch.tensor([hashed(n, E) for n in range(N)])
+        if "neighbours" in words:
+            expert_of[1:] = torch.arange(N - 1) * E // (N - 1)
+        elif "another in each block" in words:
+            draw = torch.Generator().manual_seed(number_of(moe, job))
+            expert_of[1:] = expert_of[1:][torch.randperm(N - 1, generator=draw)]
+        named = torch.tensor(["class token" in words, *["patches" in words] * (N - 1)])
+        self.register_buffer("expert_of", expert_of)                                    # (N,)
+        self.register_buffer("named", named, persistent=False)
 
     def remedied(self, x, routing):
         B = len(routing.gates) // len(self.named)
-        named, expert_of = (v.repeat(B)[:, None] for v in (self.named, self.expert_of))  # (T, 1)
-        chosen = torch.where(named, expert_of, routing.chosen)
+        named = self.named.repeat(B)[:, None]                           # (T, 1)
+        chosen = torch.where(named, self.experts_named(B).view(-1, 1), routing.chosen)
         gates = routing.probs.gather(1, chosen)
         if self.in_full:
             log_p = routing.logits.log_softmax(dim=1).gather(1, chosen)
             gates = torch.where(named, 1.0, (log_p - log_p.detach()).exp())
         return MoE.forward(self, x, routing._replace(chosen=chosen, gates=gates))
+
+    def experts_named(self, B):
+        """(B, N) the expert that is named for each token."""
+        experts, E = self.expert_of.repeat(B, 1), self.router.n_experts
+        if self.drawn and self.training:
+            experts[:, 1:].random_(E)
+        elif self.drawn:
+            experts[:, 1:] += torch.arange(B, device=experts.device)[:, None]
+        return experts % E
 
 
 class HashRouting(Placed):
@@ -339,8 +363,25 @@ class HashRouting(Placed):
     word). K = 1, and gates of 1. So one expert serves the class token of every image."""
 
     def __init__(self, moe, job):
-        super().__init__(moe, job, *self.WORDS)
+        super().__init__(moe, job, *WORDS_OF_HASH)
         self.router.requires_grad_(False)
+
+
+class Told(nn.Module):
+    """A dense MLP that is told each token's place (ours): a vector of D numbers, learned from 0, is
+    added to its input. So it may know what a hash's experts know, without weights for each place.
+    """
+
+    def __init__(self, mlp, job):
+        super().__init__()
+        self.mlp = mlp
+        self.place = nn.Parameter(torch.zeros(job.model.n_tokens, mlp.fc_in.in_features))
+
+    def forward(self, x):
+        return self.mlp(x + self.place)
+
+    def flops(self, N):
+        return self.mlp.flops(N)
 
 
 def hashed(n, E):
@@ -391,20 +432,19 @@ REMEDIES = {"loss-free bias": LossFreeBias, "expert choice": ExpertChoice,
             "default outputs": DefaultMoE, "sparse mixer": SparseMixer, "dense mixer": DenseMixer,
             "relu": ReMoE, "stable": StableMoE, "grouter": Grouter, "coupled": ERC,
             "similar": SimBal, "random fixed": RandomFixed, "hash": HashRouting}
+LAYERS = REMEDIES | {"placed": Placed, "told the place": Told}     # and what a hash is made of
 
 
 def remedy(name, *more):
-    """The change that puts a remedy, or "placed", into every sparse block of a job's model
-    (train.plan).
+    """The change that puts one of `LAYERS` into every sparse block of a job's model, or of its
+    dense twin (train.plan).
 
     `more` is the V-MoE, on a CPU, whose routing "grouter" takes, or the words of `Placed`.
     """
-    layer = (REMEDIES | {"placed": Placed})[name]
-
     def change(job):
         for b in job.model.moe_blocks:
             block = job.model.blocks[b - 1]
-            block.mlp = layer(block.mlp, job, *more).to(job.cfg.device)
+            block.mlp = LAYERS[name](block.mlp, job, *more).to(job.cfg.device)
 
     return change
 

@@ -181,7 +181,7 @@ def plan_one(arm, seed, scale, block, data_dir, how=""):
                               how)
         trained = [train.load_model(other, device="cpu")[0]]
     change = (remedies.remedy("placed", *placed) if placed else
-              remedies.remedy(control, *trained) if control in remedies.REMEDIES else None)
+              remedies.remedy(control, *trained) if control in remedies.LAYERS else None)
     planned, job = prepare(f"{SCALES[scale]} {flags} {how}", block / arm, data_dir, seed, dense,
                            change)
     guide = None

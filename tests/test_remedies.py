@@ -15,9 +15,9 @@ from torch.testing import assert_close
 import report
 import train
 from data import synthetic
-from moe import MoE
+from moe import MLP, MoE
 from notebooks import measure, remedies
-from notebooks.decided import SEVERAL
+from notebooks.decided import SEVERAL, WORDS_OF_HASH
 from notebooks.probes import closing_look, oracle_cosine
 from notebooks.remedies import REMEDIES, hashed
 
@@ -385,11 +385,17 @@ def test_a_floor_has_gates_of_1_and_a_router_that_never_learns(name):
         assert routing.chosen.view(3, 5).tolist() == [[hashed(n, 4) for n in range(5)]] * 3
 
 
+def in_block(b, mlp, n_tokens):
+    """A job whose model has this MLP in its block b."""
+    blocks = [SimpleNamespace(mlp=None)] * (b - 1) + [SimpleNamespace(mlp=mlp)]
+    return SimpleNamespace(model=SimpleNamespace(n_tokens=n_tokens, blocks=blocks))
+
+
 def placed(*words, B=3):
     """(a V-MoE's layer, the same one with these words of a hash, B images of 4 tokens)."""
     moe = MoE(D, H, E, 1).double()
     torch.nn.init.normal_(moe.router.weight)
-    job = SimpleNamespace(model=SimpleNamespace(n_tokens=4))
+    job = in_block(2, moe, n_tokens=4)
     return moe, remedies.Placed(moe, job, *words).double(), torch.randn(
         B, 4, D, dtype=torch.float64, requires_grad=True)
 
@@ -406,13 +412,58 @@ def test_a_hash_of_which_nothing_is_taken_is_v_moe_to_the_bit_and_of_which_all_i
     for ours, theirs in zip(answer_and_gradients(layer, x, dy), answer_and_gradients(moe, x, dy),
                             strict=True):
         assert torch.equal(ours, theirs)
-    moe, layer, x = placed(*remedies.Placed.WORDS)
+    moe, layer, x = placed(*WORDS_OF_HASH)
     _, routing, _ = layer(x)
     assert routing.chosen.view(3, 4).tolist() == 3 * [[hashed(n, E) for n in range(4)]]
     _, to_x, to_router, _ = answer_and_gradients(layer, x, dy)
     f = outputs_of(layer, x.flatten(0, 1))[torch.arange(12), routing.chosen[:, 0]]
     assert_close(to_x, torch.autograd.grad((f.view_as(x) * dy).sum(), x)[0])
     assert to_router is None or not to_router.any()         # it chooses nobody and weighs nobody
+
+
+def named_in(b, word, training=True, B=64):
+    """(B, 17) which of 8 experts a map names for a class token and 4 x 4 patches in block b."""
+    moe = MoE(D, H, 8, 1)
+    layer = remedies.Placed(moe, in_block(b, moe, 17), *WORDS_OF_HASH, *word).train(training)
+    _, routing, _ = layer(torch.randn(B, 17, D))
+    assert (routing.gates == 1).all()
+    return routing.chosen.view(B, 17)
+
+
+def test_a_map_gives_each_expert_two_patches_that_lie_side_by_side_or_apart_or_anywhere():
+    pairs = {}
+    for name, b, *word in (("hash", 2), ("neighbours", 2, "neighbours"),
+                           *((f"block {b}", b, "another in each block") for b in (2, 4))):
+        found = named_in(b, word)
+        assert (found == found[0]).all() and found[0, 0] == 0   # in every image, and for its class
+        experts = found[0, 1:].tolist()
+        pairs[name] = {tuple(n for n in range(16) if experts[n] == e) for e in range(8)}
+    assert pairs["hash"] == {(n, n + 8) for n in range(8)}      # two rows of four below
+    assert pairs["neighbours"] == {(n, n + 1) for n in range(0, 16, 2)}
+    assert {len(pair) for pair in set().union(*pairs.values())} == {2}
+    assert len({frozenset(each) for each in pairs.values()}) == 4
+
+
+def test_a_coin_is_tossed_for_each_patch_and_step_and_in_evaluation_it_is_as_blind_and_even():
+    a, b = named_in(2, ["coin"]), named_in(2, ["coin"])
+    assert (a[:, 0] == 0).all()
+    assert a[:, 1:].flatten().bincount(minlength=8).min() > 80  # of 1,024, 128 each
+    assert 0.05 < (a == b)[:, 1:].float().mean() < 0.2          # 1 in 8 by chance
+    found = named_in(2, ["coin"], training=False)
+    assert found[:, 0].tolist() == 64 * [0]
+    assert found[:, 1:].tolist() == [[(hashed(n, 8) + image) % 8 for n in range(1, 17)]
+                                     for image in range(64)]
+
+
+def test_who_is_told_the_place_begins_as_the_plain_mlp_and_each_place_teaches_its_own_vector():
+    mlp, x = MLP(D, H), torch.randn(3, 5, D)
+    told = remedies.Told(mlp, in_block(1, mlp, 5))
+    assert torch.equal(told(x), mlp(x)) and told.flops(5) == mlp.flops(5)
+    told(x)[:, 2].square().sum().backward()
+    assert told.place.grad[2].all() and not told.place.grad[[0, 1, 3, 4]].any()
+    with torch.no_grad():
+        told.place[2] = 1
+    assert_close(told(x)[:, 2], mlp(x[:, 2] + 1))
 
 
 @pytest.mark.parametrize("words", [("class token",), ("patches",), ("class token", "patches")])

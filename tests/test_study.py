@@ -840,7 +840,7 @@ def test_every_hypothesis_and_comparison_names_arms_of_its_grid_and_a_known_metr
 def test_every_arm_is_in_a_grid_and_every_control_and_teacher_in_an_arm():
     assert {arm for grid in GRIDS.values() for arm in grid.arms} == ARMS.keys()
     assert {arm.control for arm in ARMS.values()} - {None} == {
-        *controls.LOSSES, *controls.SETUPS, *remedies.REMEDIES, *ideas.IDEAS}
+        *controls.LOSSES, *controls.SETUPS, *remedies.REMEDIES, *ideas.IDEAS, "told the place"}
     assert list(decided.REMEDIES) == list(remedies.REMEDIES)
     assert list(decided.IDEAS) == list(ideas.IDEAS)
     assert {arm.teacher for arm in ARMS.values()} == {*controls.TEACHERS}
@@ -979,6 +979,19 @@ def test_what_a_hash_does_otherwise_is_crossed_in_eight_models():
                  for words in cells if word in words}
         assert len(pairs) == 4 and ({a for a, _ in pairs}, {b for _, b in pairs}) == (
             set(have), set(lack)) and len(have) == len(lack) == 4
+
+
+def test_a_dense_vit_that_is_told_the_place_costs_a_vector_for_each_and_learns_them():
+    told, coin = "dense-told-the-place", decided.MAPS["coin"]
+    assert go("--only", f"dense,{told},{coin},moe-k1-hash", "--seed", "30", grid="maps") == 0
+    found = {r["arm"]: r for r in rows()}
+    D, N, blocks = 16, 5, 2
+    assert found[told]["params_total"] - found["dense"]["params_total"] == blocks * N * D
+    assert found[told]["flops_per_image"] == found["dense"]["flops_per_image"]
+    assert found[told]["load_entropy"] is None and found[coin]["load_entropy"] > 0
+    assert found[coin]["terms"]["task"] != found["moe-k1-hash"]["terms"]["task"]
+    job, *_ = study.plan_one(told, 30, "cpu", Path("runs/study/cpu/maps/seed30-c0ffee"), "data")
+    assert all(job.model.blocks[b - 1].mlp.place.abs().sum() > 0 for b in (1, 2))
 
 
 def test_a_named_class_token_has_one_expert_and_the_other_words_leave_it_alone():
