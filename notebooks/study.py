@@ -426,9 +426,16 @@ def arms_table(grid, rows):
             f"{some[0]['flops_per_image'] / 1e6:.1f}",
             report.pooled([METRICS[ACC](row) for row in some]), other or "–", decided.signed(pair),
             *(report.pooled([METRICS[name](row) for row in some]) for name in columns),
-            f"{report.mean(row['images_per_second'] for row in some):,.0f}",
-            f"{report.mean(row['seconds'] for row in some):.0f}"]) + " |")
+            *(on_each_device(rows, some, name) for name in ("images_per_second", "seconds"))])
+            + " |")
     return "\n".join(lines)
+
+
+def on_each_device(rows, some, name):
+    """The mean of `some` rows on each device of all `rows`, in the order of `recipe`."""
+    return " / ".join(
+        report.show(report.mean(row[name] for row in some if row["device"] == device), "{:,.0f}")
+        for device in sorted({row["device"] for row in rows}))
 
 
 def contrast_of(h):
@@ -590,10 +597,10 @@ def section(grid, scale, page=PAGE):
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}{asked}. "
         f"{made} "
         f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. MFLOPs are an image's, "
-        f"forward, in training. T: the TGR-MoE paper, "
-        f"M: the MoDE paper, R: a remedy's own, ours: a control. Met: the estimate is at least the "
-        f"threshold, its interval above 0 and p, corrected by Holm for the contrasts of this "
-        f"table, below .05; "
+        f"forward, in training; images/s and seconds are for each device apart. T: the TGR-MoE "
+        f"paper, M: the MoDE paper, R: a remedy's own, ours: a control. Met: the estimate is at "
+        f"least the threshold, its interval above 0 and p, corrected by Holm for the contrasts of "
+        f"this table, below .05; "
         f"not met: the interval, which is not corrected, is below the threshold; below three seeds "
         f"there is no verdict, and before the last announced block it is one so far. Over images "
         f"too: as if the images had been drawn anew as well.")

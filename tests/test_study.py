@@ -1405,6 +1405,16 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
         "study-cpu-main-differences.png", "study-cpu-main-agreement.png"}
 
 
+def test_the_speeds_of_unlike_devices_are_not_averaged():
+    made = [full(arm, 0, 0.3) | {"device": device, "images_per_second": speed, "seconds": seconds}
+            for arm, device, speed, seconds in (
+                ("dense", "cpu", 100.0, 9.0), ("dense", "cpu", 300.0, 9.0),
+                ("dense", "a GPU", 1e4, 2.0), ("moe-k1", "cpu", 150.0, 7.0))]
+    one, two = study.arms_table("main", made).splitlines()[2:]
+    assert one.endswith("| 10,000 / 200 | 2 / 9 |") and two.endswith("| – / 150 | – / 7 |")
+    assert study.arms_table("main", made[:2]).endswith("| 200 | 9 |")
+
+
 def test_a_report_says_from_where_on_it_could_have_seen_a_difference(capsys):
     for k, arm in enumerate(("dense", "moe-k1", "tgr-k1"), start=1):
         for seed in range(4):
