@@ -196,6 +196,10 @@ GRIDS = {
         REMEDIED["hash"]: "dense",
         **dict.fromkeys((*MAPS.values(), *MAPS_OF.values()), REMEDIED["hash"]),
         "dense-told-the-place": "dense", "dense": None}, first=30),
+    # Is it so at the larger scale too, where there are more experts than places?
+    "places": Grid("whole", 3, {
+        REMEDIED["hash"]: "moe-k1", "moe-k1": "dense", "dense-told-the-place": "dense",
+        "dense": None}, first=30),
     "schedule": Grid("cpu", 5, {
         "moe-k1": None, "tgr-k1": "moe-k1",
         **{f"tgr-k1-{name}": "tgr-k1" for name in (
@@ -300,7 +304,7 @@ COLUMNS = {
         "follows the teacher")),
     "place": ("agreement with the end at 1/2", "load entropy", "class token's load entropy",
               "mean gate", "follows the teacher"),
-    "maps": ("load entropy", "expert similarity"),
+    **dict.fromkeys(("maps", "places"), ("load entropy", "expert similarity")),
     "mutual": ("expert similarity", "own-domain accuracy", "other-domain accuracy",
                "gate accuracy", "gate's lead over blind ones"),
     "alpha": ("expert similarity", "own-domain accuracy", "other-domain accuracy", "gate accuracy"),
@@ -460,6 +464,13 @@ HYPOTHESES = [
                (MAPS["coin"],), 0.8),
     Hypothesis("maps", "... and worse than no experts", "ours", ACC, ("dense",),
                (MAPS["coin"],)),
+    # written after two blocks of `maps`, in which the dense ViT did gain
+    *(Hypothesis("places", f"an expert for each place beats {whom}", "ours", ACC,
+                 (REMEDIED["hash"],), (other,), 0.8) for whom, other in (
+        ("V-MoE", NONE), ("the dense ViT", "dense"),
+        ("a dense ViT that is told the place", "dense-told-the-place"))),
+    Hypothesis("places", "a dense ViT gains when it is told the place", "ours", ACC,
+               ("dense-told-the-place",), ("dense",)),
     Hypothesis("schedule", "guiding the first half is best", "T", ACC, ("tgr-k1-first-half",),
                (BOTH,)),
     Hypothesis("schedule", "guided by the last layer alone, TGR ends below V-MoE", "T", ACC,
