@@ -586,6 +586,12 @@ AFTERWARDS = [
         ("the patches' place alone", PLACED["patches",], "moe-k1-no-aux"),
         ("... beside V-MoE", PLACED["patches",], NONE),
         ("... beside the dense ViT", PLACED["patches",], "dense"))),
+    Hypothesis("maps", "an expert for each patch beside one for two neighbours", "ours", ACC,
+               (MAPS_OF[16],), (MAPS["neighbours"],)),
+    *(Hypothesis("maps", f"{what} beside the dense ViT", "ours", ACC, (arm,), ("dense",))
+      for what, arm in (("an expert for each patch", MAPS_OF[16]),
+                        ("an expert for four patches", MAPS_OF[4]),
+                        ("an expert for two neighbours", MAPS["neighbours"]))),
     Hypothesis("placement", "TGR beside guided features alone, in the sum of both placements",
                "ours", ACC, (BOTH, f"{BOTH}-late"), (FEATURES, f"{FEATURES}-late")),
 ]

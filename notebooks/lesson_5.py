@@ -10,7 +10,17 @@ import torch.nn.functional as F
 
 import report
 from moe import MoE
-from notebooks.decided import BEST_ARM, BEST_IDEA, METRICS, PLACED, REMEDIED, block, contrast
+from notebooks.decided import (
+    BEST_ARM,
+    BEST_IDEA,
+    MAPS,
+    MAPS_OF,
+    METRICS,
+    PLACED,
+    REMEDIED,
+    block,
+    contrast,
+)
 from notebooks.decided import WORDS_OF_HASH as HASH
 from notebooks.lesson import dots, show
 from notebooks.remedies import REMEDIES
@@ -107,19 +117,26 @@ def curves(title, x, lines, xlabel, ylabel, alt, **axis):
     show(fig, alt)
 
 
-def above(rows, arms, plain):
-    """Draw how far arms of the study {name: label} are above V-MoE, the arm `plain`, on validation
-    images: a ring for every seed, a bar for the mean, a line for its 95 % interval."""
+def above(rows, arms, plain, called, exam):
+    """Draw how far arms of the study {name: label} are above the arm `plain`, which is `called` so,
+    on its `exam`: a ring for every seed, a bar for the mean, a line for its 95 % interval."""
     fig, axes = report.sheet("", 1, 1, 10, 4)
     axis = axes[0, 0]
     found = [dots(axis, at, rows, "accuracy", (name,), (plain,), COLOURS[0])
              for at, name in enumerate(arms)]
     axis.axhline(0, color="black", lw=0.8)
-    axis.set(ylabel="points of validation accuracy\nabove V-MoE", xticks=range(len(arms)),
+    axis.set(ylabel=f"points of {exam} accuracy\nabove {called}", xticks=range(len(arms)),
              xticklabels=arms.values())
     fig.suptitle(f"Above 0: {sum(e.low > 0 for e in found)} of {len(arms)} intervals, and "
                  f"{sum(e.mean > 0 for e in found)} of {len(arms)} means")
-    show(fig, "Paired differences of accuracy from V-MoE, a ring for every seed, and their mean")
+    show(fig, f"Accuracy, paired differences from {called}: a ring for every seed, and their mean")
+
+
+# The arms of `maps`: how many experts there are, and which patches share one
+PLACES = {"dense-told-the-place": "none, but told\nthe place", MAPS["coin"]: "8, by a\ncoin",
+          MAPS_OF[4]: "4, for four\nfar apart", REMEDIED["hash"]: "8, for two\nfar apart",
+          MAPS["another in each block"]: "8, for two, others\nin each block",
+          MAPS["neighbours"]: "8, for two\nneighbours", MAPS_OF[16]: "16, one for\neach patch"}
 
 
 # Section 1's kinds, and arms of `routing`: {kind: {label: arm}}. One arm is not shown: the teacher

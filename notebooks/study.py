@@ -576,12 +576,14 @@ def section(grid, scale, page=PAGE):
     if grid in GRIDS:
         more = ", which has seen every training image that is not held out" * (
             "--train_images 0" in decided.TEACHER[scale])
+        whose, over = ((f", which has a dense teacher of its own{more}", " and dense teachers")
+                       if any(row["teacher_accuracy"] is not None for row in rows) else ("", ""))
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
-                f"block, which has a dense teacher of its own{more}: intervals are over seeds and "
-                f"dense teachers, for one Lite0, one hash, one set of training and one of "
-                f"{exam(rows[0])} images. Agreement, load and gates are means over all tokens and "
-                f"sparse blocks; what patches leave the last block with is read by nobody.")
+                f"block{whose}: intervals are over seeds{over}, for one Lite0, one hash, one set "
+                f"of training and one of {exam(rows[0])} images. Agreement, load and gates are "
+                f"means over all tokens and sparse blocks; what patches leave the last block with "
+                f"is read by nobody.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
     else:
         some = {arm: (sum(row["arm"] == arm for row in rows), n)

@@ -1416,6 +1416,8 @@ MUTANTS = [
      "super().__init__(moe, job, *self.WORDS)", "test_remedies.py"),
     ("notebooks/remedies.py", "return self.mlp(x + self.place)", "return self.mlp(x)",
      "test_remedies.py"),
+    ("notebooks/study.py", 'if any(row["teacher_accuracy"] is not None for row in rows) else',
+     'if any(row["teacher_accuracy"] is None for row in rows) else'),
     ("notebooks/study.py", 'for row in some if row["device"] == device), "{:,.0f}")',
      'for row in some), "{:,.0f}")'),
     ("notebooks/study.py", "if control in remedies.LAYERS else None",

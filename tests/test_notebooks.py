@@ -228,10 +228,25 @@ assert round(told[back][0].mean, 1) == 1.8
 for claim in ("one expert for all class tokens helps, by half a point (sum of four)",
               "guiding the router adds less where class tokens have one expert anyway"):
     assert told[claim][0].low < 0 < told[claim][0].high
-twin = {arm: contrast(fresh, "accuracy", (arm,), ("dense",)) for arm in ("moe-k1", "moe-k1-hash")}
-assert twin["moe-k1"].mean < 0 and round(twin["moe-k1-hash"].mean, 1) == 1.6
+assert contrast(fresh, "accuracy", ("moe-k1",), ("dense",)).mean < 0
 assert said["the remedy 'stable' beats V-MoE"][1] == "undecided"
 assert said["the remedy 'grouter' beats V-MoE"][1] == "undecided"
+places = {h.claim: (e, verdict) for h, (e, _, verdict) in judge("maps", dealt).items()}
+assert {r["seed"] for r in dealt} == {*range(30, 35)} and len(places) == 8
+wrong = ["a dense ViT gains nothing when it is told the place",
+         "other pairs in each block are as good"]
+assert [claim for claim, (_, verdict) in places.items() if verdict != "met"] == wrong
+told_it, other_pairs = (places[claim][0] for claim in wrong)
+assert [round(x, 1) for x in told_it[:3]] == [0.8, 0.3, 1.3]
+assert round(other_pairs.mean) == 1 and other_pairs.low > 0.5
+over_dense = {arm: contrast(dealt, "accuracy", (arm,), ("dense",)) for arm in PLACES}
+assert round(alone.mean, 1) == 3.7 == round(max(e.mean for e in over_dense.values()), 1)
+assert over_dense["moe-k1-hash-E4"].low < 0 < over_dense["moe-k1-hash-E4"].high
+coin = over_dense["moe-k1-hash-coin"]
+assert round(coin.mean, 1) == -0.5 and coin.high < 0
+shared = [contrast(dealt, "accuracy", ("moe-k1-hash-E16",), (arm,)) for arm in (
+    "moe-k1-hash-neighbours", "moe-k1-hash")]
+assert [round(e.mean, 1) for e in shared] == [0.8, 1.9] and min(e.low for e in shared) > 0
 """,
 }
 ATTEMPTS = {"wrong": "a wrong answer", "right": "solution"}      # how their <summary> begins

@@ -1405,6 +1405,14 @@ def test_a_report_prints_nulls_like_any_other_result(capsys):
         "study-cpu-main-differences.png", "study-cpu-main-agreement.png"}
 
 
+def test_only_a_grid_with_a_teacher_speaks_of_one():
+    for taught, said in ((None, "a block: intervals are over seeds, for"),
+                         (0.5, "of its own, which has seen every training image")):
+        study.append(study.RESULTS / "maps.jsonl", full("dense", 30, 0.3) | {
+            "grid": "maps", "machine": "a", "teacher_accuracy": taught})
+        assert said in study.section("maps", "cpu")
+
+
 def test_the_speeds_of_unlike_devices_are_not_averaged():
     made = [full(arm, 0, 0.3) | {"device": device, "images_per_second": speed, "seconds": seconds}
             for arm, device, speed, seconds in (
