@@ -291,6 +291,9 @@ METRICS = {
     # what it takes off the loss, over what the best of all experts would
     "worth of the choice": lambda row: row.get("choice"),
     "follows the teacher": unless(FREE, lambda row: row.get("followed")),
+    # what a patch's expert tells of them, as a share of the most that it could
+    "experts tell of the place": lambda row: row.get("place_information"),
+    "experts tell of the class": lambda row: row.get("class_information"),
 }
 
 # what a grid's table shows beside the accuracy

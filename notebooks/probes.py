@@ -159,6 +159,29 @@ def mutual_information(counts):
     return float((joint[seen] * np.log(joint[seen] / alone[seen])).sum())
 
 
+@torch.no_grad()
+def what_experts_tell(job, control=None):
+    """What a patch's expert tells of its place and of its image's class, as shares of log E, the
+    most that it could tell (ours): means over the sparse blocks, on test or held-out images.
+
+    Of K > 1 experts the first is asked. Empty where a patch has no first one.
+    """
+    cfg, data, sets, student, _ = job
+    if cfg.method in ("dense", "soft") or control in SEVERAL:
+        return {}
+    images, labels = ((sets.val or sets.test)[i][:PROBED] for i in (0, 1))
+    layers = [out.layers for out in train.outputs(student, images, cfg, data)]
+    E, told = cfg.n_experts, {"place_information": [], "class_information": []}
+    for b in student.moe_blocks:
+        expert = torch.cat([layer[b].routing.chosen[:, 0] for layer in layers])
+        expert = expert.view(len(images), -1)[:, 1:].cpu().numpy()              # (B, N - 1)
+        of = (np.arange(expert.shape[1])[None], labels.cpu().numpy()[:, None])
+        for values, what in zip(told.values(), of, strict=True):
+            counts = np.bincount((what * E + expert).ravel(), minlength=(what.max() + 1) * E)
+            values.append(mutual_information(counts.reshape(-1, E)) / math.log(E))
+    return {name: report.mean(values) for name, values in told.items()}
+
+
 def packed(right):
     """Which images (n,) were got right, in as few characters as text allows."""
     return base64.b64encode(np.packbits(right.cpu().numpy())).decode()
@@ -201,6 +224,7 @@ def closing_look(job, guide, control, moved=0):
         found["followed"] = report.mean(
             (routings[b].chosen[:, 0] == z.argmax(dim=1)).float().mean().item()
             for b, z in asked.items())
+    found |= what_experts_tell(job, control)
     if moved and control not in SEVERAL:
         found["choice"] = report.mean(
             worth_of_choices(student, images[:moved], labels[:moved], b) for b in blocks)

@@ -43,7 +43,7 @@ from notebooks import decided, lite0, remedies
 from notebooks.controls import LOSSES, SETUPS, TEACHERS, guide_by
 from notebooks.decided import ACC, ARMS, FIRST, GRIDS, METRICS, SCALES, STEADY, VAL
 from notebooks.ideas import IDEAS
-from notebooks.probes import MOVED, closing_look
+from notebooks.probes import MOVED, closing_look, what_experts_tell
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "notebooks" / "results", ROOT / "notebooks" / "figures"
@@ -240,7 +240,9 @@ def look(args):
             raise ValueError(f"{block} has no trained {row['arm']}: put or link the block's folder "
                              f"there, from where it was trained on {row['machine']}")
         job, guide, _ = plan_one(row["arm"], args.seed, scale, block, args.data_dir)
-        row |= answers(args.grid, row["arm"], job, guide) | {"looked_at": commit_of_row(args.dirty)}
+        row |= (what_experts_tell(job, ARMS[row["arm"]].control) if args.experts else
+                answers(args.grid, row["arm"], job, guide)) | {
+                    "looked_at": commit_of_row(args.dirty)}
         append(path, row)                                  # the last of two rows counts
         print(f"{row['arm']}, seed {args.seed}: asked again")
     kept = {(r["scale"], r["arm"], decided.block(r)): r for r in report.read_lines(path)}
@@ -882,6 +884,7 @@ def main(argv=None):
     three.add_argument("grid", choices=GRIDS)
     three.add_argument("--scale", choices=SCALES)
     three.add_argument("--seed", type=int, required=True, help="the block of this seed")
+    three.add_argument("--experts", action="store_true", help="only what experts tell of a patch")
     for its in (one, three):
         its.add_argument("--out", default="runs/study", help="where checkpoints and logs go")
         its.add_argument("--data_dir", default="data", help="where CIFAR-100 lies or is put")

@@ -427,6 +427,26 @@ def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
         assert torch.equal(labels, job.sets.test[1][:30]) and seen[block - 1][2] == block
 
 
+@pytest.mark.parametrize("by, place, of_class", [("place", 1, 0), ("class", 0, 1), ("coin", 0, 0)])
+def test_what_experts_tell_is_all_or_nothing_where_they_go_by_it_alone(by, place, of_class,
+                                                                       monkeypatch):
+    job, *_ = prepared("moe-k1", "--n_experts 4")
+    labels = torch.arange(40) % 4                           # 4 classes, 4 patches, 4 experts
+    job = job._replace(sets=job.sets._replace(val=None, test=(SMALL.test.images, labels)))
+    patch = torch.arange(5) - 1                             # of no patch, the class token, is -1
+    expert = {"place": patch.expand(40, 5), "class": labels[:, None].expand(40, 5),
+              "coin": (torch.arange(40) // 4)[:, None] + patch}[by].clone() % 4
+    expert[:, 0] = torch.arange(40) % 3                     # a class token is asked nothing
+    given = {b: job.model(SMALL.normalise(SMALL.test.images)).layers[b].routing._replace(
+        chosen=expert.reshape(-1, 1)) for b in (1, 2)}
+    monkeypatch.setattr(train, "outputs", lambda student, images, *_: [
+        student(SMALL.normalise(images), given)])
+    found = probes.what_experts_tell(job)
+    assert found == pytest.approx({"place_information": place, "class_information": of_class},
+                                  abs=0.02)
+    assert probes.what_experts_tell(job, "relu") == {}
+
+
 def test_an_arm_of_validation_images_never_sees_a_test_image_and_says_so(monkeypatch, capsys):
     original = train.plan
 
@@ -1088,6 +1108,12 @@ def test_a_blocks_trained_models_are_asked_again_and_trained_no_more(monkeypatch
         assert seed == 0 or (changed <= {"choice", "looked_at"} and now["looked_at"] == "facade")
     assert any(after[arm, 1]["choice"] != before[arm, 1]["choice"] for arm in arms)
     assert "; asked again at facade. " in study.section("routing", "cpu")
+    monkeypatch.setattr(probes, "PROBED", 7)                # of so few images both say otherwise
+    monkeypatch.setattr(study, "MOVED", 5)
+    assert study.main([*look, "runs", "--experts"]) == 0
+    told = {"place_information", "class_information"}
+    assert [{key for key in r if r[key] != after[r["arm"], r["seed"]][key]}
+            for r in rows()] == [told if r["seed"] else set() for r in rows()]
     assert study.main(["look", "routing", "--seed", "2", "--dirty"]) == 2
     assert "no row of seed 2" in capsys.readouterr().err
 
