@@ -303,8 +303,8 @@ COLUMNS = {
         "mean gate", "follows the teacher")),
     **dict.fromkeys(("routing", "ideas"), (
         "accuracy, dispatched as in training", "agreement with the end at 1/2", "load entropy",
-        "oracle cosine", "worth of the choice", "mean gate", "experts per token",
-        "follows the teacher")),
+        "oracle cosine", "worth of the choice", "experts tell of the place",
+        "experts tell of the class", "mean gate", "experts per token", "follows the teacher")),
     "place": ("agreement with the end at 1/2", "load entropy", "class token's load entropy",
               "mean gate", "follows the teacher"),
     **dict.fromkeys(("maps", "places"), ("load entropy", "expert similarity")),
@@ -567,6 +567,8 @@ HYPOTHESES = [
 # choices are, tell neither accuracy nor steadiness.
 UNRELATED = {"routing": [(cause, effect) for cause in ("oracle cosine", "worth of the choice")
                          for effect in (ACC, HALF)]}
+# The same, asked when the rows were known: of what do the experts of accurate models tell?
+RANKED = {"routing": [("experts tell of the place", ACC), ("experts tell of the class", ACC)]}
 
 # What readers of the first rows asked. It was not decided before, so it gets no p and no verdict.
 # V-MoE's own two losses steady its routing, so what a guided router adds is seen beside a V-MoE

@@ -240,9 +240,12 @@ def look(args):
             raise ValueError(f"{block} has no trained {row['arm']}: put or link the block's folder "
                              f"there, from where it was trained on {row['machine']}")
         job, guide, _ = plan_one(row["arm"], args.seed, scale, block, args.data_dir)
-        row |= (what_experts_tell(job, ARMS[row["arm"]].control) if args.experts else
-                answers(args.grid, row["arm"], job, guide)) | {
-                    "looked_at": commit_of_row(args.dirty)}
+        commit = commit_of_row(args.dirty)
+        row.pop("experts_looked_at", None)
+        if args.experts:                                   # all else was asked when it was
+            row |= what_experts_tell(job, ARMS[row["arm"]].control) | {"experts_looked_at": commit}
+        else:
+            row |= answers(args.grid, row["arm"], job, guide) | {"looked_at": commit}
         append(path, row)                                  # the last of two rows counts
         print(f"{row['arm']}, seed {args.seed}: asked again")
     kept = {(r["scale"], r["arm"], decided.block(r)): r for r in report.read_lines(path)}
@@ -595,8 +598,10 @@ def section(grid, scale, page=PAGE):
                 "are over seeds alone, for one teacher, one set of training images and one test "
                 "set." + f" Announced and not completed, in seeds: {lacking}." * bool(lacking))
         command = f"The first edition: `python notebooks/study.py run {grid}` at those commits"
-    again = [row for row in rows if "looked_at" in row]
-    asked = f"; asked again at {all_of(again, lambda r: r['looked_at'])}" * bool(again)
+    asked = "".join(
+        f"; {what} at {all_of(again, lambda r, name=name: r[name])}" for name, what in (
+            ("looked_at", "asked again"), ("experts_looked_at", "what experts tell, asked"))
+        if (again := [row for row in rows if name in row]))
     caption = (
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}{asked}. "
         f"{made} "
@@ -625,7 +630,8 @@ ASTRAY = "tgr-k1-oracle-alone"
 def unrelated(grid, rows):
     """A table in a list, or an empty list: does any metric of the arms foretell another?"""
     lines, rho = [], "{:+.2f} [{:+.2f}, {:+.2f}]"
-    for cause, effect in decided.UNRELATED.get(grid, ()):
+    before = decided.UNRELATED.get(grid, ())
+    for cause, effect in (*before, *decided.RANKED.get(grid, ())):
         if found := decided.rank_correlation(rows, cause, effect):
             _, low, high, arms, n = found
             others = [r for r in rows if r["arm"] != ASTRAY]
@@ -634,14 +640,15 @@ def unrelated(grid, rows):
                 f"| {effect}", cause, rho.format(*found), rho.format(*fewer) if fewer else "–",
                 str(arms), str(n),
                 *(f"{decided.reliability(others, name):.2f}" for name in (effect, cause)),
-                f"{'' if low <= 0 <= high else 'not '}as expected |"]))
+                f"{'' if low <= 0 <= high else 'not '}as expected |" if (cause, effect) in before
+                else "asked afterwards |"]))
     return [] if not lines else ["\n".join([
         "Expected of the arms together: none of two metrics foretells one of two others.", "",
         "| of | by | Spearman's rho of the arms' means [95 %] | without the teacher's dispatch "
         "| arms | n | reliability: of | by | verdict |", "|-|-|-|-|-|-|-|-|-|", *lines, "",
         "As expected: the interval contains 0. That shows no relation and excludes none: every rho "
         "in it is compatible with the rows. Blocks alone are drawn anew, so it is about these arms "
-        "and not about remedies at large, and the four are not corrected for their number. "
+        "and not about remedies at large, and they are not corrected for their number. "
         "Reliability is the share of the variance of the arms' means that is no noise; where it is "
         "low, any rho is pulled towards 0. The model that the teacher dispatches is tested astray, "
         "by its own router; it is left out of the reliabilities too."])]

@@ -244,6 +244,14 @@ assert round(alone.mean, 1) == 3.7 == round(max(e.mean for e in over_dense.value
 assert over_dense["moe-k1-hash-E4"].low < 0 < over_dense["moe-k1-hash-E4"].high
 coin = over_dense["moe-k1-hash-coin"]
 assert round(coin.mean, 1) == -0.5 and coin.high < 0
+told = {arm: np.mean([r["place_information"] for r in grid if r["arm"] == arm]) for arm in (
+    "moe-k1", "tgr-k1-router-alone", "tgr-k1-router-alone-lite0", "tgr-k1-evened",
+    "tgr-k1-router-alone-k-means")}
+assert round(100 * told.pop("moe-k1"), 1) == 1.5
+assert [round(100 * share) for share in told.values()] == [4, 7, 4, 4]
+rho, low, high, arms, _ = rank_correlation(grid, "experts tell of the place", "accuracy")
+assert [round(x, 1) for x in (rho, low, high)] == [0.3, 0.2, 0.5] and arms == 19
+assert rank_correlation(grid, "experts tell of the class", "accuracy")[0] < 0
 shared = [contrast(dealt, "accuracy", ("moe-k1-hash-E16",), (arm,)) for arm in (
     "moe-k1-hash-neighbours", "moe-k1-hash")]
 assert [round(e.mean, 1) for e in shared] == [0.8, 1.9] and min(e.low for e in shared) > 0

@@ -709,11 +709,14 @@ def test_a_report_says_what_was_expected_of_all_arms_together():
     for k, arm in enumerate(("moe-k1", "moe-k1-hash", "moe-k1-coupled")):
         for seed in range(3):
             study.append(study.RESULTS / "routing.jsonl", full(arm, seed, 0.3 + 0.01 * k) | {
-                "grid": "routing", "machine": "m", "choice": 0.1 * k, "oracle_cosine": None})
+                "grid": "routing", "machine": "m", "choice": 0.1 * k, "oracle_cosine": None,
+                "place_information": 0.1 * k})
     said = study.section("routing", "cpu")
     sure = "+1.00 [+1.00, +1.00]"
     assert (f"| accuracy | worth of the choice | {sure} | {sure} | 3 | 3 | 1.00 | 1.00 "
             "| not as expected |") in said
+    assert (f"| accuracy | experts tell of the place | {sure} | {sure} | 3 | 3 | 1.00 | 1.00 "
+            "| asked afterwards |") in said
     assert "| oracle cosine |" not in said.partition("of the arms together")[2]
     # an arm whose router does not know its experts turns the ranks around
     for seed in range(3):
@@ -1110,10 +1113,15 @@ def test_a_blocks_trained_models_are_asked_again_and_trained_no_more(monkeypatch
     assert "; asked again at facade. " in study.section("routing", "cpu")
     monkeypatch.setattr(probes, "PROBED", 7)                # of so few images both say otherwise
     monkeypatch.setattr(study, "MOVED", 5)
+    monkeypatch.setattr(checkpoint, "commit", lambda: "decade")
     assert study.main([*look, "runs", "--experts"]) == 0
-    told = {"place_information", "class_information"}
-    assert [{key for key in r if r[key] != after[r["arm"], r["seed"]][key]}
+    told = {"place_information", "class_information", "experts_looked_at"}
+    assert [{key for key in r if r[key] != after[r["arm"], r["seed"]].get(key)}
             for r in rows()] == [told if r["seed"] else set() for r in rows()]
+    assert "; asked again at facade; what experts tell, asked at decade. " in study.section(
+        "routing", "cpu")
+    assert study.main([*look, "runs"]) == 0                 # all is asked anew
+    assert not any("experts_looked_at" in r for r in rows())
     assert study.main(["look", "routing", "--seed", "2", "--dirty"]) == 2
     assert "no row of seed 2" in capsys.readouterr().err
 
