@@ -161,8 +161,8 @@ def mutual_information(counts):
 
 @torch.no_grad()
 def what_experts_tell(job, control=None):
-    """What a patch's expert tells of its place and of its image's class, as shares of log E, the
-    most that it could tell (ours): means over the sparse blocks, on test or held-out images.
+    """What a patch's expert tells of its place and of its image's class, as shares of the most that
+    it could tell (ours): means over the sparse blocks, on test or held-out images.
 
     Of K > 1 experts the first is asked. Empty where a patch has no first one.
     """
@@ -177,8 +177,9 @@ def what_experts_tell(job, control=None):
         expert = expert.view(len(images), -1)[:, 1:].cpu().numpy()              # (B, N - 1)
         of = (np.arange(expert.shape[1])[None], labels.cpu().numpy()[:, None])
         for values, what in zip(told.values(), of, strict=True):
-            counts = np.bincount((what * E + expert).ravel(), minlength=(what.max() + 1) * E)
-            values.append(mutual_information(counts.reshape(-1, E)) / math.log(E))
+            n = what.max() + 1                              # places, or classes
+            counts = np.bincount((what * E + expert).ravel(), minlength=n * E).reshape(n, E)
+            values.append(mutual_information(counts) / (math.log(min(n, E)) or 1))
     return {name: report.mean(values) for name, values in told.items()}
 
 

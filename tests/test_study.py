@@ -427,11 +427,12 @@ def test_a_closing_look_forces_experts_on_test_images(monkeypatch):
         assert torch.equal(labels, job.sets.test[1][:30]) and seen[block - 1][2] == block
 
 
+@pytest.mark.parametrize("E", [4, 6])                       # of four places six can tell no more
 @pytest.mark.parametrize("by, place, of_class", [("place", 1, 0), ("class", 0, 1), ("coin", 0, 0)])
-def test_what_experts_tell_is_all_or_nothing_where_they_go_by_it_alone(by, place, of_class,
+def test_what_experts_tell_is_all_or_nothing_where_they_go_by_it_alone(by, place, of_class, E,
                                                                        monkeypatch):
-    job, *_ = prepared("moe-k1", "--n_experts 4")
-    labels = torch.arange(40) % 4                           # 4 classes, 4 patches, 4 experts
+    job, *_ = prepared("moe-k1", f"--n_experts {E}")
+    labels = torch.arange(40) % 4                           # 4 classes, 4 patches
     job = job._replace(sets=job.sets._replace(val=None, test=(SMALL.test.images, labels)))
     patch = torch.arange(5) - 1                             # of no patch, the class token, is -1
     expert = {"place": patch.expand(40, 5), "class": labels[:, None].expand(40, 5),
