@@ -337,11 +337,12 @@ def patch_map(axis, image, experts=None, strength=None, title=""):
 
 # --- what was measured before, and by whom ---
 
-def measured(about):
-    """Say, folded, where a number comes from that was not computed on this page."""
-    display(Folded("Measured before: by what?",
-                   f"`{about['command']}` on {about['device']}, seed {about['seed']}, torch "
-                   f"{about['versions']['torch']}, commit {(about['commit'] or 'unknown')[:12]}"))
+def measured(*runs):
+    """Say, folded, where numbers come from that were not computed on this page: a line for each."""
+    display(Folded("Measured before: by what?", "\n".join(
+        f"`{about['command']}` on {about['device']}, seed {about['seed']}, torch "
+        f"{about['versions']['torch']}, commit {(about['commit'] or 'unknown')[:12]}"
+        for about in runs)))
 
 
 def read(name):

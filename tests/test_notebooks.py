@@ -30,7 +30,7 @@ CLAIMS = {
 assert 1 <= learning.sum() <= 6 and found[True].abs().min() > 0 and found[False] is None
 assert 63 < times(1, 0, 0)[-1] < 65 and times(1, 2, 1)[-1] < 1.2 and times(2, 2, 1)[-1] < 2.3
 assert all(curves[0][:, 0] == curves[WITH][:, 0])           # the same first weights
-assert [e.n for e in claimed.values()] == [SEEDS, SEEDS, SEEDS, 1, 1]
+assert [e.n for e in claimed.values()][:3] == 3 * [SEEDS]
 assert torch.linalg.eigh(patches.T.cov())[1][:, -1].sum().abs() > 0.95 * 48 ** 0.5   # brightness
 """,
     "01_gradient_blocking": """
@@ -675,9 +675,9 @@ def test_what_notebook_0_says_of_a_trained_vit_is_so(layers):
     def of(arm, what):
         return layers.contrast(layers.found_rows, what, (arm,)).mean
 
-    assert len(layers.found_rows) == 2                                  # "one run each"
     assert 0.5 < of("moe-k1-no-aux", "load entropy") < of("moe-k1", "load entropy") - 0.1
-    assert of("moe-k1-no-aux", "accuracy") >= of("moe-k1", "accuracy")
+    cost = layers.contrast(layers.found_rows, "accuracy", ("moe-k1",), ("moe-k1-no-aux",))
+    assert cost.low < 0 < cost.high                                     # "do not say"
 
 
 def test_notebook_0_needs_nothing_that_a_student_writes_but_the_load_loss(tmp_path, monkeypatch):
