@@ -467,7 +467,7 @@ HYPOTHESES = [
                (MAPS["coin"],), 0.8),
     Hypothesis("maps", "... and worse than no experts", "ours", ACC, ("dense",),
                (MAPS["coin"],)),
-    # written after two blocks of `maps`, in which the dense ViT did gain
+    # written while the second block of `maps` ran; in the first the dense ViT did gain
     *(Hypothesis("places", f"an expert for each place beats {whom}", "ours", ACC,
                  (REMEDIED["hash"],), (other,), 0.8) for whom, other in (
         ("V-MoE", NONE), ("the dense ViT", "dense"),

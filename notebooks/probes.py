@@ -170,10 +170,11 @@ def what_experts_tell(job, control=None):
     if cfg.method in ("dense", "soft") or control in SEVERAL:
         return {}
     images, labels = ((sets.val or sets.test)[i][:PROBED] for i in (0, 1))
-    layers = [out.layers for out in train.outputs(student, images, cfg, data)]
+    chosen = [{b: out.layers[b].routing.chosen[:, 0] for b in student.moe_blocks}
+              for out in train.outputs(student, images, cfg, data)]
     E, told = cfg.n_experts, {"place_information": [], "class_information": []}
     for b in student.moe_blocks:
-        expert = torch.cat([layer[b].routing.chosen[:, 0] for layer in layers])
+        expert = torch.cat([of_some[b] for of_some in chosen])
         expert = expert.view(len(images), -1)[:, 1:].cpu().numpy()              # (B, N - 1)
         of = (np.arange(expert.shape[1])[None], labels.cpu().numpy()[:, None])
         for values, what in zip(told.values(), of, strict=True):

@@ -375,7 +375,7 @@ class Told(nn.Module):
     def __init__(self, mlp, job):
         super().__init__()
         self.mlp = mlp
-        self.place = nn.Parameter(torch.zeros(job.model.n_tokens, mlp.fc_in.in_features))
+        self.place = nn.Parameter(torch.zeros(job.model.n_tokens, mlp.fc_in.in_features))   # (N, D)
 
     def forward(self, x):
         return self.mlp(x + self.place)

@@ -94,9 +94,12 @@ def test_what_the_readme_says_below_its_table_is_in_the_rows():
     fresh = study.rows_of("place", "cpu")
     have, lack = decided.with_and_without("patches")
     of_four = [value / 4 for value in decided.contrast(fresh, "accuracy", have, lack)[:3]]
-    for arm in ("moe-k1-hash-E16", "dense-told-the-place"):
-        found = decided.contrast(study.rows_of("maps", "cpu"), "accuracy", (arm,), ("dense",))
-        assert found.n == 5 and decided.signed(found) in text
+    announced = {h.claim: (e, verdict) for h, (e, _, verdict) in decided.judge(
+        "maps", study.rows_of("maps", "cpu")).items()}
+    for claim in ("an expert for each patch beats one for two",
+                  "a hash of the place beats a dense ViT that is told the place"):
+        found, verdict = announced[claim]
+        assert found.n == 5 and decided.signed(found) in text and verdict == "met"
     assert "{:+.2f} [{:+.2f}, {:+.2f}] on average".format(*of_four) in text
     mixer = decided.contrast(rows, "accuracy", ("moe-k1-dense-mixer",), ("moe-k1",))
     assert max(-mixer.low, mixer.high) < 0.4

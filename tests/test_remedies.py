@@ -435,7 +435,7 @@ def test_a_map_gives_each_expert_two_patches_that_lie_side_by_side_or_apart_or_a
     for name, b, *word in (("hash", 2), ("neighbours", 2, "neighbours"),
                            *((f"block {b}", b, "another in each block") for b in (2, 4))):
         found = named_in(b, word)
-        assert (found == found[0]).all() and found[0, 0] == 0   # in every image, and for its class
+        assert (found == found[0]).all() and found[0, 0] == 0   # in every image; the class token's
         experts = found[0, 1:].tolist()
         pairs[name] = {tuple(n for n in range(16) if experts[n] == e) for e in range(8)}
     assert pairs["hash"] == {(n, n + 8) for n in range(8)}      # two rows of four below
