@@ -119,7 +119,7 @@ def claims(found):
     """
     display(Table(None, ("", "measured, 95 % interval", "n", ""), [
         (claim, decided.signed(e, 3), e.n, "no interval" if e.low is None else
-         "above 0" if e.low > 0 else "below 0" if e.high < 0 else "open")
+         "too few" if e.n < 3 else "above 0" if e.low > 0 else "below 0" if e.high < 0 else "open")
         for claim, e in found.items()]))
 
 

@@ -573,6 +573,22 @@ def all_of(rows, value):
     return ", ".join(sorted({str(value(row)) for row in rows}))
 
 
+# how to read the tables of all grids
+LEGEND = (
+    f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. MFLOPs are an image's, "
+    f"forward, in training; images/s and seconds are for each device apart. Agreement, load, "
+    f"gates, similarity, cosines and who follows the teacher are means over all tokens of "
+    f"{train.Config.probe_images} fixed training images and over the sparse blocks; what patches "
+    f"leave the last block with is read by nobody.\n\n"
+    f"T: the TGR-MoE paper, M: the MoDE paper, R: a remedy's own, ours: a control. Met: the "
+    f"estimate is at least the threshold, its interval above 0 (or above a threshold below 0) "
+    f"and p, corrected by Holm for the contrasts of its table, below .05. Not met: the interval, "
+    f"which is not corrected, is below the threshold. \"Within\" is met if two one-sided tests "
+    f"say so, and not met if the interval lies beyond. What compares nothing has no p. Below "
+    f"three seeds there is no verdict, and before the last announced block it is one so far. "
+    f"Over images too: as if the images had been drawn anew as well.")
+
+
 def section(grid, scale, page=PAGE):
     """All that one grid's rows at one scale say, as markdown for `page`; empty without rows."""
     rows = rows_of(grid, scale)
@@ -586,9 +602,7 @@ def section(grid, scale, page=PAGE):
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
                 f"block{whose}: intervals are over seeds{over}, for one Lite0, one hash, one set "
-                f"of training and one of {exam(rows[0])} images. Agreement, load and gates are "
-                f"means over all tokens and sparse blocks; what patches leave the last block with "
-                f"is read by nobody.")
+                f"of training and one of {exam(rows[0])} images.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
     else:
         some = {arm: (sum(row["arm"] == arm for row in rows), n)
@@ -602,17 +616,9 @@ def section(grid, scale, page=PAGE):
         f"; {what} at {all_of(again, lambda r, name=name: r[name])}" for name, what in (
             ("looked_at", "asked again"), ("experts_looked_at", "what experts tell, asked"))
         if (again := [row for row in rows if name in row]))
-    caption = (
-        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}{asked}. "
-        f"{made} "
-        f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. MFLOPs are an image's, "
-        f"forward, in training; images/s and seconds are for each device apart. T: the TGR-MoE "
-        f"paper, M: the MoDE paper, R: a remedy's own, ours: a control. Met: the estimate is at "
-        f"least the threshold, its interval above 0 and p, corrected by Holm for the contrasts of "
-        f"this table, below .05; "
-        f"not met: the interval, which is not corrected, is below the threshold; below three seeds "
-        f"there is no verdict, and before the last announced block it is one so far. Over images "
-        f"too: as if the images had been drawn anew as well.")
+    caption = " ".join(filter(None, (
+        f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'] or 'unknown')}{asked}.",
+        made, shared(grid, rows), decided.REMARKS.get(grid))))
     pictures = "\n".join(f"![{grid}, {name}]({link(path, page)})"
                          for name, path in picture_paths(grid, scale, rows).items())
     its = [factors(title, rows, tuple(decided.cells(grid, mark)))
@@ -621,6 +627,18 @@ def section(grid, scale, page=PAGE):
         f"### {grid}, scale {scale}", command, arms_table(grid, rows), caption
         + unpaired(grid, rows), *filter(None, its), hypotheses_table(grid, rows),
         *afterwards(grid, rows), *unrelated(grid, rows), pictures])
+
+
+def shared(grid, rows):
+    """Which of a grid's runs do others have too, to the last test image? They are no second
+    evidence."""
+    mine, found = {row["hits"]: row for row in rows if "hits" in row}, {}
+    for other in read_rows():
+        if other.get("grid") != grid and (row := mine.get(other.get("hits"))):
+            found.setdefault((row["arm"], other["grid"]), []).append(row["seed"])
+    return "" if not found else "Of the same flags and seeds, and so the same runs: " + "; ".join(
+        f"{arm} of {other}, seeds {', '.join(map(str, sorted(seeds)))}"
+        for (arm, other), seeds in sorted(found.items())) + "."
 
 
 # the arm that is tested by a router that it was not trained with
@@ -784,7 +802,7 @@ def results(page):
     links = [f"[{grid}, scale {scale}](#{grid}-scale-{scale})" for grid, scale in sections]
     old = [row for row in read_rows() if "machine" not in row and row["scale"] == "cpu"]
     again = factors("the first edition", old, tuple(decided.CELLS.values()))
-    return "\n\n".join(filter(None, [" · ".join(links), *sections.values(), again]))
+    return "\n\n".join(filter(None, [" · ".join(links), LEGEND, *sections.values(), again]))
 
 
 # The front page shows one grid, and of it these arms: what they are called there, and whether
@@ -866,6 +884,7 @@ def tell(args):
                 print(text, end="\n\n")
             else:
                 print(f"{grid}, scale {scale}: no rows yet")
+        print(LEGEND)
         if args.page:
             write("page", args.page)
 

@@ -86,7 +86,7 @@ def answers():
     ratio = distill.mutual_distillation_loss(two) / two.var(dim=1, correction=0).mean()
     yield "8d", [SAID["alpha"][0] * ratio.item()]
 
-    t = dict(enumerate(decided.T_975, start=2))
+    t = {n: decided.within(0.95, n - 1) for n in range(2, 31)}
     yield "10c", [next(n for n in t if t[n] * SAID["s10"][0] / math.sqrt(n) <= 0.3)]
 
 
@@ -167,7 +167,8 @@ def test_the_tables_of_the_exam_are_what_the_rows_say():
                               f"{100 * blind.mean():.1f} % | {decided.signed(lead, 1)} |")
     assert len(re.findall(r"^\| [\d.]+ \| [\d.]+ % ", EXAM, flags=re.M)) == 3
     t, = re.findall(r"^\| t \| (.*) \|$", EXAM, flags=re.M)
-    assert [float(v) for v in t.split(" | ")] == list(decided.T_975[3:11])         # n from 5 to 12
+    assert [float(v) for v in t.split(" | ")] == [
+        round(decided.within(0.95, n - 1), 3) for n in range(5, 13)]
 
 
 # --- the key ---

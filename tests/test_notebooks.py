@@ -150,6 +150,8 @@ assert sorted(near, key=near.get)[:3] == ["TGR, task and guidance", "grouter", "
 before = read("remedies0_before")
 was = dict(zip(before["names"].tolist(), before["cosine"][:, 1:].mean(axis=(1, 2)), strict=True))
 assert [round(float(c), 2) for c in (was["V-MoE"], was["default outputs"])] == [0.72, 0.83]
+assert round(float(was["grouter"] - was["stable"]), 1) == 0.1 and was["stable"] == min(
+    c for name, c in was.items() if "guidance" not in name)
 ahead = {name for name, c in near.items() if c > near["V-MoE"]}
 assert ahead == {"default outputs", "sparse mixer", "dense mixer"}
 assert max(near[name] for name in ahead - {"dense mixer"}) < near["V-MoE"] + 0.05
@@ -182,6 +184,8 @@ gate_of = {arm: np.mean([r["mean_gate"] for r in grid if r["arm"] == f"moe-k1-{a
            for arm in ("stable", "grouter", "hash", "random-fixed")}
 assert gate_of["hash"] == gate_of["random-fixed"] == 1
 assert 0.23 < gate_of["stable"] < 0.27 and 0.18 < gate_of["grouter"] < 0.22
+from notebooks.decided import over_images, rank_correlation
+from notebooks.study import ASTRAY
 assert len({r["seed"] for r in grid}) == 10 and next(iter(over)) == "hash"
 said = {h.claim: (e, verdict) for h, (e, _, verdict) in judged.items()}
 ahead = [f"a router guided {how} beats V-MoE" for how in (
@@ -198,14 +202,16 @@ beside = [said[f"{claim} without its own losses"] for claim in ahead]
 assert all(0.25 < e.mean < 0.45 and verdict == "undecided" for e, verdict in beside)
 mixer = said["the remedy 'dense mixer' beats V-MoE"][0]
 evened = said["a router guided 'evened' beats one guided by TGR's KL"][0]
-assert max(-mixer.low, mixer.high) < 0.4 and max(-evened.low, evened.high) < 0.2
+assert max(-mixer.low, mixer.high) < 0.4 and max(map(abs, over_images(
+    grid, ("tgr-k1-evened",), ("tgr-k1-router-alone",)))) < 0.3
+best_learner = list(over.values())[1]                       # over is sorted
+assert round(over["hash"].mean - best_learner.mean, 1) == 1.2
 assert round(over["hash"].mean, 1) == 1.8 > 2.5 * max(said[claim][0].mean for claim in ahead)
-from notebooks.decided import rank_correlation
-from notebooks.study import ASTRAY
 every = [rank_correlation(grid, cause, effect) for effect in (
     "accuracy", "agreement with the end at 1/2") for cause in (
     "oracle cosine", "worth of the choice")]
-assert not any(low <= 0 <= high for _, low, high, *_ in every)
+assert [low <= 0 <= high for _, low, high, *_ in every] == [True, False, False, False]
+assert every[0][2] < 0.01                                                 # "by a hair"
 near, worth, calm_near, calm_worth = (rank_correlation(
     [r for r in grid if r["arm"] != ASTRAY], cause, effect) for effect in (
     "accuracy", "agreement with the end at 1/2") for cause in (
@@ -254,6 +260,8 @@ assert [round(x, 1) for x in (rho, low, high)] == [0.3, 0.2, 0.5] and arms == 19
 assert rank_correlation(grid, "experts tell of the class", "accuracy")[0] < 0
 assert rank_correlation([r for r in grid if r["arm"] != "moe-k1-hash"],
                         "experts tell of the place", "accuracy")[1] > 0
+assert rank_correlation([r for r in grid if r["arm"] not in (
+    "moe-k1-hash", "moe-k1-random-fixed")], "experts tell of the place", "accuracy")[1] < 0
 shared = [contrast(dealt, "accuracy", ("moe-k1-hash-E16",), (arm,)) for arm in (
     "moe-k1-hash-neighbours", "moe-k1-hash")]
 assert [round(e.mean, 1) for e in shared] == [0.8, 1.9] and min(e.low for e in shared) > 0

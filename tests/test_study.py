@@ -497,12 +497,14 @@ def row(arm, seed, accuracy=0.5, **more):
             "load_entropy": None, "consistency": {}} | more
 
 
-def test_the_table_of_t_holds_the_quantiles_that_the_density_has():
-    for df, t in enumerate(decided.T_975, start=1):
-        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
-        log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-        density = math.exp(log) * (1 + x ** 2 / df) ** (-(df + 1) / 2)
-        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=4e-5)
+def test_an_intervals_quantiles_of_t_are_those_of_the_printed_tables():
+    printed = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    assert [round(decided.within(0.95, df), 3) for df in range(1, 11)] == list(printed)
+    assert decided.within(0.5, 1) == pytest.approx(1)       # Cauchy's quartiles
+    # one degree more than a table of 30 has, and a row of Abramowitz and Stegun's table 26.10
+    assert decided.within(0.95, 30) > decided.within(0.95, 31) > decided.within(0.95, 40)
+    assert round(decided.within(0.95, 40), 3) == 2.021
+    assert round(decided.within(0.999, 4), 3) == 8.610
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 10, 29])
@@ -521,7 +523,7 @@ def test_a_p_value_is_that_of_the_hand():
     assert e.p() == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5, abs=1e-4)
     assert e.p(2) == pytest.approx(1) and interval([1.0]).p() is None
     assert interval([2.0, 2.0]).p() == 0 and interval([0.0, 0.0]).p() == 1
-    low, high = 2 - 0.5, 2 + 0.5                        # 4.303 standard errors are 2.4843
+    low, high = 2 - 0.5, 2 + 0.5                        # 4.3027 standard errors are 2.4841
     assert interval([v - 2 for v in (1.0, 2.0, 3.0)]).p(0.5) == pytest.approx(
         e.p(high)) == pytest.approx(e.p(low))
 
@@ -544,10 +546,10 @@ def test_equal_within_a_margin_is_two_one_sided_tests():
 
 
 def test_an_interval_is_what_the_hand_computes():
-    # mean 2, standard deviation 1, three values: 4.303 / sqrt(3) to either side
+    # mean 2, standard deviation 1, three values: 4.3027 / sqrt(3) to either side
     e = interval([1.0, 2.0, 3.0])
-    assert (e.mean, e.n) == (2, 3) and e.high - 2 == pytest.approx(2.4843, abs=1e-4)
-    assert 2 - e.low == pytest.approx(2.4843, abs=1e-4)
+    assert (e.mean, e.n) == (2, 3) and e.high - 2 == pytest.approx(2.48414, abs=1e-5)
+    assert 2 - e.low == pytest.approx(2.48414, abs=1e-5)
     assert interval([1.0]) == Estimate(1.0, None, None, 1) and interval([]).mean is None
 
 
@@ -556,7 +558,7 @@ def test_arms_are_compared_seed_by_seed_and_a_lone_seed_is_left_out_and_named():
             row("moe-k1", 0, 0.50), row("moe-k1", 2, 0.99)]
     e = contrast(rows, "accuracy", ("tgr-k1",), ("moe-k1",))
     assert e.mean == pytest.approx(1.5) and e.n == 2        # (52 - 50 + 41 - 40) / 2
-    assert e.high - e.mean == pytest.approx(12.706 * 0.5 ** 0.5 / 2 ** 0.5)
+    assert e.high - e.mean == pytest.approx(12.706205 * 0.5 ** 0.5 / 2 ** 0.5)
     assert e.left_out == (("moe-k1", 2),)
     assert study.unpaired("main", rows) == (
         " Left out for want of a partner: from tgr-k1 − moe-k1: moe-k1, seed 2.")
@@ -650,6 +652,24 @@ def test_arms_are_ranked_by_two_metrics_and_blocks_are_drawn_anew():
              for k, arm in enumerate(arms) for s in range(6)]
     rho, low, high, *_ = decided.rank_correlation(noisy, "worth of the choice", "accuracy")
     assert low < rho < high and low < 0 < high
+
+
+def test_drawing_blocks_anew_goes_through_every_draw():
+    arms, n = [f"moe-k1-{name}" for name in (
+        "hash", "coupled", "stable", "grouter", "similar", "no-aux")], 4
+    a, b = np.random.default_rng(8).normal(size=(2, len(arms), n)) + np.arange(6)[:, None] * 0.2
+    rows = [row(arm, s, b[k, s] / 100, choice=a[k, s]) for k, arm in enumerate(arms)
+            for s in range(n)]
+    found = sorted(float(np.corrcoef(*(values[:, draw].mean(axis=1).argsort().argsort()
+                                       for values in (a, b)))[0, 1])
+                   for draw in itertools.product(range(n), repeat=n))
+    low, high = found[math.ceil(0.025 * 4 ** 4) - 1], found[math.ceil(0.975 * 4 ** 4) - 1]
+    assert decided.rank_correlation(rows, "worth of the choice", "accuracy")[1:3] == pytest.approx(
+        (low, high)) and found[0] < low < high < found[-1]
+    # one draw of 27 is of block 0 alone, where all arms are equal: it has no rho and does not count
+    tied = [row(arm, s, 0.3 + 0.01 * k, choice=0.1 * k if s else 0.5)
+            for k, arm in enumerate(arms[:3]) for s in range(3)]
+    assert decided.rank_correlation(tied, "worth of the choice", "accuracy")[:3] == (1, 1, 1)
 
 
 @pytest.mark.filterwarnings("error")
@@ -818,13 +838,13 @@ def test_an_interval_over_images_too_is_wider_by_what_the_images_scatter():
     # where images agree, blocks alone make the spread: 100, 0, 100, 0, and t with 3 degrees
     blocks = [r | {"hits": probes.packed(torch.full((400,), r["arm"] == "tgr-k1"
                                                    and r["seed"] % 2 == 0))} for r in rows]
-    half = 3.182 * (10_000 / 3) ** 0.5 / 2
+    half = 3.182446 * (10_000 / 3) ** 0.5 / 2
     assert decided.over_images(blocks, *asked) == pytest.approx((50 - half, 50 + half))
     # both at once: in odd blocks TGR has nothing more, so that an image is worth 0 or a half
     for r in blocks:
         if r["seed"] % 2 == 0 and r["arm"] == "tgr-k1":
             r["hits"] = probes.packed(better)
-    half = math.hypot(3.182 * (400 / 3) ** 0.5 / 2, 1.96 * error / 2)
+    half = math.hypot(3.182446 * (400 / 3) ** 0.5 / 2, 1.96 * error / 2)
     assert decided.over_images(blocks, *asked) == pytest.approx((10 - half, 10 + half))
     two = [r for r in rows if r["seed"] < 2]
     for lacking in (two, [r for r in rows if r["arm"] == "moe-k1"],
@@ -1495,6 +1515,22 @@ def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
         "grid": "placement", "machine": "a"})               # a run that was made again
     assert study.main(["report", "--check", "a.md"]) == 2
     assert f"report --{option} a.md" in capsys.readouterr().err
+
+
+def test_a_table_says_which_of_its_runs_another_has_too_and_what_was_decided_late():
+    same = dict(hits=probes.packed(torch.arange(40) < 20), machine="m")
+    for grid, arm, seed, found in (
+            ("placement", "moe-k1", 3, same), ("routing", "moe-k1", 3, same),
+            ("schedule", "moe-k1", 3, same), ("routing", "moe-k1-hash", 3, same | {"hits": "AA=="}),
+            ("schedule", "moe-k1", 4, same | {"hits": "AQ=="})):
+        study.append(study.RESULTS / f"{grid}.jsonl", full(arm, seed, 0.3) | found | {"grid": grid})
+    for grid, others in (("routing", ("placement", "schedule")), ("placement", ("routing",
+                                                                               "schedule"))):
+        assert ("Of the same flags and seeds, and so the same runs: " + "; ".join(
+            f"moe-k1 of {other}, seeds 3" for other in others) + ".") in study.section(grid, "cpu")
+    assert decided.REMARKS["routing"] in study.section("routing", "cpu")
+    text = study.results(Path("a.md"))
+    assert text.count(study.LEGEND) == 1 and "256 fixed training images" in study.LEGEND
 
 
 def test_a_page_without_markers_agrees_with_nothing():
