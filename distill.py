@@ -77,13 +77,14 @@ def forced(expert, n_tokens, n_experts, device="cpu"):
 
 @contextmanager
 def evaluating(vit):
-    """The model in evaluation mode, and afterwards as it was, whatever happens."""
-    was_training = vit.training
+    """The model in evaluation mode, and afterwards as each part of it was, whatever happens."""
+    training = [module for module in vit.modules() if module.training]
     vit.eval()
     try:
         yield
     finally:
-        vit.train(was_training)
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

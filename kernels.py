@@ -149,7 +149,9 @@ def grouped_mm_mlp(rows, plan, w_in, b_in, w_out, b_out):
     """What `sliced_mlp` computes, in two calls of grouped_mm. It has no bias: `OwnBias` adds it.
 
     grouped_mm takes rows of whole 16 bytes. Hidden units without weights fill up what is missing.
+    It takes few layouts in memory, so weights in another one than a model's own are copied.
     """
+    w_in, w_out = w_in.contiguous(), w_out.contiguous()
     if missing := -w_in.shape[2] % (16 // rows.element_size()):
         w_in, b_in = F.pad(w_in, (0, missing)), F.pad(b_in, (0, missing))
         w_out = F.pad(w_out, (0, 0, 0, missing))
@@ -249,6 +251,7 @@ class Lean(torch.autograd.Function):
     def forward(ctx, x, chosen, gates, w_in, b_in, w_out, b_out):
         (T, K), plan = chosen.shape, plan_choices(chosen, len(w_in))
         ctx.K = K                                                       # len(z) / T, but T may be 0
+        w_in, w_out = w_in.contiguous(), w_out.contiguous()             # as in grouped_mm_mlp
         rows = x.index_select(0, plan.order // K)                       # (S, D)
         z, out = rows.new_empty(len(rows), w_in.shape[2]), torch.empty_like(rows)
         for r, e, b, mm, _ in groups(plan, rows, w_in):

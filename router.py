@@ -91,6 +91,7 @@ class TopKRouter(nn.Module):
         """Turn logits (T, E) into a `Routing`; FloatingPointError where they are not finite, but
         not while training on a GPU."""
         expect("logits", logits, None, self.n_experts)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # NaN logits sort without an error and send every token to the same expert: the model would
         # go on as a dense one. In training a GPU's host would wait here, block by block. There NaN
         # or infinite logits spoil the loss; who sees that can ask again in evaluation mode.

@@ -81,9 +81,10 @@ def probe_experts(student, images, labels, block):
     which asks one expert about every image (ours).
     """
     parts = list(zip(images.split(500), labels.split(500), strict=True))
-    correct, kept = (torch.cat([ask(student, *part, block) for part in parts], dim=1)
-                     for ask in (distill.probe, probe_keeping_gates))           # (E, B) both
-    probs = torch.cat([student(x).layers[block].routing.probs for x, _ in parts])
+    with distill.evaluating(student):
+        correct, kept = (torch.cat([ask(student, *part, block) for part in parts], dim=1)
+                         for ask in (distill.probe, probe_keeping_gates))       # (E, B) both
+        probs = torch.cat([student(x).layers[block].routing.probs for x, _ in parts])
     domain = distill.domains(probs, student.n_tokens)
     own, others = distill.own_and_others(distill.accuracy_matrix(correct, domain))
     own_kept, others_kept = distill.own_and_others(distill.accuracy_matrix(kept, domain))
@@ -132,11 +133,12 @@ def worth_of_choice(losses, chosen):
     """What the router's choice takes off the loss, over what the best of all experts would (ours).
 
     0 is a blind choice, 1 the best in hindsight. losses (B, n, E) as above, chosen (B, n). None
-    where no expert makes a difference.
+    where no expert makes a difference that float32 can tell.
     """
-    blind, own = losses.mean(dim=2), losses.gather(2, chosen[..., None])[..., 0]
-    best = (blind - losses.min(dim=2).values).mean().item()
-    return (blind - own).mean().item() / best if best else None
+    behind = losses - losses.min(dim=2, keepdim=True).values            # (B, n, E) the best one
+    blind, own = behind.mean(dim=2), behind.gather(2, chosen[..., None])[..., 0]
+    best = blind.mean().item()
+    return (blind - own).mean().item() / best if best > 1e-6 else None
 
 
 def worth_of_choices(student, images, labels, block):

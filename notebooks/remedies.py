@@ -27,19 +27,28 @@ class Remedy(MoE):
     penalty = 0.0               # what the layer adds to the loss, from its last forward pass
     runs_all = False            # does every expert compute every token of a training step?
     has_oracle = True           # would its router's gradient be another one if it saw all experts?
+    tells_raw = True            # can it return the outputs of a token's K experts before gating?
 
     def __init__(self, moe, job):
         nn.Module.__init__(self)
-        if moe.router.gate != "softmax_topk" or moe.router.capacity_factor is not None:
-            raise ValueError("a remedy has the gate softmax_topk and room for all: leave --gate "
-                             "and --capacity_factor out")
+        if (moe.router.gate != "softmax_topk" or moe.router.noise
+                or moe.router.capacity_factor is not None):
+            raise ValueError("a remedy has the gate softmax_topk, no noise and room for all: leave "
+                             "--gate, --noise and --capacity_factor out")
+        if moe.keep_raw and not self.tells_raw:
+            raise ValueError(f"{type(self).__name__} has no K outputs of a token that MoDE could "
+                             f"compare: take --method moe or tgr")
         self.router, self.experts = moe.router, moe.experts
         self.keep_raw, self.backend = moe.keep_raw, moe.backend
 
     def forward(self, x, routing=None):
         if routing is not None:
+            self.penalty = 0.0
             return super().forward(x, routing)
         return self.remedied(x, self.router(x.reshape(-1, x.shape[-1])))
+
+    def __getstate__(self):     # a copy has no part in the graph that its penalty hangs on
+        return self.__dict__ | {"penalty": 0.0}
 
     def remedied(self, x, routing):
         """x (B, N, D) or (T, D), and what its router would do -> (y, routing, raw) of a MoE."""
@@ -95,6 +104,7 @@ class ExpertChoice(Remedy):
     The load is exactly even. A token is taken by several experts or by none, and by whom depends
     on the batch that it is in. The routing notes its first K takers, then its favourites (ours).
     """
+    tells_raw = False
 
     def takes(self, probs):
         """The tokens of each expert: probs (T, E) -> (E, C)."""
@@ -198,7 +208,7 @@ class ReMoE(Remedy):
     and shrinks by 1.2 while fewer are (arXiv:2412.14711, section 3). One lambda per layer is ours,
     and so is that experts which are off are computed and multiplied by 0.
     """
-    growth, first, runs_all, has_oracle = 1.2, 1e-8, True, False
+    growth, first, runs_all, has_oracle, tells_raw = 1.2, 1e-8, True, False, False
 
     def __init__(self, moe, job):
         super().__init__(moe, job)

@@ -246,6 +246,9 @@ def test_looking_at_a_model_leaves_it_as_it_was(look, training):
     first, second = look(vit, x, labels, 2), look(vit, x, labels, 2)
     assert torch.equal(first, second)              # no stochastic depth while one looks
     assert all(m.training is training for m in vit.modules())
+    vit.train().blocks[0].eval()                   # as one freezes a part
+    look(vit, x, labels, 2)
+    assert vit.training and vit.blocks[1].training and not vit.blocks[0].attn.training
     assert all(torch.equal(v, before[name]) for name, v in vit.state_dict().items())
     assert all(p.grad is None for p in vit.parameters())
 

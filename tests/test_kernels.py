@@ -179,6 +179,22 @@ def test_every_rung_is_as_exact_as_a_loop_over_the_experts(way, dtype, case, go)
         assert_as_good_as_a_loop(backend, layer, chosen, asked)
 
 
+@pytest.mark.parametrize("backend", ["auto", "sliced", "grouped", "lean"])
+def test_weights_may_lie_in_memory_in_any_order(backend):
+    chosen = torch.tensor([[1, 3], [0, 2], [3, 1], [2, 2]])
+    layer = an_mlp_layer(E, chosen, f32, D=8, H=12)
+    expected = everything("reference", layer, chosen, False)
+    for lie in (lambda w: w.permute(1, 2, 0).contiguous().permute(2, 0, 1),         # experts last
+                lambda w: torch.cat([w, w], dim=2)[..., :w.shape[2]],               # a part of more
+                lambda w: w.repeat_interleave(2, dim=2)[..., ::2]):                 # every second
+        def view(name, t, lie=lie):
+            return lie(t) if name in ("w_in", "w_out") else t
+
+        assert torch.equal(lie(layer["w_in"]), layer["w_in"])
+        assert not lie(layer["w_in"]).is_contiguous()
+        assert_same(everything(backend, layer, chosen, False, view), expected)
+
+
 @every_way
 def test_transposed_and_expanded_inputs_are_as_good_as_contiguous_ones(way, go):
     backend, device, D, H = go(way)

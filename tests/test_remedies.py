@@ -3,6 +3,7 @@
 What a router's gradient should be is computed by enumeration: all experts, all draws. The layers
 are small and float64 where a law is exact.
 """
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -667,14 +668,29 @@ def test_who_is_sent_where_it_goes_anyway_gets_the_same_answer(name):
 
 def test_what_a_remedy_cannot_do_it_says():
     for flags, sentence in ((["--gate", "sigmoid"], "leave --gate"),
-                            (["--capacity_factor", "1"], "leave --gate and --capacity_factor")):
+                            (["--noise", "1"], "leave --gate, --noise and"),
+                            (["--capacity_factor", "1"], "leave --gate, --noise and --capacity"),
+                            (["--method", "mode", "--k", "2"], "ReMoE has no K outputs of a tok")):
         with pytest.raises(ValueError, match=sentence):
             plan("relu", *flags)
+    with pytest.raises(ValueError, match="ExpertChoice has no K outputs"):
+        plan("expert choice", "--method", "mode", "--k", "2")
     for name in ("sparse mixer", "hash"):
         with pytest.raises(ValueError, match="--k cannot be 2, give 1"):
             plan(name, "--k", "2")
     with pytest.raises(ValueError, match="place cannot be had of a hash: choose from class token"):
         placed("place")
+
+
+def test_a_penalty_is_of_the_last_forward_pass_and_no_copy_has_a_part_in_its_graph():
+    for name in ("similar", "relu"):
+        layer, x = a_layer(name), tokens()
+        _, routing, _ = layer(x)
+        assert layer.penalty.requires_grad and layer.penalty > 0
+        twin = copy.deepcopy(layer)
+        assert twin.penalty == 0 < layer.penalty and torch.equal(twin(x)[0], layer(x)[0])
+        layer(x, routing)                                   # whoever is told where to go pays none
+        assert layer.penalty == 0
 
 
 def test_dense_work_is_counted():

@@ -122,6 +122,8 @@ def test_the_router_thinks_in_float32_whatever_the_autocast():
     for a, b in zip(inside[:4], chooser(x)[:4], strict=True):
         assert_close(a, b, rtol=0, atol=0)
     assert rounded.logits.dtype == rounded.gates.dtype == rounded.probs.dtype == torch.float32
+    routed = chooser.route(inside.logits.bfloat16())                    # a teacher's, for example
+    assert routed.logits.dtype == routed.gates.dtype == routed.probs.dtype == torch.float32
     chooser.bfloat16()
     assert chooser(x).gates.dtype == torch.float32
 

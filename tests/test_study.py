@@ -1084,6 +1084,9 @@ def test_a_choice_is_worth_a_share_of_what_the_best_one_would_win():
     assert probes.worth_of_choice(losses, torch.tensor([[1, 2]])) == 0.5
     assert probes.worth_of_choice(losses, torch.tensor([[2, 0]])) == -1.5
     assert probes.worth_of_choice(losses[:, 1:], torch.tensor([[0]])) is None
+    # eight times 0.1 has not the mean 0.1, and a forward pass rounds as well
+    alike = torch.full((4, 2, 8), 0.1) + 1e-8 * torch.arange(8)
+    assert probes.worth_of_choice(alike, torch.zeros(4, 2, dtype=torch.int64)) is None
 
 
 def test_what_a_choice_is_worth_is_asked_of_images_that_no_expert_was_trained_on(monkeypatch):
