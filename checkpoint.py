@@ -46,8 +46,9 @@ def free_folder(name):
     """Make `name`, or name-2, name-3 ...: the first that does not exist, and nobody else's."""
     for number in range(1, 10_000):
         path = Path(name if number == 1 else f"{name}-{number}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             return str(path)
     raise ValueError(f"there are too many folders like {name}: choose a name with --out")
 
@@ -217,6 +218,8 @@ def read(path, config, needs=()):
     is said.
     """
     path, why = Path(path), None
+    if not path.name:
+        raise ValueError(f"{path} is no checkpoint but a folder: name the file in it")
     for file in (path, before(path)):
         if not file.is_file():
             continue

@@ -246,6 +246,10 @@ def pictures(name, folder, size):
         raise ValueError(f"{name} cannot be read ({why}): it must hold a folder of pictures per "
                          f"class, or such folders in train/ and test/") from error
     classes, labels = found[0].classes, [torch.tensor(part.targets) for part in found]
+    if {name.lower() for name in classes} <= {"train", "val", "valid", "validation", "test"}:
+        raise ValueError(f"{name} holds {'/ and '.join(classes)}/, which are no classes: it must "
+                         f"hold a folder of pictures per class, or such folders in train/ and "
+                         f"test/")
     if divided and found[1].classes != classes:
         raise ValueError(f"{name}: train/ and test/ must hold the same classes")
     if not divided:
@@ -259,7 +263,8 @@ def pictures(name, folder, size):
     for tensor in (*images, *labels):
         md5.update(tensor.numpy().tobytes())
     train, test = (Split(x, y, y) for x, y in zip(images, labels, strict=True))
-    note = f"{len(labels[0]):,} training and {len(labels[1]):,} test pictures of {folder}/"
+    note = (f"{len(labels[0]):,} training and {len(labels[1]):,} test pictures of {folder}/, "
+            f"{len(classes)} classes")
     return Data(name, note if divided else f"{note}, a fixed tenth of them for the test",
                 md5.hexdigest(), train, test, classes, [], *channel_stats(train.images))
 
@@ -271,7 +276,9 @@ def square(file, size):
             if picture.mode[0] in "IF":                     # PIL would cut off what is above 255
                 raise OSError(f"{file} has more than 8 bits a channel: save it with 8")
             picture = picture.convert("RGB")
-    except (ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        if str(file) in str(error):
+            raise
         raise OSError(f"{file} is no picture that can be read ({error})") from error
     picture = v2.functional.resize(picture, size, antialias=True)
     return v2.functional.pil_to_tensor(v2.functional.center_crop(picture, [size, size]))
@@ -383,6 +390,12 @@ def class_names(cfg, data):
     return names
 
 
+def trainable(cfg, data):
+    """How many training images are left where --split val has held a tenth out."""
+    n = len(data.train.fine)
+    return n - n // 10 if cfg.split == "val" else n
+
+
 def split(cfg, data):
     """Share the images out as cfg asks; ValueError where there are too few.
 
@@ -392,7 +405,7 @@ def split(cfg, data):
     labels = getattr(data.train, cfg.labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order.to(labels.device)
-    held_out = len(labels) // 10 if cfg.split == "val" else 0
+    held_out = len(labels) - trainable(cfg, data)
     if cfg.split == "val" and not held_out:
         raise ValueError(f"--split val holds a tenth of the training images out, and {data.name} "
                          f"has {len(labels)}: bring 10 or more")

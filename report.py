@@ -17,8 +17,10 @@ import json
 import math
 import os
 import re
+import shlex
 import textwrap
 from pathlib import Path
+from zipfile import BadZipFile
 
 from checkpoint import HOW, printable, write
 
@@ -221,11 +223,11 @@ def exam_table(probs, labels, names):
 def closing_table(result):
     """The few lines a run ends with; – is a number this run does not have."""
     r = result
-    exam = "test" if r["test_accuracy"] is not None else "val"
+    key = "test" if exam(r) == "test" else "val"
     lines = {
         "run": f"{r['method']}, preset {r['preset']}, seed {r['seed']}; epochs: {r['epochs']}, "
                f"training images: {r['train_images']:,} ({r['data']})",
-        f"{exam} accuracy": f"{show(r[f'{exam}_accuracy'], '{:.1%}')} of {r['labels']} labels; "
+        f"{key} accuracy": f"{show(r[f'{key}_accuracy'], '{:.1%}')} of {r['labels']} labels; "
                             f"dense teacher {show(r['teacher_accuracy'], '{:.1%}')}",
         "parameters": f"{r['params_total'] / 1e6:.2f} M total, "
                       f"{r['params_active'] / 1e6:.2f} M active",
@@ -244,20 +246,44 @@ SETTING = ("data", "data_md5", "labels", "train_images", "test_images", "epochs"
 
 
 def experiment(row):
-    """What was run, from its config: two paths that differ in a number (a seed) count as one."""
-    return {name: re.sub(r"\d+", "*", value) if "/" in str(value) else value
+    """What was run, from its config: two paths that differ in their runs' seeds count as one, as
+    runs/dense-0/x and runs/dense-1/x do, or seed0/x and seed1/x."""
+    seed = rf"\b([A-Za-z_]*){row['seed']}\b"
+    return {name: re.sub(seed, r"\1*", value) if "/" in str(value) else value
             for name, value in row["config"].items() if name not in ("seed", *HOW)}
 
 
-def results_table(rows):
-    """Markdown: one table and its caption per setting; a rerun of a seed replaces the first run."""
-    tables = {}                                             # setting > experiment > seed > row
+def settings(rows):
+    """For each setting its experiments, each a list of runs; a rerun of a seed replaces the first.
+    """
+    found = {}                                              # setting > experiment > seed > row
     for row in rows:
-        groups = tables.setdefault(tuple(row[name] for name in SETTING), {})
+        setting = *(row[name] for name in SETTING), exam(row)
         same = row["method"], row["device"], json.dumps(experiment(row), sort_keys=True)
-        groups.setdefault(same, {})[row["seed"]] = row
-    return "\n\n".join(one_table([list(seeds.values()) for seeds in groups.values()])
-                       for groups in tables.values()) or "Nothing has been measured yet."
+        found.setdefault(setting, {}).setdefault(same, {})[row["seed"]] = row
+    return [[list(seeds.values()) for seeds in groups.values()] for groups in found.values()]
+
+
+def exam(row):
+    """Which images its accuracy is of; with --split val no test image was looked at."""
+    return "test" if row["test_accuracy"] is not None else "validation"
+
+
+def results_table(rows):
+    """Markdown: one table and its caption per setting."""
+    return "\n\n".join(map(one_table, settings(rows))) or "Nothing has been measured yet."
+
+
+def names_of(groups):
+    """What each of several experiments is called: its method, and in what it differs from others
+    of the same method."""
+    names = []
+    for row, *_ in groups:
+        rivals = [experiment(other[0]) for other in groups if other[0]["method"] == row["method"]]
+        differs = [f"{name}={value}" for name, value in experiment(row).items()
+                   if name != "k" and any(rival.get(name) != value for rival in rivals)]
+        names.append(row["method"] + (f" ({', '.join(differs)})" if differs else ""))
+    return names
 
 
 def pooled(values, form="{:.2f}"):
@@ -273,20 +299,19 @@ def early_agreement(row):
 
 
 def one_table(groups):
-    lines = ["| method | K | params total / active | MFLOPs per image | test accuracy "
+    asked = exam(groups[0][0])
+    lines = [f"| method | K | params total / active | MFLOPs per image | {asked} accuracy "
              "| agreement adjacent, first quarter | load entropy | seconds | n | device |",
              "|-|-|-|-|-|-|-|-|-|-|"]
-    for group in groups:
+    for name, group in zip(names_of(groups), groups, strict=True):
         row, routed = group[0], group[0]["load_entropy"] is not None
-        rivals = [experiment(other[0]) for other in groups if other[0]["method"] == row["method"]]
-        differs = [f"{name}={value}" for name, value in experiment(row).items()
-                   if name != "k" and any(rival.get(name) != value for rival in rivals)]
         lines.append("| " + " | ".join([
-            row["method"] + (f" ({', '.join(differs)})" if differs else ""),
+            name,
             show(row["config"].get("k") if routed else None, "{}"),
             f"{row['params_total'] / 1e6:.2f} M / {row['params_active'] / 1e6:.2f} M",
             f"{row['flops_per_image'] / 1e6:.1f}",
-            pooled([r["test_accuracy"] for r in group], "{:.1%}"),
+            pooled([r["test_accuracy" if asked == "test" else "val_accuracy"] for r in group],
+                   "{:.1%}"),
             pooled([early_agreement(r) for r in group]),
             pooled([r["load_entropy"] for r in group]),
             f"{mean(r['seconds'] for r in group):.0f}",
@@ -299,7 +324,7 @@ def one_table(groups):
 
     return "\n".join([*lines, "", (
         f"{row['data']} (md5 {row['data_md5']}), {row['labels']} labels, {row['train_images']:,} "
-        f"training and {row['test_images']:,} test images, preset {row['preset']}; epochs: "
+        f"training and {row['test_images']:,} {asked} images, preset {row['preset']}; epochs: "
         f"{row['epochs']}; seeds: {all_of(lambda r: r['seed'])}; torch "
         f"{all_of(lambda r: r['versions']['torch'])}; commit "
         f"{all_of(lambda r: r['commit'] or 'unknown')}. Mean ± sample standard deviation over n "
@@ -311,21 +336,30 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def write_page(page, results_path):
-    """Put table and picture of a file of results between two markers of a page, or on a new one."""
-    rows, picture = read_lines(results_path), Path(results_path).with_suffix(".png")
+    """Put the tables of a file of results, each with its picture, between two markers of a page, or
+    on a new one."""
+    path, tables = Path(results_path), settings(read_lines(results_path))
 
     def content():
-        if all(early_agreement(row) is None for row in rows):   # a picture needs a router
-            return results_table(rows)
-        write(picture, png(plot_methods(rows)))
-        link = Path(os.path.relpath(picture, Path(page).resolve().parent))
-        return (f"{results_table(rows)}\n\n![agreement over epochs, by method]"
-                f"({link.as_posix()})")
+        parts = []
+        for number, groups in enumerate(tables, start=1):
+            parts.append(one_table(groups))
+            names = {id(row): f"{name}, K={row['config']['k']}"
+                     for name, group in zip(names_of(groups), groups, strict=True) for row in group}
+            rows = [row for group in groups for row in group]
+            if all(early_agreement(row) is None for row in rows):       # a picture needs a router
+                continue
+            picture = path.with_name(f"{path.stem}{f'-{number}' if number > 1 else ''}.png")
+            write(picture, png(plot_methods(rows, lambda row, names=names: names[id(row)])))
+            link = Path(os.path.relpath(picture, Path(page).resolve().parent)).as_posix()
+            parts.append(f"![agreement over epochs, by method](<{link}>)" if " " in link else
+                         f"![agreement over epochs, by method]({link})")
+        return "\n\n".join(parts) or results_table([])
 
     if not Path(page).exists():
         write(page, f"{BEGIN}\n{END}\n")
     put_between(page, BEGIN, END, content,
-                f"python report.py --page {page} {results_path}")
+                f"python report.py --page {shlex.join([str(page), str(results_path)])}")
 
 
 def cut(path, begin, end):
@@ -534,15 +568,16 @@ def plot_patches(images, chosen, probs, layer):
 
     deepest = first[-1]                                             # (B, side, side)
     below, right = deepest[:, 1:] == deepest[:, :-1], deepest[:, :, 1:] == deepest[:, :, :-1]
-    together = np.concatenate([below.ravel(), right.ravel()]).mean()
+    pairs = np.concatenate([below.ravel(), right.ravel()])
     chance = (load_share(deepest, E) ** 2).sum()
     # expert numbers have no order, so beyond eight colours neighbouring numbers are set far apart
     palette = np.array([to_rgb(colour) for colour in COLOURS])      # (at least E, 3)
     if len(palette) < E:
         palette = colormaps["viridis"](np.arange(E) * 0.618 % 1)[:, :3]
 
-    fig, axes = sheet(f"In block {layers[-1]}, {together:.0%} of neighbouring patches share an "
-                      f"expert; by chance {chance:.0%} would",
+    fig, axes = sheet(f"In block {layers[-1]}, {pairs.mean():.0%} of neighbouring patches share "
+                      f"an expert; by chance {chance:.0%} would" if len(pairs) else
+                      "A lone patch has no neighbours",
                       1 + L, n, 0.9 + 1.1 * n, 1.1 + 1.12 * (1 + L))
     for axis, name in zip(axes[:, 0], ["image", *(f"block {b}" for b in layers)], strict=True):
         axis.set_ylabel(name)
@@ -605,6 +640,8 @@ def main():
         else:
             run = Path(args.path)
             if (run / "metrics.jsonl").exists() and not (run / "result.json").exists():
+                if not read_lines(run / "metrics.jsonl"):
+                    return print(f"in {run} no epoch has ended yet: there is nothing to draw")
                 print(f"{run} has not ended: these are its curves so far")
             else:
                 result = (run / "result.json").read_text(encoding="utf-8")
@@ -618,6 +655,10 @@ def main():
     except ValueError as error:
         damaged = "" if args.page else f"a file of {args.path} is damaged: "
         parser.exit(2, f"report.py: {damaged}{error}\n")
+    except (KeyError, AttributeError, TypeError, EOFError, BadZipFile) as error:
+        parser.exit(2, f"report.py: {args.path} holds something else than train.py writes "
+                       f"({type(error).__name__}: {error}): give it "
+                       f"{'lines of result.json' if args.page else 'the folder of a run'}\n")
 
 
 if __name__ == "__main__":

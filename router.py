@@ -6,6 +6,7 @@ Letters, here and in every other file:
 """
 import math
 import warnings
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -136,8 +137,12 @@ def within_capacity(chosen, n_experts, capacity_factor):
     T, K = expect("chosen", chosen, None, "K", below=n_experts)
     if not capacity_factor >= 0:
         raise ValueError(f"capacity_factor cannot be {capacity_factor}: choose 0 or more")
-    # rounded first, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more
-    C = math.ceil(min(T, round(capacity_factor * K * T / n_experts, 9)))
+    if capacity_factor * K >= n_experts:
+        C = T                                                           # room for every token
+    else:
+        # as a fraction, for 1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more
+        a, b = Fraction(capacity_factor).limit_denominator(10 ** 9).as_integer_ratio()
+        C = -(-a * K * T // (b * n_experts))
     queue = F.one_hot(chosen.T.reshape(-1), n_experts)                  # (K*T, E) in service order
     place = (queue.cumsum(dim=0) * queue).sum(dim=1)                    # (K*T,) 1 = served first
     return (place <= C).view(K, T).T                                    # (T, K)

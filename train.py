@@ -43,7 +43,17 @@ from tqdm.auto import tqdm
 
 import kernels
 import report
-from data import Data, Sets, batches, class_names, load, split, square, steps_per_epoch
+from data import (
+    Data,
+    Sets,
+    batches,
+    class_names,
+    load,
+    split,
+    square,
+    steps_per_epoch,
+    trainable,
+)
 from distill import mutual_distillation_loss
 from kernels import BACKENDS, why_not_fused
 from moe import MLP, MoE, SoftMoE, ViT
@@ -213,11 +223,12 @@ def parse(argv):
                 if its is not None and (not isinstance(its, kinds)
                                         or its not in (f.metadata["choices"] or [its])):
                     raise ValueError(f"its {f.name} cannot be {its!r}")
+            made_by = repeated["preset"]
         except (OSError, ValueError, TypeError, KeyError) as error:
             parser.error(f"--config needs the result.json of a run ({error})")
-        if given.get("preset", repeated["preset"]) != repeated["preset"]:
-            parser.error(f"--config has the numbers of preset {repeated['preset']}: leave --preset "
-                         f"out, or --config")
+        if given.get("preset", made_by) != made_by:
+            parser.error(f"--config has the numbers of preset {made_by}: leave --preset out, or "
+                         f"--config")
         given = {name: value for name, value in repeated.items()
                  if name not in checkpoint.HOW and value is not None} | given
     return given
@@ -323,6 +334,10 @@ def check_numbers(cfg):
         if cfg.warmup_epochs >= epochs and teaches:
             raise ValueError(f"--warmup_epochs {cfg.warmup_epochs:g} must be below --{name} "
                              f"{epochs}: the learning rate would end before its peak")
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(cfg, name) < 0.01:
+            raise ValueError(f"--{name} {getattr(cfg, name):g} is too small for the draw from "
+                             f"Beta(alpha, alpha): give 0, which is off, or 0.01 or more")
     if cfg.batch_size % processes():
         raise ValueError(f"--batch_size {cfg.batch_size} does not divide among {processes()} "
                          f"processes: choose a multiple of that")
@@ -431,21 +446,19 @@ class Look(NamedTuple):
 
 def look(model, images, cfg, data):
     """Logits and routing of clean images: a `Look`."""
-    outs = list(outputs(model, images, cfg, data))
-    logits = torch.cat([out.logits for out in outs])
-    blocks = [b for b, layer in outs[0].layers.items() if layer.routing is not None]
-    if not blocks:
-        return Look(logits)
-
-    def gather(name, dtype):
-        per_block = [torch.cat([getattr(out.layers[b].routing, name) for out in outs])
-                     for b in blocks]                                   # L of (B*N, K or E)
-        stacked = torch.stack(per_block).view(len(blocks), len(images), model.n_tokens, -1)
-        return stacked.to("cpu", dtype)
-
-    chosen = gather("chosen", torch.uint8 if cfg.n_experts <= 256 else torch.int16)
-    dropped = sum(int(out.layers[b].routing.dropped) for out in outs for b in blocks)
-    return Look(logits, chosen, gather("probs", torch.float16), dropped / chosen.numel())
+    logits, chosen, probs, dropped = [], [], [], 0
+    small = torch.uint8 if cfg.n_experts <= 256 else torch.int16
+    for out in outputs(model, images, cfg, data):           # an Output holds far more than is kept
+        logits.append(out.logits)
+        routed = [layer.routing for layer in out.layers.values() if layer.routing is not None]
+        for kept, name, dtype in ((chosen, "chosen", small), (probs, "probs", torch.float16)):
+            of_some = [getattr(r, name).view(len(out.logits), model.n_tokens, -1) for r in routed]
+            kept += [torch.stack(of_some).to("cpu", dtype)] if routed else []   # (L, B, N, K or E)
+        dropped += sum(int(r.dropped) for r in routed)
+    if not chosen:
+        return Look(torch.cat(logits))
+    chosen = torch.cat(chosen, dim=1)
+    return Look(torch.cat(logits), chosen, torch.cat(probs, dim=1), dropped / chosen.numel())
 
 
 # --- one epoch ---
@@ -735,7 +748,7 @@ def look_and_note(job, progress, terms, lr):
     line = {"epoch": progress.epoch, "terms": terms, "lr": lr, "probe_accuracy": hit}
     if sets.val:
         line["val_accuracy"] = accuracy(model, *sets.val, cfg, data)
-    if cfg.capacity_factor is not None:
+    if cfg.capacity_factor is not None and seen.dropped is not None:
         line["dropped"] = seen.dropped
     line |= {"seconds": progress.spent,
              "images_per_second": steps_per_epoch(cfg, sets) * cfg.batch_size / progress.spent}
@@ -874,6 +887,8 @@ def plan(given, own=lambda folder: None, change=lambda job: None):
         first(refuse_to_overwrite, cfg)
     data = load(cfg.data, cfg.data_dir, cfg.device, size=cfg.image_size)
     cfg.data = data.name
+    if "train_images" not in given and cfg.train_images > trainable(cfg, data):
+        cfg.train_images = 0            # a preset's number is a ceiling: nobody has asked for it
     sets = split(cfg, data)
     model = build(cfg, data)
     job = Job(cfg, data, sets, model, state)
@@ -881,7 +896,9 @@ def plan(given, own=lambda folder: None, change=lambda job: None):
     if state:
         refuse_other_images(state, data, f"the run in {cfg.out} was started")
         checkpoint.restore(model, state["student"], cfg.out)
-    teacher = teacher_of(job) if "guide" in METHODS[cfg.method] else None
+    # a run that has ended is only read, and its teacher may be gone
+    guided = "guide" in METHODS[cfg.method] and not job.ended
+    teacher = teacher_of(job) if guided else None
     if cfg.out is None:
         name = f"{cfg.method}-{cfg.preset}-{label(data)}-seed{cfg.seed}"
         cfg.out = first(checkpoint.free_folder, f"runs/{name}")
@@ -922,6 +939,8 @@ def refuse_other(given, state, sentence):
         its = state["config"].get(name, getattr(Config, name))
         if name in checkpoint.HOW or value == its:
             continue
+        if name == "data" and all(str(v).startswith("folder:") for v in (value, its)):
+            continue                                        # moved, perhaps: the md5 will say
         if value == "auto":                                 # it chose `its` then
             del given[name]
             continue
@@ -955,6 +974,11 @@ def teacher_of(job):
                              f"dense (python train.py --method dense)")
         # as it is, however far it came
         its = replace(Config(**state["config"]), device=cfg.device, epochs=state["epoch"])
+        learned = its.train_images or len(data.train.fine)
+        if (cfg.split == "val" and its.split == "full" and learned > trainable(cfg, data)
+                and state.get("data_md5") == data.md5):
+            raise ValueError(f"{cfg.teacher} has learned the images that --split val holds out: "
+                             f"train it with --split val too, or leave --split out")
         model, path = build(its, data), cfg.teacher
         checkpoint.restore(model, state["student"], path)
         Guide(model, student, cfg.n_experts)               # speaks up if their images differ
@@ -969,6 +993,8 @@ def teacher_of(job):
     recipe = {name: value for name, value in asdict(its).items() if name not in checkpoint.HOW}
     key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
     its.out = str(Path("runs", "teachers", f"{cfg.preset}-{label(data)}-{key}"))
+    if cfg.out and Path(cfg.out).resolve() == Path(its.out).resolve():
+        raise ValueError(f"--out {cfg.out} is the folder of this run's teacher: choose another")
     model, path = build(its, data), Path(its.out, checkpoint.NAME)
     state = first(checkpoint.exists, path) and first(checkpoint.read, path, Config, RESUMABLE)
     if state:
@@ -1058,7 +1084,7 @@ def announce(teacher, job, rung=""):
         steps.append(f"taught by {cfg.teacher} at {teacher.model.pixels} pixels, which costs "
                      f"{seconds_of(teacher.model, job):.2g} s a step")
     elif teacher and cfg.teacher:
-        other = "" if teacher.state["data_md5"] == job.data.md5 else " on other images"
+        other = "" if teacher.state.get("data_md5") == job.data.md5 else " on other images"
         steps.append(f"taught by {cfg.teacher}, a dense model trained for {teacher.state['epoch']} "
                      f"epochs{other}")
     elif teacher:
@@ -1131,7 +1157,8 @@ def classify(given):
     path = given["eval"]
     model, cfg, data = load_model(path, **{n: v for n, v in given.items() if n != "eval"})
     folder, out = Path(cfg.images), Path(given.get("out") or Path(path).parent / "pictures")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(p for p in folder.rglob("*")
+                   if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
     if not files:
         raise ValueError(f"--images {folder} holds no pictures: name a folder that does")
     try:
@@ -1152,17 +1179,20 @@ def classify(given):
             picture = report.plot_patches(
                 images[i:i + 1].cpu().numpy(), seen.chosen[:, i:i + 1].numpy(),
                 seen.probs[:, i:i + 1].numpy(), model.moe_blocks)
-            checkpoint.write(out / f"{i:04}-{files[i].stem}.png", report.png(picture))
+            checkpoint.write(out / f"{i:04}-{files[i].stem[:50]}.png", report.png(picture))
     print(f"{len(files)} pictures, as {out}/pictures.csv and who saw which patch beside it")
 
 
 def export(given):
     """Write the model of a checkpoint for use without this code, or with safetensors alone."""
     path, file = given["eval"], Path(given["export"])
+    given = {n: v for n, v in given.items() if n != "eval"}
     if file.suffix == ".safetensors":
-        checkpoint.to_safetensors(checkpoint.read(path, Config), file)
+        state = checkpoint.read(path, Config)
+        refuse_other(given, state, f"{path} was trained")
+        checkpoint.to_safetensors(state, file)
     elif file.suffix == ".pt2":
-        model, cfg, data = load_model(path, **{n: v for n, v in given.items() if n != "eval"})
+        model, cfg, data = load_model(path, **given)
         example = torch.zeros(2, 3, cfg.image_size, cfg.image_size, device=cfg.device)
         program = torch.export.export(
             Standalone(model, data), (example,),

@@ -493,10 +493,6 @@ def afterwards(grid, rows):
         "|-|-|-|-|-|" + "-|" * drawn, *lines])]
 
 
-def exam(row):
-    return "test" if row["test_accuracy"] is not None else "validation"
-
-
 def shown(p):
     """A p-value to two digits; – where there is none."""
     return "–" if p is None else "< .001" if p < 0.001 else f"{p:.2g}"
@@ -560,10 +556,10 @@ def recipe(rows, scale):
     first = rows[0]
     taught = [row["teacher_accuracy"] for row in rows if row["teacher_accuracy"] is not None
               and row["arm"] != "tgr-k1-random-teacher" and "untrained" not in row["arm"]]
-    teacher = (f"dense teacher (`{teachers_flags(scale, exam(first) == 'validation')}`): "
+    teacher = (f"dense teacher (`{teachers_flags(scale, report.exam(first) == 'validation')}`): "
                f"{report.mean(taught):.1%}; " if taught else "")
     return (f"{first['data']} (md5 {first['data_md5']}), {first['labels']} labels, "
-            f"{first['train_images']:,} training and {first['test_images']:,} {exam(first)} "
+            f"{first['train_images']:,} training and {first['test_images']:,} {report.exam(first)} "
             f"images, preset {first['preset']}; epochs: {first['epochs']}; {teacher}device: "
             f"{all_of(rows, lambda r: r['device'])}; torch "
             f"{all_of(rows, lambda r: r['versions']['torch'])}")
@@ -602,7 +598,7 @@ def section(grid, scale, page=PAGE):
         made = (f"{len({decided.block(row) for row in rows})} of {GRIDS[grid].blocks} blocks, on "
                 f"{all_of(rows, lambda row: row['machine'])}. Differences are taken within a "
                 f"block{whose}: intervals are over seeds{over}, for one Lite0, one hash, one set "
-                f"of training and one of {exam(rows[0])} images.")
+                f"of training and one of {report.exam(rows[0])} images.")
         command = f"`python notebooks/study.py run {grid} --scale {scale}`"
     else:
         some = {arm: (sum(row["arm"] == arm for row in rows), n)
@@ -705,8 +701,8 @@ def plot_differences(grid, rows):
     axes[0, 0].axvline(0, color="black", lw=1)
     axes[0, 0].set_yticks(range(len(found)), [f"{name} (n={e.n})" for name, e in found.items()])
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set_xlabel(f"points of {exam(rows[0])} accuracy, paired by seed, 95 % interval",
-                          loc="right")                      # for long names leave little room
+    axes[0, 0].set_xlabel(f"points of {report.exam(rows[0])} accuracy, paired by seed, 95 % "
+                          f"interval", loc="right")         # for long names leave little room
     axes[0, 0].grid(axis="x", alpha=0.25)
     return fig
 
@@ -748,7 +744,7 @@ def plot_crossed(grid, rows):
         for axis, metric in zip(column, (ACC, decided.HALF), strict=True):
             interaction(axis, some, metric, arms)
         column[0].set_title(f"{setting} (n={len({decided.block(r) for r in some})})")
-    axes[0, 0].set_ylabel(f"{exam(rows[0])} accuracy, %")
+    axes[0, 0].set_ylabel(f"{report.exam(rows[0])} accuracy, %")
     axes[1, 0].set_ylabel("settled at half-time")
     axes[0, 0].legend(loc="upper left")
     return fig

@@ -561,7 +561,7 @@ def test_a_folder_of_pictures_is_a_data_set_with_a_fixed_tenth_for_the_test(tmp_
                    for x, y in zip(part.images, part.fine.tolist(), strict=True))
     assert found == [(y, 10 * i) for y in (0, 1) for i in range(15)]
     assert data.md5 == again.md5 and torch.equal(data.test.images, again.test.images)
-    assert "a fixed tenth" in data.note and str(tmp_path) in data.note
+    assert "2 classes, a fixed tenth" in data.note and str(tmp_path) in data.note
     (tmp_path / "cat/00.png").unlink()
     assert D.load(f"folder:{tmp_path}", size=16).md5 != data.md5
 
@@ -621,6 +621,22 @@ def test_an_alpha_may_be_a_whole_number():
     mixed = [D.mix(X, Y, 100, a, 0, seed=3) for a in (1, 1.0)]
     assert all(torch.equal(one, other) for one, other in zip(*mixed, strict=True))
     assert not torch.equal(mixed[0][0], X)
+
+
+@pytest.mark.parametrize("parts", [["train", "val"], ["train"], ["Train", "validation"]])
+def test_parts_of_a_data_set_are_not_taken_for_its_classes(tmp_path, parts):
+    for part in parts:
+        paint(tmp_path / part / "cat", [f"{i}.png" for i in range(12)])
+    with pytest.raises(ValueError, match=r"which are no classes: it must hold"):
+        D.load(f"folder:{tmp_path}", size=8)
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    paint(tmp_path / "cat", [f"{i}.jpg" for i in range(12)])
+    whole = (tmp_path / "cat/7.jpg").read_bytes()
+    (tmp_path / "cat/7.jpg").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"7\.jpg is no picture that can be read \(.*runcated"):
+        D.load(f"folder:{tmp_path}", size=8)
 
 
 @pytest.mark.parametrize("prepare, sentence", [

@@ -240,6 +240,84 @@ def test_the_seeds_of_one_experiment_are_pooled_to_mean_and_sample_deviation():
     assert "cifar100 (md5 eb9058), fine labels, 5,000 training" in table and "epochs: 10" in table
 
 
+def test_paths_that_differ_in_more_than_the_seed_are_two_experiments():
+    def rows(path):
+        return [a_row(seed=s, config={"k": 2, "seed": s, "teacher": path.format(s)})
+                for s in (0, 1)]
+
+    nets = rows("torchvision:resnet18:/w/resnet18.pth") + rows("torchvision:resnet50:/w/50.pth")
+    lines = body(results_table(nets))
+    assert len(lines) == 2 and all("| 2 | cpu" in line and "resnet" in line for line in lines)
+    for path in ("runs/seed{}/b0c1.pt", "runs/teacher_{}/x", "runs/dense-{}-0b1c/x", "t{}/0a.pt"):
+        (line,) = body(results_table(rows(path)))
+        assert "| 2 | cpu" in line
+
+
+def test_runs_that_held_images_out_stand_in_a_table_of_their_own():
+    held = a_row(test_accuracy=None, val_accuracy=0.25)
+    tested, validated = results_table([a_row(), held]).split("\n\n| method")
+    assert "test accuracy" in tested and "40.0%" in tested and " test images, preset" in tested
+    assert "validation accuracy" in validated and "25.0%" in validated
+    assert " validation images, preset" in validated
+
+
+def test_a_page_has_a_picture_for_each_setting_and_counts_a_seed_once(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(report, "plot_methods", lambda rows, name: drawn.append(
+        [(name(row), row["epochs"], row["seed"]) for row in rows]))
+    monkeypatch.setattr(report, "png", lambda figure: b"drawn")
+    rows = [a_row(), a_row(), a_row(seed=1), a_row(epochs=20),
+            a_row(epochs=20, config={"k": 2, "seed": 0, "guide_weight": 0.0})]
+    Path("my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_page("page.md", "my rows.jsonl")
+    assert drawn == [[("tgr, K=2", 10, 0), ("tgr, K=2", 10, 1)],
+                     [("tgr (guide_weight=5.0), K=2", 20, 0),
+                      ("tgr (guide_weight=0.0), K=2", 20, 0)]]
+    text = Path("page.md").read_text()
+    assert "](<my rows.png>)" in text and "](<my rows-2.png>)" in text
+    assert "Written by `python report.py --page page.md 'my rows.jsonl'`." in text
+    assert Path("my rows-2.png").read_bytes() == b"drawn"
+
+
+def test_a_lone_patch_has_no_neighbours():
+    fig = report.plot_patches(np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 2, 1), int),
+                              np.ones((1, 2, 2)) / 2, 3)
+    assert " ".join(fig.get_suptitle().split()) == "A lone patch has no neighbours"
+
+
+def reported(monkeypatch, capsys, *argv):
+    """What report.py says of these, and its exit code."""
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, argv)])
+    try:
+        code = report.main() or 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, " ".join(capsys.readouterr())
+
+
+def test_what_train_py_has_not_written_is_no_traceback(monkeypatch, capsys, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    code, said = reported(monkeypatch, capsys, run)
+    assert code == 0 and "no epoch has ended yet: there is nothing to draw" in said
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "terms": {"task": 1.0}, "lr": 0.1}\n')
+    (run / "result.json").write_text("{}")
+    code, said = reported(monkeypatch, capsys, run)
+    assert code == 2 and "holds something else than train.py writes (KeyError: 'test_acc" in said
+    (run / "result.json").write_text(json.dumps(a_row()))
+    (run / "routing.npz").write_bytes(b"PK\3\4 and no more")
+    code, said = reported(monkeypatch, capsys, run)
+    assert code == 2 and "give it the folder of a run" in said
+    for line in ('{"epoch": 1}', "[1]"):
+        (tmp_path / "rows.jsonl").write_text(line)
+        code, said = reported(monkeypatch, capsys, "--page", tmp_path / "p.md",
+                              tmp_path / "rows.jsonl")
+        assert code == 2 and "give it lines of result.json" in said
+        assert not (tmp_path / "p.md").exists()
+
+
 def test_one_seed_has_no_deviation_and_a_dense_model_no_k():
     assert body(results_table([a_row(**DENSE)])) == [
         "| dense | – | 2.69 M / 1.10 M | 38.2 | 40.0% | – | – | 100 | 1 | cpu, 2 cores |"]

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -1066,12 +1067,16 @@ def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_draw
     (["--config", "run/result.json", "--preset", "small"], "has the numbers of preset tiny: leave"),
     (["--eval", "run/checkpoint.pt", "--images", "shots", "--export", "x.pt2"],
      "--images and --export are two commands"),
+    (["--config", "shots/e.json"], "needs the result.json of a run"),
+    (["--eval", "run/checkpoint.pt", "--export", "m.safetensors", "--k", "4"], "--k 1, not 4"),
+    (["--eval", "."], "is no checkpoint but a folder: name the file in it"),
     (["--device", "cpu:1"], "--device cpu:1 is not one that train.py knows")])
 def test_what_cannot_leave_is_one_sentence(flags, words, capsys):
     run("--k", "1")
     shots("shots")
     Path("shots/x.json").write_text('{"config": {"colour": 3}}')
     repeated = json.loads(Path("run/result.json").read_text())["config"]
+    Path("shots/e.json").write_text('{"config": {}}')
     for name, odd in (("y", {"k": "2"}), ("z", {"method": "best"})):
         Path(f"shots/{name}.json").write_text(json.dumps({"config": repeated | odd}))
     Path("broken").mkdir()
@@ -1094,6 +1099,19 @@ def test_a_model_leaves_for_any_number_of_images_with_every_expert(monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(exported.module()(x), model(data.normalise(x)).logits,
                                        rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_with_a_capacity_leaves_too(monkeypatch):
+    run("--k", "2", "--capacity_factor", "0.7")
+    monkeypatch.setattr(train, "load", no_pictures)
+    main(["--eval", "run/checkpoint.pt", "--export", "m.pt2"])
+    exported = torch.export.load("m.pt2").module()
+    model, _, data = train.load_model("run/checkpoint.pt")
+    for n in (1, 3, 8):
+        x = torch.rand(n, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(x), model(data.normalise(x)).logits, rtol=1e-5,
+                                       atol=1e-5)
 
 
 def test_a_model_leaves_by_safetensors_and_comes_back(capsys, monkeypatch):
@@ -1172,6 +1190,8 @@ def test_every_flag_is_named_in_these_tests():
     (["--lr", "inf"], "--lr inf"),
     (["--train_images", "-5"], "--train_images -5"),
     (["--seed", "9223372036854775807"], "--seed 9223372036854775807 is out of range"),
+    (["--mixup", "0.001"], "--mixup 0.001 is too small for the draw"),
+    (["--cutmix", "0.009"], "--cutmix 0.009 is too small for the draw"),
     (["--warmup_epochs", "1"], "--warmup_epochs 1 must be below --epochs 1"),
     (["--method", "tgr", "--warmup_epochs", "3", "--epochs", "4", "--teacher_epochs", "2"],
      "must be below --teacher_epochs 2"),
@@ -1303,6 +1323,60 @@ def test_a_flag_that_its_method_does_not_use_is_named(method, flags, idle, capsy
     run(*flags, method=method)
     said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
     assert said == ([f"not used by --method {method}: --{idle}"] if idle else [])
+
+
+def test_flags_that_a_method_does_not_use_do_not_end_its_run():
+    for method in ("dense", "soft"):
+        _, lines, _ = run("--capacity_factor", "1", method=method, out=method)
+        assert "dropped" not in lines[0]
+
+
+def test_a_presets_number_of_images_is_a_ceiling_and_a_given_one_is_not(capsys):
+    flags = [*BASE[:BASE.index("--train_images")], "--method", "dense"]
+    main([*flags, "--split", "val", "--out", "all"])        # tiny's 10,000 of 64
+    assert read_run("all")[0]["train_images"] == 58
+    assert "has 58 to train on" in refusal_of(capsys, *flags, "--split", "val", "--train_images",
+                                              "59")
+
+
+def test_a_teacher_that_knows_the_held_out_images_is_refused(capsys):
+    for name, its in (("all", []), ("val", ["--split", "val"]), ("few", ["--train_images", "58"])):
+        run(*its, method="dense", out=name)
+    tgr = ["--method", "tgr", "--k", "1", "--split", "val", "--teacher"]
+    assert "all/checkpoint.pt has learned the images that --split val holds out" in refusal(
+        capsys, *tgr, "all/checkpoint.pt")
+    for name in ("val", "few"):                             # 58 of 64, and the same ones
+        main([*BASE, *tgr, f"{name}/checkpoint.pt", "--out", f"by-{name}"])
+        assert read_run(f"by-{name}")[0]["teacher_accuracy"] is not None
+
+
+def test_a_run_that_has_ended_is_read_without_its_teacher(capsys):
+    run(method="dense", out="teacher")
+    result, *_ = run("--k", "1", "--teacher", "teacher/checkpoint.pt", method="tgr")
+    shutil.rmtree("teacher")
+    shutil.rmtree("runs", ignore_errors=True)
+    capsys.readouterr()
+    main(["--resume", "--out", "run"])
+    assert f"{result['test_accuracy']:.1%}" in capsys.readouterr().out and not Path("runs").exists()
+
+
+def test_a_folder_that_has_moved_is_known_by_its_pictures(monkeypatch):
+    for kind in ("cat", "dog"):
+        shots(f"pictures/{kind}", n=12)
+    monkeypatch.setattr(train, "load", LOAD)
+    main([*BASE, "--method", "dense", "--data", "folder:pictures", "--batch_size", "4", "--out",
+          "run"])
+    Path("pictures").rename("moved")
+    main(["--eval", "run/checkpoint.pt", "--data", "folder:moved"])
+    main(["--resume", "--out", "run", "--data", "folder:moved/"])
+
+
+def test_a_student_does_not_wait_for_itself(capsys):
+    run("--k", "1", method="tgr", out="first")
+    folder, = Path("runs/teachers").iterdir()
+    shutil.rmtree(folder)
+    assert "is the folder of this run's teacher" in refusal(
+        capsys, "--method", "tgr", "--k", "1", "--out", str(folder))
 
 
 def test_a_folder_of_your_own_pictures_is_trained_on_whole():
