@@ -560,7 +560,8 @@ HYPOTHESES = [
 # Which of them, or of their metrics, were not yet so when a grid's first rows were known?
 REVIEWED = "After the rows, a review"
 REMARKS = {
-    "routing": "The worth of a choice was redefined when two blocks were known, which were asked "
+    "routing": "The first edition had shown a router guided alone in five of these seeds. The "
+               "worth of a choice was redefined when two blocks were known, which were asked "
                "again: of test images, which no expert has learned, and not of training images.",
     "places": "Its hypotheses were written when the first block of maps was known, in which the "
               "dense ViT gained.",

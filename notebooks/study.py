@@ -801,36 +801,48 @@ def results(page):
     return "\n\n".join(filter(None, [" · ".join(links), LEGEND, *sections.values(), again]))
 
 
-# The front page shows one grid, and of it these arms: what they are called there, and whether
-# router and features are guided.
-FRONT_GRID = "placement"
-FRONT = {"moe-k1": ("V-MoE", "no / no"), "tgr-k1-router-alone": ("router guided alone", "yes / no"),
-         "moe-k1-features-alone": ("features guided alone", "no / yes"),
-         "tgr-k1": ("TGR", "yes / yes")}
+# The front page shows one grid, and of it these arms: what they are called there, who teaches them,
+# and whether router and features are guided.
+FRONT_GRID = "factors"
+FRONT = {"dense": ("dense ViT, as wide as one expert", "–", "–"),
+         "moe-k1": ("V-MoE", "–", "no / no"),
+         "moe-k1-twice": ("V-MoE, twice the epochs", "–", "no / no"),
+         **{arm + mark: (model, teacher, guided)
+            for mark, teacher in (("", "dense ViT"), ("-lite0", "Lite0, pretrained"))
+            for arm, model, guided in (
+                ("tgr-k1-router-alone", "router guided alone", "yes / no"),
+                ("moe-k1-features-alone", "features guided alone", "no / yes"),
+                ("tgr-k1", "TGR", "yes / yes"))}}
 
 
 def front(page):
-    """What does guidance guide? A row for each of the four models that say it."""
+    """What does guidance guide, by whose knowledge? A row for each of the models that say it."""
     scale = GRIDS[FRONT_GRID].scale
     rows = decided.complete(rows_of(FRONT_GRID, scale), FRONT)
     if not rows:
         return "The study has no rows yet."
-    lines = ["| model | guided: router / features | test accuracy, % "
-             "| against V-MoE [95 %] | settled at half-time | n |", "|-|-|-|-|-|-|"]
-    for arm, (model, guided) in FRONT.items():
+    lines = ["| model | teacher | guided: router / features | test accuracy, % "
+             "| against V-MoE [95 %] | settled at half-time |", "|-|-|-|-|-|-|"]
+    for arm, (model, teacher, guided) in FRONT.items():
         some = [row for row in rows if row["arm"] == arm]
         against = "–" if arm == "moe-k1" else decided.signed(
             decided.contrast(rows, ACC, (arm,), ("moe-k1",)))
-        lines.append(f"| {model} | {guided} | {report.pooled([METRICS[ACC](r) for r in some])} "
-                     f"| {against} | {report.pooled([METRICS[decided.HALF](r) for r in some])} "
-                     f"| {len(some)} |")
-    first = rows[0]
+        accuracy, settled = (report.pooled([METRICS[metric](row) for row in some])
+                             for metric in (ACC, decided.HALF))
+        lines.append(f"| {model} | {teacher} | {guided} | {accuracy} | {against} | {settled} |")
+    first = next(row for row in rows if row["arm"] == "moe-k1")
+    hidden = round(first["config"]["expert_ratio"] * first["config"]["dim"])
     return "\n".join([*lines, "", (
         f"CIFAR-100, {first['labels']} labels, {first['train_images']:,} training images, "
-        f"{first['epochs']} epochs of preset {first['preset']} on a CPU; the teacher has seen all "
-        f"training images. Mean ± sample standard deviation over n blocks of one seed, teacher, "
-        f"machine and commit each, within which differences are taken. Settled is the share of "
-        f"tokens that half-way through training have the expert that they will have in the end."),
+        f"{first['epochs']} epochs of preset {first['preset']}, {first['config']['n_experts']} "
+        f"experts of {hidden} hidden units in every block: of the settings that we "
+        f"[searched]({link(ROOT / 'notebooks' / 'regime.py', page)}), the one in which experts "
+        f"came nearest to paying. The dense ViT that teaches is wider and learned from the same "
+        f"images; Lite0 is an EfficientNet that knows ImageNet. Mean ± sample standard deviation "
+        f"over {len({decided.block(row) for row in rows})} of {GRIDS[FRONT_GRID].blocks} announced "
+        f"blocks of one seed, dense teacher, machine and commit each, within which differences are "
+        f"taken. Settled is the share of the tokens of {first['config']['probe_images']} training "
+        f"images that half-way through have the expert that they will have in the end."),
         "", (
         f"<details><summary>How these rows were made, and what they cannot say</summary>\n\n"
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'])}. A guided router has "

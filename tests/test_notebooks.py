@@ -687,7 +687,7 @@ def test_what_notebook_0_says_of_a_trained_vit_is_so(layers):
 
     assert 0.5 < of("moe-k1-no-aux", "load entropy") < of("moe-k1", "load entropy") - 0.1
     cost = layers.contrast(layers.found_rows, "accuracy", ("moe-k1",), ("moe-k1-no-aux",))
-    assert cost.low < 0 < cost.high                                     # "do not say"
+    assert cost.n >= 3 and -1 < cost.mean < 0                           # "a little better"
 
 
 def test_notebook_0_needs_nothing_that_a_student_writes_but_the_load_loss(tmp_path, monkeypatch):

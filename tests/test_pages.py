@@ -71,15 +71,25 @@ def test_no_result_names_a_folder_of_the_machine_that_made_it(path):
 
 
 def test_what_the_readme_says_below_its_table_is_in_the_rows():
-    none, router, features, both = study.FRONT
-    table = study.rows_of(study.FRONT_GRID, study.GRIDS[study.FRONT_GRID].scale)
-    same = decided.contrast(table, "accuracy", (both,), (features,))
-    assert same.n >= 5 and same.low < 0 < same.high
-    assert decided.contrast(table, "accuracy", (router,), (none,)).high < decided.contrast(
-        table, "accuracy", (features,), (none,)).low / 4                    # "little"
-    steady = {arm: decided.contrast(table, decided.HALF, (both,), (arm,)).low
-              for arm in (none, router, features)}
-    assert min(steady.values()) > 0                                         # "earliest"
+    none, router, features, both = decided.CELLS.values()
+
+    def gain(arm, other, grid="factors", scale="whole", metric="accuracy"):
+        return decided.contrast(study.rows_of(grid, scale), metric, (arm,), (other,))
+
+    for mark in ("", "-lite0"):
+        same, alone = gain(both + mark, features + mark), gain(router + mark, none)
+        assert same.n >= 3 and max(-same.low, same.high) < 1.4 and alone.low < 0 < alone.high
+        assert gain(features + mark, none).low > 3
+    time = gain(both, "moe-k1-twice")
+    assert max(-time.low, time.high) < 2.1
+    assert 1.8 < gain(f"{both}-lite0", none).mean / gain(both, none).mean < 2.2
+    others = [arm for arm in study.FRONT if arm not in ("dense", both)]
+    assert min(gain(both, arm, metric=decided.HALF).low for arm in others) > 0      # "earliest"
+    smaller = "placement", "cpu"                            # "say the same"
+    same, alone = gain(both, features, *smaller), gain(router, none, *smaller)
+    assert same.n == 5 and max(-same.low, same.high) < 1.4 and alone.low < 0 < alone.high
+    assert gain(features, none, *smaller).low > 3
+    assert min(gain(both, arm, *smaller, decided.HALF).low for arm in (none, router, features)) > 0
     text = " ".join(README.read_text(encoding="utf-8").split())
     rows, guided = study.rows_of("routing", "cpu"), "tgr-k1-router-alone"
     for arm, other in ((guided, "moe-k1"), (guided, "moe-k1-no-aux"), ("dense", "moe-k1")):

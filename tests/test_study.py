@@ -1432,7 +1432,9 @@ def full(arm, seed, accuracy):
         "images_per_second": 100.0, "seconds": 9.0, "wall_seconds": 10.0, "data": "drawn",
         "data_md5": "d", "labels": "coarse", "train_images": 64, "test_images": 40,
         "preset": "tiny", "epochs": 2, "device": "cpu", "versions": {"torch": "2"}, "commit": "c",
-        "teacher_accuracy": None, "config": {"seed": seed, "k": 1, "alpha": 0.01}})
+        "teacher_accuracy": None, "config": {
+            "seed": seed, "k": 1, "alpha": 0.01, "dim": 96, "expert_ratio": 0.125,
+            "n_experts": 7, "probe_images": 9}})
 
 
 def written():
@@ -1507,15 +1509,15 @@ def test_a_page_and_the_rows_agree_until_one_of_them_changes(option, capsys):
     begin, end = study.markers(option)
     Path("a.md").write_text(f"before\n{begin}\nyesterday\n{end}\nafter\n", encoding="utf-8")
     written()
-    in_blocks(dict.fromkeys(study.FRONT, (0.3, 0.01, 0.5)), blocks=3)
+    in_blocks(dict.fromkeys(study.FRONT, (0.3, 0.01, 0.5)), 3, "factors", scale="whole")
     assert "not what the rows say" in study.disagreement("a.md")
     assert study.main(["report", f"--{option}", "a.md"]) == 0
     text = Path("a.md").read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
     assert f"Written by `python notebooks/study.py report --{option} a.md`." in text
     assert study.main(["report", "--check", "a.md"]) == 0
-    study.append(study.RESULTS / "placement.jsonl", full("tgr-k1", 0, 0.4) | {
-        "grid": "placement", "machine": "a"})               # a run that was made again
+    study.append(study.RESULTS / "factors.jsonl", full("tgr-k1", 0, 0.4) | {
+        "grid": "factors", "machine": "a", "scale": "whole"})               # made again
     assert study.main(["report", "--check", "a.md"]) == 2
     assert f"report --{option} a.md" in capsys.readouterr().err
 
@@ -1551,27 +1553,33 @@ def test_a_page_begins_with_a_link_to_every_grid_and_finds_its_pictures_from_whe
     assert "](../../figures/study-cpu-main-differences.png)" in text
 
 
-def in_blocks(arms, blocks, grid="placement"):
+def in_blocks(arms, blocks, grid, first=0, scale="cpu"):
     """Write rows of arms {arm: (accuracy, what it gains from block to block, settled)}."""
     for arm, (start, step, settled) in arms.items():
         for s in range(blocks):
-            study.append(study.RESULTS / f"{grid}.jsonl", full(arm, s, start + step * s) | {
-                "grid": grid, "machine": "a", "consistency": {"half_agreement_final": settled}})
+            study.append(study.RESULTS / f"{grid}.jsonl", full(arm, first + s, start + step * s) | {
+                "grid": grid, "machine": "a", "scale": scale,
+                "consistency": {"half_agreement_final": settled}})
 
 
 def test_the_front_page_pairs_each_model_with_v_moe_in_the_blocks_that_have_all():
-    in_blocks({"moe-k1": (0.3, 0.01, 0.5), "tgr-k1": (0.4, 0.02, 0.75),
-               "tgr-k1-router-alone": (0.31, 0.01, 0.6)}, blocks=4)
-    in_blocks({"moe-k1-features-alone": (0.38, 0.01, 0.7)}, blocks=3)
+    others = dict.fromkeys(study.FRONT, (0.35, 0.01, 0.5))
+    in_blocks(others | {"moe-k1": (0.3, 0.01, 0.5), "tgr-k1": (0.4, 0.02, 0.75),
+                        "tgr-k1-router-alone-lite0": (0.31, 0.01, 0.6)}, blocks=3, grid="factors",
+              scale="whole")
+    in_blocks({"tgr-k1": (0.9, 0.02, 0.9)}, blocks=4, grid="placement")         # of another grid
+    in_blocks({"moe-k1": (0.9, 0.0, 0.5)}, blocks=1, grid="factors", scale="whole", first=3)
     text = study.front(Path("a.md"))
-    assert text.splitlines()[2:6] == [
-        "| V-MoE | no / no | 31.00 ± 1.00 | – | 0.50 ± 0.00 | 3 |",
-        "| router guided alone | yes / no | 32.00 ± 1.00 | +1.00 [+1.00, +1.00] | 0.60 ± 0.00 "
-        "| 3 |",
-        "| features guided alone | no / yes | 39.00 ± 1.00 | +8.00 [+8.00, +8.00] | 0.70 ± 0.00 "
-        "| 3 |",
-        "| TGR | yes / yes | 42.00 ± 2.00 | +11.00 [+8.52, +13.48] | 0.75 ± 0.00 | 3 |"]
-    assert "; commit c. " in text
+    said = {tuple(line.split(" | ")[:2]): line for line in text.splitlines()[2:11]}
+    assert len(said) == 9
+    assert said["| V-MoE", "–"] == "| V-MoE | – | no / no | 31.00 ± 1.00 | – | 0.50 ± 0.00 |"
+    assert said["| TGR", "dense ViT"] == (
+        "| TGR | dense ViT | yes / yes | 42.00 ± 2.00 | +11.00 [+8.52, +13.48] | 0.75 ± 0.00 |")
+    assert said["| router guided alone", "Lite0, pretrained"] == (
+        "| router guided alone | Lite0, pretrained | yes / no | 32.00 ± 1.00 "
+        "| +1.00 [+1.00, +1.00] | 0.60 ± 0.00 |")
+    assert " 7 experts of 12 hidden units " in text and " tokens of 9 training images " in text
+    assert " over 3 of 5 announced blocks of " in text and "; commit c. " in text
 
 
 def test_an_untrained_teachers_accuracy_is_no_teachers():

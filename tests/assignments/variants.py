@@ -133,7 +133,7 @@ SWITCHES = [
              "    down"),
             ("1.1 * 2 * 100 / 4 is 55.00000000000001 and would make room for one more",
              "0.58 * 2 * 100 / 4 is 28.999999999999996 and would leave one out"),
-            ("math.ceil(min(", "math.floor(min(")],
+            ("C = -(-a * K * T // (b * n_experts))", "C = a * K * T // (b * n_experts)")],
         "handout.md": [("C = ceil(", "C = floor("),
                        ("1.1 · 2 · 100 / 4 is 55.00000000000001",
                         "0.58 · 2 · 100 / 4 is 28.999999999999996")],

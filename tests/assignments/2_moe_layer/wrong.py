@@ -72,8 +72,7 @@ WRONG = [
      SLICES.replace("torch.addmm(bi, own, wi))", "torch.addmm(bi, own, wi), approximate='tanh')")),
     # within_capacity
     ("numerics", "router.py", QUEUE, f"{QUEUE}.float()"),
-    ("numerics", "router.py", "round(capacity_factor * K * T / n_experts, 9)",
-     "round(capacity_factor * K * T / n_experts, 2)"),
+    ("numerics", "router.py", "limit_denominator(10 ** 9)", "limit_denominator(100)"),
     ("input changed", "router.py", SERVED, f"""chosen.T.reshape(-1)[place > C] = -1
     {SERVED}"""),
     ("device", "router.py", SERVED, """served = torch.zeros(K * T, dtype=torch.bool)
