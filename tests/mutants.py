@@ -1443,7 +1443,7 @@ MUTANTS = [
      "    \"\"\"\n", "test_kernels.py"),
     ("kernels.py", "        w_in, w_out = w_in.contiguous(), w_out.contiguous()             # as",
      "        # as", "test_kernels.py"),
-    ("router.py", "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))", "pass"),
+    ("router.py", "logits.to(torch.promote_types(logits.dtype, torch.float32))", "logits.clone()"),
     ("distill.py", "for module in training:", "for module in vit.modules():", "test_distill.py"),
     ("notebooks/probes.py", "if best > 1e-6 else None", "if best else None"),
     ("notebooks/remedies.py", '!= "softmax_topk" or moe.router.noise\n', '!= "softmax_topk"\n',
