@@ -9,7 +9,7 @@ import torch
 
 import kernels
 import report
-from notebooks import bench, decided, steps, study, tiles
+from notebooks import bench, decided, regime, steps, study, tiles
 from train import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +122,19 @@ def test_what_the_readme_says_below_its_table_is_in_the_rows():
     assert "{:+.2f} [{:+.2f}, {:+.2f}] on average".format(*of_four) in text
     mixer = decided.contrast(rows, "accuracy", ("moe-k1-dense-mixer",), ("moe-k1",))
     assert max(-mixer.low, mixer.high) < 0.4
+
+
+def test_no_setting_that_was_searched_came_nearer_to_paying_than_the_front_pages():
+    reached, gains = {}, {}
+    for row in regime.rows():
+        reached.setdefault(regime.setting(row)[:-1], []).append(row["val_accuracy"])
+    for setting, own in reached.items():
+        if setting[2] is not None:                          # its twin has no experts
+            twin = reached[(*setting[:2], None, *setting[3:])]
+            assert len(own) == len(twin) == 2
+            gains[setting] = sum(own) - sum(twin)
+    row = study.rows_of(study.FRONT_GRID, "whole")[0]
+    assert max(gains, key=gains.get) == regime.setting(row)[:-1]
 
 
 def test_every_flag_in_a_command_exists_and_every_method_is_known():
