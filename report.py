@@ -227,8 +227,8 @@ def closing_table(result):
     lines = {
         "run": f"{r['method']}, preset {r['preset']}, seed {r['seed']}; epochs: {r['epochs']}, "
                f"training images: {r['train_images']:,} ({r['data']})",
-        f"{key} accuracy": f"{show(r[f'{key}_accuracy'], '{:.1%}')} of {r['labels']} labels; "
-                            f"dense teacher {show(r['teacher_accuracy'], '{:.1%}')}",
+        f"{key} accuracy": f"{show(reached(r), '{:.1%}')} of {r['labels']} labels; dense "
+                           f"teacher {show(r['teacher_accuracy'], '{:.1%}')}",
         "parameters": f"{r['params_total'] / 1e6:.2f} M total, "
                       f"{r['params_active'] / 1e6:.2f} M active",
         "FLOPs per image": f"{r['flops_per_image'] / 1e6:.1f} M",
@@ -267,6 +267,11 @@ def settings(rows):
 def exam(row):
     """Which images its accuracy is of; with --split val no test image was looked at."""
     return "test" if row["test_accuracy"] is not None else "validation"
+
+
+def reached(row):
+    """A row's accuracy, of those images."""
+    return row["test_accuracy"] if exam(row) == "test" else row["val_accuracy"]
 
 
 def results_table(rows):
@@ -310,8 +315,7 @@ def one_table(groups):
             show(row["config"].get("k") if routed else None, "{}"),
             f"{row['params_total'] / 1e6:.2f} M / {row['params_active'] / 1e6:.2f} M",
             f"{row['flops_per_image'] / 1e6:.1f}",
-            pooled([r["test_accuracy" if asked == "test" else "val_accuracy"] for r in group],
-                   "{:.1%}"),
+            pooled(map(reached, group), "{:.1%}"),
             pooled([early_agreement(r) for r in group]),
             pooled([r["load_entropy"] for r in group]),
             f"{mean(r['seconds'] for r in group):.0f}",

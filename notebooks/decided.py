@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import report
+
 # --- the recipe ---
 
 # What a scale's arms share. cpu is the first edition's. whole has all images and all 100 classes,
@@ -260,18 +262,13 @@ def difference(a, b):
     return lambda row: None if a(row) is None or b(row) is None else a(row) - b(row)
 
 
-def reached(row):
-    """A row's accuracy: of the test images, or of the held-out ones where it is not to see them."""
-    return row["val_accuracy"] if row["test_accuracy"] is None else row["test_accuracy"]
-
-
 # A metric takes a row and gives None where the run has no such number. The first two are percent,
 # experts are counted, and all others lie between -1 and 1.
 METRICS = {
-    "accuracy": lambda row: 100 * reached(row),
+    "accuracy": lambda row: 100 * report.reached(row),
     # an arm that trained on the teacher's dispatch is tested on it too
     "accuracy, dispatched as in training":
-        lambda row: 100 * row.get("oracle_accuracy", reached(row)),
+        lambda row: 100 * row.get("oracle_accuracy", report.reached(row)),
     "agreement adjacent, first quarter": over_time("first_quarter_agreement_adjacent"),
     "kappa adjacent, first quarter": over_time("first_quarter_kappa_adjacent"),
     "agreement with the end at 1/6": over_time("sixth_agreement_final"),

@@ -1060,8 +1060,8 @@ MUTANTS = [
      '"whole": "--method dense"'),
     ("notebooks/decided.py", 'TEACHERS_SEED = 1000', 'TEACHERS_SEED = 0'),
     ("notebooks/decided.py",
-     'row.get("oracle_accuracy", reached(row))',
-     'reached(row)'),
+     'row.get("oracle_accuracy", report.reached(row))',
+     'report.reached(row)'),
 
     # probes.py: what a trained model is asked
     ("notebooks/probes.py",
@@ -1390,7 +1390,7 @@ MUTANTS = [
     ("notebooks/decided.py", "if p is not None and h.metric == ACC and h.margin is None]",
      "if p is not None and h.metric == ACC]"),
     ("notebooks/probes.py", "exam = sets.val or sets.test", "exam = sets.test"),
-    ("notebooks/decided.py", 'if row["test_accuracy"] is None else', "if False else"),
+    ("report.py", 'if exam(row) == "test" else row["val_accuracy"]', 'if True else None'),
     ("notebooks/study.py", "remedies.losses) | LOSSES | IDEAS", "remedies.losses) | LOSSES"),
     ("notebooks/study.py", "rows = decided.complete(rows_of(FRONT_GRID, scale), FRONT)",
      "rows = rows_of(FRONT_GRID, scale)"),
