@@ -246,7 +246,7 @@ def pictures(name, folder, size):
         raise ValueError(f"{name} cannot be read ({why}): it must hold a folder of pictures per "
                          f"class, or such folders in train/ and test/") from error
     classes, labels = found[0].classes, [torch.tensor(part.targets) for part in found]
-    if {name.lower() for name in classes} <= {"train", "val", "valid", "validation", "test"}:
+    if {title.lower() for title in classes} <= {"train", "val", "valid", "validation", "test"}:
         raise ValueError(f"{name} holds {'/ and '.join(classes)}/, which are no classes: it must "
                          f"hold a folder of pictures per class, or such folders in train/ and "
                          f"test/")

@@ -1465,7 +1465,7 @@ MUTANTS = [
     ("train.py", "Path(cfg.out).resolve() == Path(its.out).resolve()", "False"),
     ("train.py", '        refuse_other(given, state, f"{path} was trained")\n        checkpoint.to',
      "        checkpoint.to"),
-    ("data.py", "    if {name.lower() for name in classes} <=", "    if False and {0} <="),
+    ("data.py", "    if {title.lower() for title in classes} <=", "    if False and {0} <="),
     ("data.py", "except (OSError, ValueError, TypeError", "except (ValueError, TypeError"),
     ("report.py", r'seed = rf"\b([A-Za-z_]*)', r'seed = rf"(\d*)'),
     ("report.py", "row[name] for name in SETTING), exam(row)", "row[name] for name in SETTING),"),
