@@ -248,6 +248,9 @@ assert round(other_pairs.mean) == 1 and other_pairs.low > 0.5
 over_dense = {arm: contrast(dealt, "accuracy", (arm,), ("dense",)) for arm in PLACES}
 assert round(alone.mean, 1) == 3.7 == round(max(e.mean for e in over_dense.values()), 1)
 assert over_dense["moe-k1-hash-E4"].low < 0 < over_dense["moe-k1-hash-E4"].high
+larger = {h.claim[len("an expert for each place beats "):]: (round(e.mean, 1), verdict)
+          for h, (e, _, verdict) in judge("places", rows("places", "whole")).items()}
+assert larger["V-MoE"] == (1.6, "met") and larger["the dense ViT"] == (1.3, "undecided")
 coin = over_dense["moe-k1-hash-coin"]
 assert round(coin.mean, 1) == -0.5 and coin.high < 0
 told = {arm: np.mean([r["place_information"] for r in grid if r["arm"] == arm]) for arm in (
