@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import train
 from moe import routers
+from notebooks.remedies import product
 from teacher import guidance_loss, teacher_router_losses
 
 
@@ -86,17 +87,18 @@ def by_value(cfg, student, guide, images, targets):
             lambda m, inputs, out, b=b: seen.update({b: out[0]})))
     with train.autocast(cfg, images):
         output = student(images)
-        for hook in hooks:
-            hook.remove()
         terms = train.objective(cfg, output, targets)
-        slopes = torch.autograd.grad(terms["task"], [seen[b] for b in student.moe_blocks],
-                                     retain_graph=True)
-        found = []
-        for b, dy in zip(student.moe_blocks, slopes, strict=True):
-            read = dy.flatten(0, 1).any(dim=1)                          # (T,)
+    for hook in hooks:
+        hook.remove()
+    slopes = torch.autograd.grad(terms["task"], [seen[b] for b in student.moe_blocks],
+                                 retain_graph=True)
+    found = []
+    for b, dy in zip(student.moe_blocks, slopes, strict=True):
+        read = dy.flatten(0, 1).any(dim=1)                              # (T,)
+        with train.autocast(cfg, images):
             asked = worth(student.blocks[b - 1].mlp, output.layers[b].h.detach()[read],
                           dy.flatten(0, 1)[read])                       # (read tokens, E)
-            found.append(guidance_loss(asked, logits_of(student, output, b)[read]))
+        found.append(guidance_loss(asked, logits_of(student, output, b)[read]))
     return terms | {"guidance": cfg.guide_weight / len(found) * sum(found)}
 
 
@@ -107,7 +109,7 @@ def worth(moe, h, slope):
     h (T, D) is the input of the layer `moe`, slope (T, D) is dL/dy.
     """
     f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))                # (E, T, D)
-    q = torch.einsum("td,etd->te", slope.float(), f.float())
+    q = product("td,etd->te", slope.float(), f.float())
     return -(q - q.mean(dim=1, keepdim=True)) / q.std(dim=1, keepdim=True).clamp(min=1e-12)
 
 

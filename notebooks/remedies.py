@@ -65,6 +65,12 @@ class Remedy(MoE):
         return self.experts.batched(tokens.expand(self.router.n_experts, *tokens.shape))
 
 
+def product(equation, *factors):
+    """torch.einsum in the factors' own precision, which autocast would lower: as in a router."""
+    with torch.autocast(factors[0].device.type, enabled=False):
+        return torch.einsum(equation, *factors)
+
+
 def number_of(layer, job):
     """The number of the block whose MLP is `layer`, counted from 1."""
     return 1 + [block.mlp for block in job.model.blocks].index(layer)
@@ -144,14 +150,15 @@ class DefaultMoE(Remedy):
     def answered(self, x, routing):
         y, routing, raw = MoE.forward(self, x, routing)
         others = routing.probs.scatter(1, routing.chosen, 0.0)          # (T, E)
-        return y + (others @ self.mean).to(y.dtype).view_as(y), routing, raw
+        told = product("te,ed->td", others, self.mean)
+        return y + told.to(y.dtype).view_as(y), routing, raw
 
     def remedied(self, x, routing):
         y, routing, raw = self.answered(x, routing)
         if self.training:
             with torch.no_grad():
                 hot = F.one_hot(routing.chosen, len(self.mean)).float()             # (T, K, E)
-                sums = averaged(torch.einsum("tke,tkd->ed", hot, raw.float()))
+                sums = averaged(product("tke,tkd->ed", hot, raw.float()))
                 counts = averaged(hot.sum(dim=(0, 1)))[:, None]                     # (E, 1)
                 now = torch.where(counts > 0, sums / counts.clamp(min=1e-9), self.mean)
                 self.mean = self.mean.lerp(now, 1 - self.decay)
@@ -196,7 +203,7 @@ class DenseMixer(Remedy):
             return MoE.forward(self, x, routing)
         y, _, raw = MoE.forward(self, x, routing._replace(gates=routing.gates.detach()))
         f = self.all_outputs(x.detach()).detach()                       # (E, T, D)
-        dense = torch.einsum("te,etd->td", routing.probs, f.to(routing.probs.dtype))
+        dense = product("te,etd->td", routing.probs, f.to(routing.probs.dtype))
         return y + (dense - dense.detach()).to(y.dtype).view_as(y), routing, raw
 
 
@@ -216,7 +223,7 @@ class ReMoE(Remedy):
 
     def remedied(self, x, routing):
         gates = routing.logits.relu()                                   # (T, E)
-        y = torch.einsum("te,etd->td", gates, self.all_outputs(x).to(gates.dtype))
+        y = product("te,etd->td", gates, self.all_outputs(x).to(gates.dtype))
         E, K = self.router.n_experts, self.router.k
         on = averaged((gates > 0).float().mean(dim=0))                  # (E,)
         self.penalty = self.strength * (E / K * on * gates).sum(dim=1).mean()
@@ -256,7 +263,8 @@ class StableMoE(Remedy):
         self.patches = torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1)   # (B, N, .)
 
     def light(self):
-        return (self.patches.float() @ self.pixels.T + self.place).flatten(0, 1)        # (T, E)
+        said = product("bnp,ep->bne", self.patches.float(), self.pixels) + self.place
+        return said.flatten(0, 1)                                       # (T, E)
 
     def remedied(self, x, routing):
         light = self.light()
@@ -415,7 +423,7 @@ class ERC(Remedy):
             apart = torch.cdist(R, R).fill_diagonal_(torch.inf).min(dim=1).values       # (E,)
             reach = (apart / (2 * R.norm(dim=1)))[:, None]
             noise = 1 + reach * (2 * torch.rand_like(R) - 1)            # (E, D)
-        M = torch.einsum("id,jdh->ijh", R * noise, self.experts.w_in).norm(dim=-1)      # (E, E)
+        M = product("id,jdh->ijh", R * noise, self.experts.w_in).norm(dim=-1)           # (E, E)
         own = M.diagonal()[:, None]
         self.penalty = ((M - own).relu() + (M.T - own).relu()).sum() / E ** 2   # 0 where i = j
         return MoE.forward(self, x, routing)
@@ -432,7 +440,7 @@ class SimBal(Remedy):
     def remedied(self, x, routing):
         R = self.router.weight
         eye = torch.eye(len(R), device=R.device)
-        self.penalty = self.weight * (R @ R.T - eye).abs().sum()
+        self.penalty = self.weight * (product("id,jd->ij", R, R) - eye).abs().sum()
         return MoE.forward(self, x, routing)
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import train
 from data import synthetic
-from moe import routers
+from moe import MoE, routers
 from notebooks import controls, ideas, study
 from notebooks.decided import ARMS, BEST_ARM, BEST_IDEA, GRIDS, HYPOTHESES, IDEAS
 from teacher import guidance_loss
@@ -159,6 +159,16 @@ def test_an_expert_is_worth_what_a_little_more_of_it_takes_off_the_loss():
     centred = q - q.mean(dim=1, keepdim=True)
     assert_close(seen[0], -centred / q.std(dim=1, keepdim=True), atol=1e-3, rtol=1e-3)
     assert_close(seen[0].std(dim=1), torch.ones(len(q)), atol=1e-3, rtol=1e-3)
+
+
+def test_what_an_expert_is_worth_is_not_rounded_to_bfloat16():
+    moe = MoE(16, 8, 4)
+    torch.nn.init.zeros_(moe.experts.w_out)                 # each expert says, whatever it sees,
+    moe.experts.b_out.data = torch.randn(4, 16).bfloat16().float()      # what bfloat16 can hold
+    h, slope = torch.randn(7, 16), torch.randn(7, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = ideas.worth(moe, h, slope)
+    assert_close(rounded, ideas.worth(moe, h, slope))
 
 
 def test_where_all_experts_are_worth_the_same_none_is_preferred():

@@ -682,6 +682,30 @@ def test_what_a_remedy_cannot_do_it_says():
         placed("place")
 
 
+@pytest.mark.parametrize("name", ["dense mixer", "relu", "coupled", "similar", "stable"])
+def test_what_a_router_learns_of_a_remedy_is_not_rounded_to_bfloat16(name):
+    job = plan(name, "--epochs", "5")                      # "stable" learns for 2 steps
+    layer = job.model.blocks[0].mlp
+    torch.nn.init.normal_(layer.router.weight)
+    torch.nn.init.zeros_(layer.experts.w_out)               # each expert says, whatever it sees,
+    layer.experts.b_out.data = torch.randn(4, 16).bfloat16().float()    # what bfloat16 can hold
+    if name == "stable":
+        torch.nn.init.normal_(layer.pixels)
+        layer.look(job.model, (torch.randn(3, 3, 32, 32),))
+    x, dy = torch.randn(3, 5, 16), torch.randn(3, 5, 16).bfloat16().float()
+    found = []
+    for rounding in (False, True):
+        torch.manual_seed(4)                                # of the noise in "coupled"
+        with torch.autocast("cpu", torch.bfloat16, rounding):
+            y, *_ = layer(x)
+        by_task = name in ("dense mixer", "relu")
+        loss = (y * dy).sum() if by_task else layer.penalty
+        asked = layer.pixels if name == "stable" else layer.router.weight
+        found.append(torch.autograd.grad(loss, asked)[0])
+    assert found[0].abs().max() > 1e-3
+    assert_close(found[1], found[0])
+
+
 def test_a_penalty_is_of_the_last_forward_pass_and_no_copy_has_a_part_in_its_graph():
     for name in ("similar", "relu"):
         layer, x = a_layer(name), tokens()
