@@ -24,7 +24,7 @@ from checkpoint import claim
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -275,7 +275,7 @@ def square(file, size):
         with Image.open(file) as picture:
             if picture.mode[0] in "IF":                     # PIL would cut off what is above 255
                 raise OSError(f"{file} has more than 8 bits a channel: save it with 8")
-            picture = picture.convert("RGB")
+            picture = ImageOps.exif_transpose(picture).convert("RGB")   # as a camera was held
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         if str(file) in str(error):
             raise

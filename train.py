@@ -1156,11 +1156,13 @@ def classify(given):
     """Say what the model of a checkpoint sees on the pictures of a folder, and who saw it."""
     path = given["eval"]
     model, cfg, data = load_model(path, **{n: v for n, v in given.items() if n != "eval"})
-    folder, out = Path(cfg.images), Path(given.get("out") or Path(path).parent / "pictures")
+    folder, out = Path(cfg.images), given.get("out")
     files = sorted(p for p in folder.rglob("*")
                    if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
     if not files:
         raise ValueError(f"--images {folder} holds no pictures: name a folder that does")
+    if out and Path(out, "pictures.csv").exists():
+        raise ValueError(f"{out} already holds what was seen on pictures: choose another --out")
     try:
         images = torch.stack([square(file, cfg.image_size) for file in files]).to(cfg.device)
     except OSError as error:
@@ -1169,6 +1171,7 @@ def classify(given):
     confidence, best = seen.logits.float().softmax(dim=1).max(dim=1)
     rows = [(file.relative_to(folder).as_posix(), names[c], p)
             for file, c, p in zip(files, best.tolist(), confidence.tolist(), strict=True)]
+    out = Path(out or checkpoint.free_folder(Path(path).parent / "pictures"))
     out.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("file", "class", "confidence"), *rows])
@@ -1180,7 +1183,8 @@ def classify(given):
                 images[i:i + 1].cpu().numpy(), seen.chosen[:, i:i + 1].numpy(),
                 seen.probs[:, i:i + 1].numpy(), model.moe_blocks)
             checkpoint.write(out / f"{i:04}-{files[i].stem[:50]}.png", report.png(picture))
-    print(f"{len(files)} pictures, as {out}/pictures.csv and who saw which patch beside it")
+    beside = "" if seen.chosen is None else " and who saw which patch beside it"
+    print(f"{len(files)} pictures, as {out}/pictures.csv{beside}")
 
 
 def export(given):

@@ -685,6 +685,10 @@ MUTANTS = [
                    "return norms.sum(dim=0) / norms.sum(dim=0).max()"),
 
     # data.py
+    ("data.py", "ImageOps.exif_transpose(picture).convert", "picture.convert"),
+    ("train.py", 'out or checkpoint.free_folder(Path(path).parent / "pictures")',
+     'out or Path(path).parent / "pictures"'),
+    ("train.py", 'if out and Path(out, "pictures.csv").exists():', "if False:"),
     ("data.py", "if not 0 <= alpha < math.inf:", "if not 0 <= alpha:"),
     ("data.py", "if not 0 <= alpha < math.inf:", "if alpha < 0:"),
     ("data.py", '"H", "W")[:1], below=n_classes)', '"H", "W")[:1])'),

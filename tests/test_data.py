@@ -610,6 +610,17 @@ def test_a_picture_of_more_than_8_bits_is_refused_and_not_cut_off(tmp_path, mode
         D.square(tmp_path / "x.tiff", 8)
 
 
+def test_a_picture_stands_as_its_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # the row on top was on the right
+    left = Image.new("RGB", (24, 24), "blue")
+    left.paste("red", (0, 0, 12, 24))                       # the left half, which belongs on top
+    left.save(tmp_path / "x.png", exif=exif)
+    x = D.square(tmp_path / "x.png", 24)
+    assert (x[:, :12] == torch.tensor([255, 0, 0])[:, None, None]).all()
+    assert (x[:, 12:] == torch.tensor([0, 0, 255])[:, None, None]).all()
+
+
 def test_a_picture_that_is_too_large_to_be_one_is_refused_by_name(tmp_path, monkeypatch):
     Image.new("L", (80, 80)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)

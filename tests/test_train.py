@@ -1052,6 +1052,22 @@ def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_draw
         assert (picture == x[i].numpy()).all() and (its == chosen[:, i:i + 1].numpy()).all()
     assert len(seen_by) == len(drawn)
     assert {file.name for file in Path("run/pictures").iterdir()} == {"pictures.csv", *drawn}
+    assert ("beside it" in said[-1]) == bool(drawn)
+
+
+def test_what_was_seen_on_pictures_is_never_mixed_with_what_is_seen_on_others(capsys):
+    run()
+    shots("shots", n=2)
+    shots("one", n=1)
+    main(["--eval", "run/checkpoint.pt", "--images", "shots"])
+    before = {file: file.read_bytes() for file in Path("run/pictures").iterdir()}
+    main(["--eval", "run/checkpoint.pt", "--images", "one"])
+    assert sorted(p.name for p in Path("run/pictures-2").iterdir()) == ["0000-0.png", "pictures.csv"]
+    with pytest.raises(SystemExit):
+        main(["--eval", "run/checkpoint.pt", "--images", "one", "--out", "run/pictures"])
+    assert "run/pictures already holds what was seen on pictures" in capsys.readouterr().err
+    assert len(before) == 3 and before == {
+        file: file.read_bytes() for file in Path("run/pictures").iterdir()}
 
 
 @pytest.mark.parametrize("flags, words", [
