@@ -125,9 +125,11 @@ def claims(found):
 
 def verdicts(summary, judged):
     """Show, folded, what was decided before the runs beside what came: a dict of decided.judge."""
-    display(Table(summary, ("decided before", "by", "at least", "measured", "p", "verdict"), [
+    head = ("decided before", "by", "at least", "measured", "p, Holm", "verdict")
+    display(Table(summary, head, [
         (h.claim, h.source, f"{h.least:g}" if h.margin is None else f"within ±{h.margin:g}",
          decided.signed(e), study.shown(p), verdict) for h, (e, p, verdict) in judged.items()]))
+    display(Folded("By whom, and when is it met?", study.RULE))
 
 
 def check(claim, answer, expected=True, hint="read the cell above once more"):
@@ -285,7 +287,7 @@ def cures_figure(curve, price, shown):
     near = {name: c[1:].mean() for name, c in curve.items()}            # from epoch 1 on
     fig, axes = report.sheet(f"From epoch 1 on, the cosine with the oracle is {near[shown[0]]:.2f} "
                              f"for {shown[0]}, {near[shown[1]]:.2f} for {shown[1]}", 1, 2, 11, 4.4,
-                             sharey=True, subplot_kw={"ylim": (-0.3, 1.05)})
+                             sharey=True, subplot_kw={"ylim": (-0.55, 1.05)})
     for name, c in sorted(curve.items(), key=lambda item: item[0] in shown):
         look = {"color": "0.75", "lw": 1}
         if name in shown:

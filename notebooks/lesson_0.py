@@ -88,5 +88,6 @@ def spread(title, groups):
                                 alpha=0.25, lw=0, label="from the least to the most")
     axes[0, 0].set_xlabel("step", fontsize=12)
     axes[0, 0].set_ylabel("effective number of experts", fontsize=12)
-    axes[0, 0].legend(fontsize=11, loc="upper left", ncols=2)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=11,
+               ncols=2)
     show(fig, "Effective number of experts over steps: 2 or 3 without the load loss, more with it")

@@ -87,7 +87,7 @@ def gradient_maps(maps, chosen):
     """Draw |dL/dz| of one image's tokens, maps {name: (N, E)}; chosen (N,). In the first map what
     is blocked is struck out."""
     away = F.one_hot(chosen, maps["task"].shape[1]) == 0                            # (N, E)
-    fig, axes = report.sheet(f"The task has news of {(~away).sum()} of {away.numel()} experts, the "
+    fig, axes = report.sheet(f"The task has news of {(~away).sum()} of {away.numel()} logits, the "
                              f"guidance a wish for {(maps['guidance'] != 0).sum()}", 1, 2, 8, 5.2)
     for axis, (name, m) in zip(axes[0], maps.items(), strict=True):
         picture = axis.imshow(m.abs(), cmap="cividis", norm=LogNorm(1e-7, 1e-2), aspect="auto")
@@ -212,7 +212,7 @@ def elsewhere():
     display(effects_table("The same 2 × 2 in other settings", metrics, {
         "experts in blocks 4, 5, 6, as in the paper": (late, decided.cells("placement", "-late")),
         "the first study: history": (first, cells),
-        "50,000 images, 100 classes, an equal teacher": (whole, cells),
+        "the README's: 50,000 images, a teacher of the same": (whole, cells),
         "the same, teacher pretrained elsewhere": (whole, decided.cells("factors", "-lite0"))}))
     schedule = rows("schedule")         # five blocks, of arms that the first study had in few runs
     have = {*cells, *(r["arm"] for r in schedule)}
@@ -222,7 +222,7 @@ def elsewhere():
     display(arms_table(
         "Every arm: what it adds to V-MoE, or a dense arm to the dense ViT", metrics, [
             *others(first + guidance), (NAMES["tgr"], equal, "tgr-k1", "moe-k1"),
-            *(arm for arm in others(schedule) if arm[2] not in cells),
+            *others(schedule, ", other blocks"),
             *others(whole, ", 50,000 images")]))
 
 

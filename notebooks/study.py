@@ -570,19 +570,20 @@ def all_of(rows, value):
 
 
 # how to read the tables of all grids
+RULE = (
+    "T: the TGR-MoE paper, M: the MoDE paper, R: a remedy's own, ours: a control. Met: the "
+    "estimate is at least the threshold, its interval above 0 (or above a threshold below 0) and "
+    "p, corrected by Holm for the contrasts of its table, below .05. Not met: the interval, which "
+    "is not corrected, is below the threshold. \"Within\" is met if two one-sided tests say so, "
+    "and not met if the interval lies beyond. What compares nothing has no p. Below three seeds "
+    "there is no verdict, and before the last announced block it is one so far.")
 LEGEND = (
     f"Mean ± sample standard deviation over n seeds, 95 % t-intervals. MFLOPs are an image's, "
     f"forward, in training; images/s and seconds are for each device apart. Agreement, load, "
     f"gates, similarity, cosines and who follows the teacher are means over all tokens of "
     f"{train.Config.probe_images} fixed training images and over the sparse blocks; what patches "
     f"leave the last block with is read by nobody.\n\n"
-    f"T: the TGR-MoE paper, M: the MoDE paper, R: a remedy's own, ours: a control. Met: the "
-    f"estimate is at least the threshold, its interval above 0 (or above a threshold below 0) "
-    f"and p, corrected by Holm for the contrasts of its table, below .05. Not met: the interval, "
-    f"which is not corrected, is below the threshold. \"Within\" is met if two one-sided tests "
-    f"say so, and not met if the interval lies beyond. What compares nothing has no p. Below "
-    f"three seeds there is no verdict, and before the last announced block it is one so far. "
-    f"Over images too: as if the images had been drawn anew as well.")
+    f"{RULE} Over images too: as if the images had been drawn anew as well.")
 
 
 def section(grid, scale, page=PAGE):
@@ -736,9 +737,10 @@ def plot_crossed(grid, rows):
              for at in (2, 1) for some, arms in settings.values()]
     fig, axes = report.sheet(
         "Fewer than three blocks: no verdict yet" if min(e.n for e in gains) < 3 else
-        "Points above V-MoE: {} with features alone guided, {} with routers".format(*(
-            " and ".join(f"{e.mean:+.1f}" for e in some)
-            for some in (gains[:len(settings)], gains[len(settings):]))),
+        "Points above V-MoE{}: features alone {}; routers alone {}".format(
+            ", left and right" * (len(settings) == 2), *(
+                ", ".join(f"{e.mean:+.1f}" for e in some)
+                for some in (gains[:len(settings)], gains[len(settings):]))),
         2, len(settings), 4.5 * len(settings), 7, sharey="row")
     for column, (setting, (some, arms)) in zip(axes.T, settings.items(), strict=True):
         for axis, metric in zip(column, (ACC, decided.HALF), strict=True):
@@ -834,15 +836,17 @@ def front(page):
     hidden = round(first["config"]["expert_ratio"] * first["config"]["dim"])
     return "\n".join([*lines, "", (
         f"CIFAR-100, {first['labels']} labels, {first['train_images']:,} training images, "
-        f"{first['epochs']} epochs of preset {first['preset']}, {first['config']['n_experts']} "
-        f"experts of {hidden} hidden units in every block: of the settings that we "
+        f"{first['epochs']} epochs of preset {first['preset']}, K = {first['config']['k']} of "
+        f"{first['config']['n_experts']} experts of {hidden} hidden units in every Transformer "
+        f"block: of the settings that we "
         f"[searched]({link(ROOT / 'notebooks' / 'regime.py', page)}), the one in which experts "
         f"came nearest to paying. The dense ViT that teaches is wider and learned from the same "
         f"images; Lite0 is an EfficientNet that knows ImageNet. Mean ± sample standard deviation "
         f"over {len({decided.block(row) for row in rows})} of {GRIDS[FRONT_GRID].blocks} announced "
-        f"blocks of one seed, dense teacher, machine and commit each, within which differences are "
-        f"taken. Settled is the share of the tokens of {first['config']['probe_images']} training "
-        f"images that half-way through have the expert that they will have in the end."),
+        f"blocks, repetitions of one seed, dense teacher, machine and commit each, within which "
+        f"differences are taken. Settled is the share of the tokens of "
+        f"{first['config']['probe_images']} training images that half-way through have the expert "
+        f"that they will have in the end."),
         "", (
         f"<details><summary>How these rows were made, and what they cannot say</summary>\n\n"
         f"{recipe(rows, scale)}; commit {all_of(rows, lambda r: r['commit'])}. A guided router has "

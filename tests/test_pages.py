@@ -80,8 +80,9 @@ def test_what_the_readme_says_below_its_table_is_in_the_rows():
         same, alone = gain(both + mark, features + mark), gain(router + mark, none)
         assert same.n >= 3 and max(-same.low, same.high) < 1.4 and alone.low < 0 < alone.high
         assert gain(features + mark, none).low > 3
-    time = gain(both, "moe-k1-twice")
-    assert max(-time.low, time.high) < 2.1
+    for other, within in (("moe-k1-logits", 0.5), ("moe-k1-twice", 2.1)):
+        beside = gain(both, other)
+        assert max(-beside.low, beside.high) < within and gain(other, none).low > 0
     assert 1.8 < gain(f"{both}-lite0", none).mean / gain(both, none).mean < 2.2
     others = [arm for arm in study.FRONT if arm not in ("dense", both)]
     assert min(gain(both, arm, metric=decided.HALF).low for arm in others) > 0      # "earliest"

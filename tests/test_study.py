@@ -1578,8 +1578,9 @@ def test_the_front_page_pairs_each_model_with_v_moe_in_the_blocks_that_have_all(
     assert said["| router guided alone", "Lite0, pretrained"] == (
         "| router guided alone | Lite0, pretrained | yes / no | 32.00 ± 1.00 "
         "| +1.00 [+1.00, +1.00] | 0.60 ± 0.00 |")
-    assert " 7 experts of 12 hidden units " in text and " tokens of 9 training images " in text
-    assert " over 3 of 5 announced blocks of " in text and "; commit c. " in text
+    assert " K = 1 of 7 experts of 12 hidden units " in text
+    assert " tokens of 9 training images " in text
+    assert " over 3 of 5 announced blocks, " in text and "; commit c. " in text
 
 
 def test_an_untrained_teachers_accuracy_is_no_teachers():
@@ -1666,8 +1667,8 @@ def test_a_figure_of_crossed_factors_has_a_panel_for_each_setting_and_a_ring_for
              for arm, a in zip(decided.cells("placement", mark), its, strict=True)
              for s in range(5) if (arm, s) != ("tgr-k1-late", 4)]
     figure = study.plot_crossed("placement", found)
-    assert figure.get_suptitle() == ("Points above V-MoE: +10.0 and +7.0 with features alone "
-                                     "guided, +1.0 and +2.0 with routers")
+    assert figure.get_suptitle() == ("Points above V-MoE, left and right: features alone "
+                                     "+10.0, +7.0; routers alone +1.0, +2.0")
     left, right, below, _ = figure.axes
     assert [axis.get_title() for axis in (left, right)] == [
         "experts in blocks 2, 4, 6 (n=5)", "experts in the paper's blocks (n=4)"]
