@@ -189,7 +189,7 @@ def test_the_key_has_every_answer_as_the_solutions_have_it_and_every_checks_poin
         assert given.get("points", 1) == int(points), name
 
 
-@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04"])
+@pytest.mark.parametrize("number", ["00", "01", "02", "03", "04", "05"])
 def test_the_key_has_what_the_page_prints_beside_a_guess(number):
     path, = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
     printed = [float(v) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -2,11 +2,12 @@
 
     python tests/assignments/lecturer/slides.py OUT_DIR
 
-writes week1.ipynb and week1.slides.html, week2.ipynb and week2.slides.html into OUT_DIR. Headings,
-first paragraphs, guesses, exercises and figures are taken from the pages as they are stored: no
-text is written here a second time, and no cell is run. Folded answers stay on the pages. Press S
-for the speaker's view, which has the whole text of each section. Three dots stand for sentences
-that are left out. A browser needs the network to show the slides, for reveal.js and MathJax.
+writes week1.ipynb and week1.slides.html into OUT_DIR, and so for week 2, and for the seminar as
+week 3. Headings, first paragraphs, guesses, exercises and figures are taken from the pages as they
+are stored: no text is written here a second time, and no cell is run. Folded answers stay on the
+pages. Press S for the speaker's view, which has the whole text of each section. Three dots stand
+for sentences that are left out. A browser needs the network to show the slides, for reveal.js and
+MathJax.
 """
 import json
 import re
@@ -18,6 +19,7 @@ PAGES = Path(__file__).resolve().parents[3] / "notebooks"
 WEEKS = {                   # {week: {page: its sections}}, in the order of plan.md; None is all
     1: {"00": None, "01": None, "04": (1, 2, 3, 4, 5)},
     2: {"02": None, "03": None},
+    3: {"05": None},
 }
 WORDS = 60                  # on one slide
 LINES = 6                   # of code on one slide
