@@ -1,5 +1,5 @@
 """lesson_2.py -- how does notebook 2 draw clusters, targets, a film of patches and a crossed pair
-of factors?
+of factors, and say whom a loss moves?
 """
 import checkpoint  # noqa: F401 (before torch: it says how torch's threads wait)
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm, to_rgb
 
 import report
+from moe import routers
 from notebooks import decided
 from notebooks.decided import CELLS, NAMES
 from notebooks.lesson import RESULTS, Table, display, dots, patch_map, rows, show
@@ -98,6 +99,25 @@ def gradient_maps(maps, chosen):
     fig.colorbar(picture, ax=axes, label="|dL/dz|", extend="both")
     show(fig, "Two maps of 17 tokens by 8 experts: the size of the task's gradient, struck out "
               "but for one entry a token, and of the guidance's, whole")
+
+
+def who_is_moved(terms, student, guide):
+    """Put on the page how large a gradient each term of the loss sends to whom: its norm."""
+    own = [router.weight for router in routers(student).values()]
+    parties = {"the student's routers": own,
+               "the rest of the student": [p for p in student.parameters()
+                                           if all(p is not weight for weight in own)],
+               "the teacher routers": [*guide.routers.parameters()],
+               "the teacher": [*guide.teacher.parameters()]}
+    body = []
+    for name, term in terms.items():
+        sent = [torch.autograd.grad(term, learns, retain_graph=True, allow_unused=True)
+                if (learns := [p for p in party if p.requires_grad]) else ()
+                for party in parties.values()]
+        norms = [torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item()
+                 for grads in sent]
+        body.append((name, f"{term.item():.2g}", *(f"{n:.2g}" if n else "–" for n in norms)))
+    display(Table("", ("term", "its value", *parties), body))
 
 
 # --- trained students ---

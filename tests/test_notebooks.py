@@ -101,6 +101,12 @@ assert round(before["dw_in"][0]) == round(before["dw_out"][0]) == 472 and round(
 from notebooks.decided import judge
 apart = maps["guidance"] - 5 / 3 * (routing.probs - targets[4].softmax(dim=1))[:N] / 1088
 assert apart.abs().max() < 1e-8 and maps["task"].abs().min(dim=1).values.max() > 0  # real gradients
+moved = {(term, whose): any(g is not None and g.any() for g in torch.autograd.grad(
+    terms[term], [*of.parameters()], retain_graph=True, allow_unused=True))
+    for term in terms for whose, of in (("student", student), ("teacher's", guide.routers))}
+assert {pair for pair, it_is in moved.items() if it_is} == {
+    ("task", "student"), ("guidance", "student"),
+    ("teacher_load", "teacher's"), ("teacher_entropy", "teacher's")}
 assert 8.5 < shares["class"][0] < 9.5 and 20 < shares["class"][-1] < 23
 assert shares["class"] == sorted(shares["class"])
 assert min(shares["place"][1:]) > 16 > 9 > shares["place"][0]
