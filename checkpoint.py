@@ -133,11 +133,11 @@ def write(path, content, keep=None):
 
     The file that stood there moves to `keep`, if given. OSError with one sentence if it fails.
     """
-    path = Path(path)
+    path, content = Path(path), encoded(content)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())                 # on the disk before the name points to it
         if keep and path.exists():
@@ -155,9 +155,14 @@ def write(path, content, keep=None):
         os.close(folder)
 
 
+def encoded(content):
+    # a file's name may hold what is no UTF-8
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+
+
 def mend(path, content):
     """Write a file unless `content` is what it holds already; returns whether it was written."""
-    content = content.encode("utf-8") if isinstance(content, str) else content
+    content = encoded(content)
     if path.is_file() and path.read_bytes() == content:
         return False
     write(path, content)
@@ -220,7 +225,8 @@ def read(path, config, needs=()):
     path, why = Path(path), None
     if not path.name:
         raise ValueError(f"{path} is no checkpoint but a folder: name the file in it")
-    for file in (path, before(path)):
+    # only a run writes two files; a mistyped name must not find the older one
+    for file in (path, before(path)) if path.suffix == Path(NAME).suffix else (path,):
         if not file.is_file():
             continue
         try:

@@ -9,6 +9,7 @@ worker processes, no Python per image.
 
 Where a function takes `cfg`, it is the `Config` of train.py, whose flags say what is asked for.
 """
+import contextlib
 import hashlib
 import http.client
 import math
@@ -24,7 +25,7 @@ from checkpoint import claim
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -92,7 +93,9 @@ def load(name="auto", data_dir="data", device="cpu", may_download=True, size=SIZ
                          f"synthetic or folder:DIR")
     on_cpu, data = torch.device(device).type == "cpu", None
     if name.startswith("folder:"):
-        data = pictures(name, Path(name.removeprefix("folder:")), size)
+        if name == "folder:":                               # an unset variable, most likely
+            raise ValueError("--data folder: names no folder: give one, as folder:DIR")
+        data = pictures(name, Path(name.removeprefix("folder:")).expanduser(), size)
     elif name != "synthetic":
         C = CIFAR10 if name == "cifar10" else CIFAR100
         data = cifar(C, data_dir, may_download and (name != "auto" or not on_cpu))
@@ -259,7 +262,10 @@ def pictures(name, folder, size):
         order = torch.randperm(len(labels[0]), generator=torch.Generator().manual_seed(0))
         rows = order[len(order) // 10:], order[:len(order) // 10]
         images, labels = [images[0][r] for r in rows], [labels[0][r] for r in rows]
-    md5 = hashlib.md5(" ".join(classes).encode())
+    if alone := set(labels[1].tolist()) - set(labels[0].tolist()):
+        raise ValueError(f"{name} has no picture of {classes[min(alone)]} to learn from, but in "
+                         f"the test: bring more of it")
+    md5 = hashlib.md5(os.fsencode(" ".join(classes)))
     for tensor in (*images, *labels):
         md5.update(tensor.numpy().tobytes())
     train, test = (Split(x, y, y) for x, y in zip(images, labels, strict=True))
@@ -269,13 +275,24 @@ def pictures(name, folder, size):
                 md5.hexdigest(), train, test, classes, [], *channel_stats(train.images))
 
 
+def upright(picture):
+    """A picture as its camera was held, if its EXIF says how; one that is damaged says nothing."""
+    turn = Image.Transpose
+    with contextlib.suppress(Exception):                    # the format's parser raises all kinds
+        held = picture.getexif().get(ExifTags.Base.Orientation)
+        return picture.transpose({
+            2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+            6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}[held])
+    return picture
+
+
 def square(file, size):
     """A picture's file -> (3, size, size) uint8; OSError where it holds none, or has no 8 bits."""
     try:
         with Image.open(file) as picture:
             if picture.mode[0] in "IF":                     # PIL would cut off what is above 255
                 raise OSError(f"{file} has more than 8 bits a channel: save it with 8")
-            picture = ImageOps.exif_transpose(picture).convert("RGB")   # as a camera was held
+            picture = upright(picture).convert("RGB")
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         if str(file) in str(error):
             raise

@@ -218,7 +218,7 @@ def pretrained(name, file, pixels, shown):
         if family == "vit":
             state = interpolate_embeddings(pixels, patch, state)
         network.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file or weights.url} does not hold the weights of {name} "
                          f"({str(error).splitlines()[-1].strip()})") from error
     pattern, node, axes = FAMILIES[family]

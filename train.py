@@ -4,7 +4,7 @@
     python train.py --method moe --k 1              V-MoE, the baseline of TGR-MoE
     python train.py --method tgr --k 1 --seed 3     teacher-guided routing as in its paper
     python train.py --resume --out runs/NAME        go on where an interrupted run stopped
-    python train.py --eval runs/NAME/checkpoint.pt  test a checkpoint, class by class; with
+    python train.py --eval runs/NAME/checkpoint.pt  test a checkpoint, also by class; with
                                                     --images DIR ask it, with --export FILE take it
     torchrun --nproc-per-node=2 train.py            the same on two GPUs, half of each batch on each
 
@@ -71,13 +71,12 @@ METHODS = {     # what each one adds to the task loss
     "tgr+mode": ("guide", "mutual"),
 }
 
-
 # Which flags has a method no use for? Those of a part that it lacks; without any part it has no
 # router either.
 USED_BY = {"guide": ("teacher", "teacher_pixels", "teacher_epochs", "guide_weight", "guide_until",
                      "guide_tokens"),
            "mutual": ("alpha",)}
-ROUTED = ("k", "gate", "noise", "capacity_factor", "load_weight", "entropy_weight")
+ROUTED = ("k", "gate", "noise", "capacity_factor", "load_weight", "entropy_weight", "backend")
 
 
 def idle_flags(argv, method):
@@ -113,7 +112,7 @@ class Config:
     data: str = flag("auto", "which images: auto, cifar100, cifar10, synthetic or folder:DIR")
     image_size: int = flag(32, "pixels on a side; pictures of another size are resized", at_least=8,
                            at_most=1_024)
-    data_dir: str = flag("data", "where CIFAR-100 lies or is put")
+    data_dir: str = flag("data", "where CIFAR-100 or CIFAR-10 lies or is put")
     labels: str = flag("fine", "100 fine or 20 coarse classes", ("fine", "coarse"))
     split: str = flag("full", "full: train on all, test once at the end; val: hold a tenth of the "
                       "training images out, look at them every epoch, never test", ("full", "val"))
@@ -160,7 +159,7 @@ class Config:
     teacher: str = own(None, "checkpoint of a dense run, torchvision:NAME or "
                        "torchvision:NAME:FILE; without one a teacher is trained first")
     teacher_pixels: int = own(None, "on a side of what a torchvision teacher sees; by default 224, "
-                              "and 64 on a CPU", at_least=32, at_most=1_024)
+                              "and 64 without CUDA", at_least=32, at_most=1_024)
     teacher_epochs: int = own(None, "by default as --epochs", at_least=1)
     # machine and files
     device: str = flag("auto", "cuda, cpu, ...; auto: cuda where there is one")
@@ -526,7 +525,11 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
 
         # forward; once guidance has ended, the teacher is not even asked
         guided = guide if now < cfg.guide_until * cfg.epochs else None
-        terms = losses(cfg, model, guided, images, targets)
+        where = f"epoch {epoch}, step {step + 1}"
+        try:
+            terms = losses(cfg, model, guided, images, targets)
+        except FloatingPointError as error:                 # of a router, which looks on a CPU
+            raise FloatingPointError(f"{where}: {error}; {way_on(cfg)}") from None
         loss = sum(terms.values())
 
         # backward; in fp16 the loss is scaled up, or small gradients would round to 0
@@ -540,8 +543,7 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
         norm = torch.nn.utils.get_total_norm(grads)
         check = step % check_every == 0 or step == steps - 1
         if check:
-            first(stop_unless_finite, averaged(loss), norm, scaler, model, images, cfg,
-                  f"epoch {epoch}, step {step + 1}")
+            first(stop_unless_finite, averaged(loss), norm, scaler, model, images, cfg, where)
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip, norm)
         scaler.step(optimizer)
         scaler.update()
@@ -569,8 +571,10 @@ def learning_rate(cfg, progress):
 
 
 def stop_unless_finite(loss, norm, scaler, model, images, cfg, where):
-    # under a loss scaler an infinite gradient is routine: that step is skipped and the scale halved
-    if torch.isfinite(loss) and (scaler.is_enabled() or torch.isfinite(norm)):
+    # Under a loss scaler an infinite gradient is routine: its step is skipped and the scale halved.
+    # But where next to nothing is left of the scale, no step has been taken for long.
+    routine = scaler.is_enabled() and scaler.get_scale() > 1e-3
+    if torch.isfinite(loss) and (routine or torch.isfinite(norm)):
         return
     try:
         with torch.no_grad(), autocast(cfg, images):
@@ -677,9 +681,10 @@ def rehearsed(job, guide, losses, progress):
 
     Where torch.compile or a kernel of ours fails, this is said, and cfg and the model are changed
     to what is used instead; several processes end with it. No step is taken here, and an epoch
-    seeds its own generators and begins without gradients.
+    seeds its own generators and begins without gradients; buffers that a layer moves are put back.
     """
     cfg, data, sets, model, _ = job
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
     guided = guide if progress.epoch < cfg.guide_until * cfg.epochs else None
     while cfg.compile or cfg.backend == "fused":
         began, compute = time.perf_counter(), torch.compile(losses) if cfg.compile else losses
@@ -702,6 +707,9 @@ def rehearsed(job, guide, losses, progress):
             print(f"{said}. Nothing is lost, and the run goes on with {instead}", flush=True)
         finally:
             progress.spent += time.perf_counter() - began
+            with torch.no_grad():
+                for name, b in model.named_buffers():
+                    b.copy_(buffers[name])
         if ours:
             use_backend("grouped", cfg, model)
         else:
@@ -802,6 +810,8 @@ def resume(job, guide, optimizer, scaler):
         raise ValueError(f"the run in {cfg.out} began with another teacher, and this one would "
                          f"change its targets: bring that one back, or start another run")
     try:
+        for group in state["optimizer"]["param_groups"]:    # the run may have changed its device
+            group["fused"] = optimizer.defaults["fused"]
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if guide:
@@ -981,6 +991,8 @@ def teacher_of(job):
                              f"train it with --split val too, or leave --split out")
         model, path = build(its, data), cfg.teacher
         checkpoint.restore(model, state["student"], path)
+        theirs = state.get("shown", {})
+        restandardise(model, theirs.get("mean", data.mean), theirs.get("std", data.std), data)
         Guide(model, student, cfg.n_experts)               # speaks up if their images differ
         return Job(its, data, sets, model, state)
     shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if not f.metadata["own"]}
@@ -1000,6 +1012,22 @@ def teacher_of(job):
     if state:
         checkpoint.restore(model, state["student"], path)
     return Job(its, data, sets, model, state or None)
+
+
+def restandardise(vit, mean, std, data):
+    """Let a ViT that learned images standardised by mean and std, three numbers each, be given them
+    as `data` standardises them: by its first layer, which then takes back what `data` did."""
+    (mean, std), (mean_now, std_now) = (torch.tensor(v, dtype=torch.float64) for v in (
+        (mean, std), (data.mean, data.std)))
+    if torch.equal(mean, mean_now) and torch.equal(std, std_now):
+        return
+    # its own x is scale * x + shift; a patch's numbers are channel after channel
+    scale, shift = (v.repeat_interleave(vit.patch ** 2) for v in (
+        std_now / std, (mean_now - mean) / std))
+    with torch.no_grad():
+        weight = vit.embed.weight.double().cpu()
+        vit.embed.bias += (weight @ shift).to(vit.embed.bias)
+        vit.embed.weight.copy_(weight * scale)
 
 
 def trained(teacher, job, command):
@@ -1196,6 +1224,8 @@ def export(given):
         refuse_other(given, state, f"{path} was trained")
         checkpoint.to_safetensors(state, file)
     elif file.suffix == ".pt2":
+        if given.get("backend", "auto") != "auto":
+            raise ValueError(f"--export {file} is for any machine: leave --backend out")
         model, cfg, data = load_model(path, **given)
         example = torch.zeros(2, 3, cfg.image_size, cfg.image_size, device=cfg.device)
         program = torch.export.export(

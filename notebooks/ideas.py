@@ -55,7 +55,7 @@ def while_unsure(t, z):
     """KL of each token times its entropy over log E: guidance fades as a router makes up its mind.
     """
     log_p = z.log_softmax(dim=1)
-    unsure = -(log_p.exp() * log_p).sum(dim=1).detach() / math.log(z.shape[1])
+    unsure = -(log_p.exp() * log_p).sum(dim=1).detach() / (math.log(z.shape[1]) or 1)
     kl = F.kl_div(log_p, t.log_softmax(dim=1), reduction="none", log_target=True).sum(dim=1)
     return (unsure * kl).mean()
 
@@ -110,7 +110,8 @@ def worth(moe, h, slope):
     """
     f = moe.experts.batched(h.expand(len(moe.experts.w_in), *h.shape))                # (E, T, D)
     q = product("td,etd->te", slope.float(), f.float())
-    return -(q - q.mean(dim=1, keepdim=True)) / q.std(dim=1, keepdim=True).clamp(min=1e-12)
+    std = q.std(dim=1, keepdim=True, correction=min(1, q.shape[1] - 1))     # 0 of a lone expert
+    return -(q - q.mean(dim=1, keepdim=True)) / std.clamp(min=1e-12)
 
 
 IDEAS = {"near the top": idea(near_the_top), "while unsure": idea(while_unsure),

@@ -72,7 +72,7 @@ def half(weights):
 def ended(run, data_dir):
     """(result, cfg, images, vit) of a run that has ended; vit keeps its experts' raw outputs."""
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    cfg = train.Config(**result["config"] | {"device": "cpu"})
+    cfg = train.Config(**result["config"] | train.OF_THE_MACHINE | {"device": "cpu"})
     images = data.load(cfg.data, data_dir)
     vit = train.build(cfg, images)
     path = run / "checkpoint.pt"

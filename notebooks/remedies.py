@@ -421,6 +421,7 @@ class ERC(Remedy):
         R, E = self.router.weight, self.router.n_experts
         with torch.no_grad():
             apart = torch.cdist(R, R).fill_diagonal_(torch.inf).min(dim=1).values       # (E,)
+            apart = apart.nan_to_num(posinf=0.0)            # a lone row has no other
             reach = (apart / (2 * R.norm(dim=1)))[:, None]
             noise = 1 + reach * (2 * torch.rand_like(R) - 1)            # (E, D)
         M = product("id,jdh->ijh", R * noise, self.experts.w_in).norm(dim=-1)           # (E, E)

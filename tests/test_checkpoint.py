@@ -109,6 +109,19 @@ def test_mending_writes_what_is_missing_or_differs_and_nothing_else():
     assert checkpoint.mend(Path("f"), b"Text") and Path("f").read_bytes() == b"Text"
 
 
+def test_a_name_that_is_no_utf8_is_written_as_its_bytes_number():
+    checkpoint.write(Path("f"), "q\udcff.png")
+    assert Path("f").read_text(encoding="utf-8") == "q\\udcff.png"
+    assert not checkpoint.mend(Path("f"), "q\udcff.png")
+
+
+def test_a_mistyped_ending_finds_no_older_checkpoint():
+    for _ in range(2):
+        checkpoint.save("checkpoint.pt", STATE)
+    with pytest.raises(ValueError, match="there is no checkpoint at checkpoint"):
+        read("checkpoint.safetensors")
+
+
 def test_a_character_that_the_terminal_lacks_is_printed_as_a_question_mark():
     code = "import checkpoint; checkpoint.printable(); print('\u03b1 \u2013 x')"
     said = subprocess.run([sys.executable, "-c", code], cwd=Path(checkpoint.__file__).parent,

@@ -8,6 +8,7 @@ import http.server
 import io
 import pickle
 import socket
+import struct
 import tarfile
 import threading
 import time
@@ -619,6 +620,43 @@ def test_a_picture_stands_as_its_camera_was_held(tmp_path):
     x = D.square(tmp_path / "x.png", 24)
     assert (x[:, :12] == torch.tensor([255, 0, 0])[:, None, None]).all()
     assert (x[:, 12:] == torch.tensor([0, 0, 255])[:, None, None]).all()
+
+
+def test_a_damaged_note_on_how_a_camera_was_held_costs_no_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png")
+
+    def damaged(picture):
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(Image.Image, "getexif", damaged)
+    assert (D.square(tmp_path / "x.png", 8)[0] == 255).all()
+
+
+@pytest.mark.parametrize("held, corner", [
+    (1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 0)), (5, (0, 0)), (6, (0, 1)), (7, (1, 1)),
+    (8, (1, 0)), (9, (0, 0))])
+def test_each_way_to_hold_a_camera_has_its_turn(tmp_path, held, corner):
+    exif = Image.Exif()
+    exif[0x0112] = held
+    picture = Image.new("RGB", (2, 2), "black")
+    picture.putpixel((0, 0), (255, 255, 255))               # where does the first pixel belong?
+    picture.save(tmp_path / "x.png", exif=exif)
+    bright = (D.square(tmp_path / "x.png", 2)[0] == 255).nonzero()
+    assert bright.tolist() == [list(corner)]
+
+
+def test_a_class_that_has_only_test_pictures_is_refused_by_name(tmp_path):
+    paint(tmp_path / "many", [f"{i}.png" for i in range(10)])
+    paint(tmp_path / "one", ["0.png"])
+    drawn = torch.randperm(11, generator=torch.Generator().manual_seed(0))[0]
+    assert drawn == 10                                      # the last, which is the lone one
+    with pytest.raises(ValueError, match="has no picture of one to learn from, but in the test"):
+        D.load(f"folder:{tmp_path}", size=8)
+
+
+def test_a_folder_without_a_name_is_an_unset_variable():
+    with pytest.raises(ValueError, match="--data folder: names no folder: give one"):
+        D.load("folder:")
 
 
 def test_a_picture_that_is_too_large_to_be_one_is_refused_by_name(tmp_path, monkeypatch):

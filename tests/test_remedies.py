@@ -17,7 +17,7 @@ import report
 import train
 from data import synthetic
 from moe import MLP, MoE
-from notebooks import measure, remedies
+from notebooks import ideas, measure, remedies
 from notebooks.decided import SEVERAL, WORDS_OF_HASH
 from notebooks.probes import closing_look, oracle_cosine
 from notebooks.remedies import REMEDIES, hashed
@@ -704,6 +704,16 @@ def test_what_a_router_learns_of_a_remedy_is_not_rounded_to_bfloat16(name):
         found.append(torch.autograd.grad(loss, asked)[0])
     assert found[0].abs().max() > 1e-3
     assert_close(found[1], found[0])
+
+
+def test_a_lone_expert_is_coupled_to_nobody_and_is_worth_nothing_more_than_itself():
+    moe = MoE(D, H, 1, 1)
+    layer = REMEDIES["coupled"](moe, None)
+    y, *_ = layer(torch.randn(T, D))
+    assert layer.penalty == 0 and y.isfinite().all()
+    assert not ideas.worth(moe, torch.randn(T, D), torch.randn(T, D)).any()
+    z = torch.zeros(T, 1, requires_grad=True)
+    assert ideas.while_unsure(torch.zeros(T, 1), z) == 0
 
 
 def test_a_penalty_is_of_the_last_forward_pass_and_no_copy_has_a_part_in_its_graph():

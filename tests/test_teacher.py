@@ -584,6 +584,8 @@ def offline(*args, **how):
     ("resnet18", "code.pt", "code.pt cannot be read as the weights of a network"),
     ("resnet18", "other.pt", "other.pt does not hold the weights of resnet18"),
     ("vit_b_32", "other.pt", "other.pt does not hold the weights of vit_b_32"),
+    ("resnet18", "list.pt", "list.pt does not hold the weights of resnet18"),
+    ("vit_b_32", "list.pt", "list.pt does not hold the weights of vit_b_32"),
 ])
 def test_a_teacher_that_cannot_be_had_is_one_sentence(name, file, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -591,6 +593,7 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(name, file, sentence, tmp_
         models.ResNet18_Weights.DEFAULT), "get_state_dict", offline)
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"w": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "code.pt")         # to load it is to run it
     with pytest.raises((ValueError, OSError), match=sentence) as error:
         pretrained(name, file, 64, SHOWN)

@@ -294,8 +294,11 @@ def test_a_resumed_run_scales_its_loss_as_it_did_before():
     before.scale(torch.ones(()))                            # which is when the scale is made
     Path("run").mkdir()
     state = train.keep(job, train.Progress(), None, optimizer, before)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = True                               # as on another device
     train.resume(job._replace(state=state), None, optimizer, after)
     assert after.get_scale() == 8.0
+    assert not any(group["fused"] for group in optimizer.param_groups)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_afresh_and_says_so(capsys):
@@ -389,6 +392,18 @@ def test_weights_that_are_not_finite_are_never_saved(epoch, step, where, monkeyp
     assert checkpoint.read("run/checkpoint.pt", Config)["epoch"] == 1
 
 
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(monkeypatch, capsys):
+    monkeypatch.setattr(train, "losses", lambda cfg, student, *rest, losses=train.losses: {
+        name: term + 0 * student.head.bias[0].sqrt() for name, term in losses(
+            cfg, student, *rest).items()})                  # at 0 a root's slope is infinite
+    with pytest.raises(SystemExit) as stop:
+        run("--precision", "fp16", "--epochs", "9")
+    said = capsys.readouterr().err
+    # of four steps an epoch: 65,536 is below 0.001 after 26 halvings
+    assert stop.value.code == 1 and said.startswith("train.py: epoch 7, step 3: ")
+    assert "the gradient of head.bias is not finite" in said
+
+
 def test_a_router_that_is_not_finite_is_named(monkeypatch, capsys):
     original = train.losses
 
@@ -399,8 +414,10 @@ def test_a_router_that_is_not_finite_is_named(monkeypatch, capsys):
     monkeypatch.setattr(train, "losses", broken)
     with pytest.raises(SystemExit) as stop:
         run()
+    said = capsys.readouterr().err
     assert stop.value.code == 1
-    assert "the router of block 2" in capsys.readouterr().err
+    assert said.startswith("train.py: epoch 1, step 1: the router of block 2: ")
+    assert "the last checkpoint is kept" in said
 
 
 def test_a_compiled_router_that_is_not_finite_is_named_where_the_loss_is_checked(
@@ -487,6 +504,18 @@ def test_where_a_kernel_fails_in_a_compiled_step_the_rung_is_given_up_and_not_th
     assert len(said) == 1 and said[0].startswith("--backend fused failed (OutOfResources: out of")
     assert (cfg.backend, cfg.compile) == ("grouped", True)
     assert job.model.blocks[1].mlp.backend == "grouped"
+
+
+def test_a_layer_that_counts_its_steps_counts_no_rehearsal(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    cfg = config("--compile", "--device", "cpu")
+    job = train.Job(cfg, SMALL, split(cfg, SMALL), train.build(cfg, SMALL), None)
+    layer = job.model.blocks[1].mlp
+    layer.register_buffer("steps", torch.tensor(3))
+    seen = []
+    layer.register_forward_hook(lambda m, *_: seen.append(setattr(m, "steps", m.steps + 1)))
+    train.rehearsed(job, None, train.losses, train.Progress())
+    assert seen and layer.steps == 3
 
 
 def raised(error, module):
@@ -1055,6 +1084,29 @@ def test_the_pictures_of_a_folder_are_classified_and_who_saw_which_patch_is_draw
     assert ("beside it" in said[-1]) == bool(drawn)
 
 
+def test_a_teacher_of_other_images_sees_them_as_it_learned_to():
+    theirs = SMALL._replace(mean=(0.1, 0.2, 0.3), std=(0.05, 0.1, 0.4))
+    dense = vit(method="dense")
+    torch.nn.init.normal_(dense.embed.bias)
+    x = SMALL.test.images[:3]
+    meant = dense(theirs.normalise(x)).logits
+    before = dense.embed.weight.clone()
+    train.restandardise(dense, SMALL.mean, SMALL.std, SMALL)
+    assert torch.equal(dense.embed.weight, before)          # it learned from these
+    train.restandardise(dense, theirs.mean, theirs.std, SMALL)
+    torch.testing.assert_close(dense(SMALL.normalise(x)).logits, meant, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teachers_checkpoint_says_how_its_images_were_standardised():
+    _, _, state = run(method="dense", out="dense")
+    twice = tuple(2 * s for s in SMALL.std)
+    checkpoint.save(Path("other.pt"), state | {"shown": state["shown"] | {"std": twice}})
+    for file, factor in (("dense/checkpoint.pt", 1.0), ("other.pt", 0.5)):
+        teacher, _ = train.plan(train.parse([*BASE, "--method", "tgr", "--teacher", file]))
+        torch.testing.assert_close(teacher.model.embed.weight.detach(),
+                                   factor * state["student"]["embed.weight"])
+
+
 def test_what_was_seen_on_pictures_is_never_mixed_with_what_is_seen_on_others(capsys):
     run()
     shots("shots", n=2)
@@ -1085,6 +1137,8 @@ def test_what_was_seen_on_pictures_is_never_mixed_with_what_is_seen_on_others(ca
      "--images and --export are two commands"),
     (["--config", "shots/e.json"], "needs the result.json of a run"),
     (["--eval", "run/checkpoint.pt", "--export", "m.safetensors", "--k", "4"], "--k 1, not 4"),
+    (["--eval", "run/checkpoint.pt", "--export", "m.pt2", "--backend", "lean"],
+     "m.pt2 is for any machine: leave --backend out"),
     (["--eval", "."], "is no checkpoint but a folder: name the file in it"),
     (["--device", "cpu:1"], "--device cpu:1 is not one that train.py knows")])
 def test_what_cannot_leave_is_one_sentence(flags, words, capsys):
@@ -1334,7 +1388,8 @@ def test_a_run_is_not_continued_on_other_images(capsys, monkeypatch):
 @pytest.mark.parametrize("method, flags, idle", [
     ("moe", ["--alpha", "7", "--teacher=none", "--k", "1"], "teacher, --alpha"),
     ("dense", ["--k", "1", "--guide_weight", "-0"], "guide_weight, --k, --n_experts"),
-    ("soft", ["--gate", "sigmoid"], "gate"), ("mode", ["--k", "1", "--alpha", "1"], None)])
+    ("soft", ["--gate", "sigmoid", "--backend", "lean"], "gate, --backend"),
+    ("mode", ["--k", "1", "--alpha", "1"], None)])
 def test_a_flag_that_its_method_does_not_use_is_named(method, flags, idle, capsys):
     run(*flags, method=method)
     said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
