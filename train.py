@@ -1003,8 +1003,11 @@ def teacher_of(job):
                   expert_ratio=cfg.mlp_ratio, epochs=cfg.teacher_epochs,
                   teacher_epochs=cfg.teacher_epochs)
     recipe = {name: value for name, value in asdict(its).items() if name not in checkpoint.HOW}
+    name = label(data)
+    if cfg.data.startswith("folder:"):          # which may move; what is in it says the md5
+        name = recipe["data"] = "folder"
     key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
-    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{label(data)}-{key}"))
+    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{name}-{key}"))
     if cfg.out and Path(cfg.out).resolve() == Path(its.out).resolve():
         raise ValueError(f"--out {cfg.out} is the folder of this run's teacher: choose another")
     model, path = build(its, data), Path(its.out, checkpoint.NAME)

@@ -702,6 +702,7 @@ MUTANTS = [
     ("train.py", "                    b.copy_(buffers[name])", "                    pass"),
     ("train.py", 'if given.get("backend", "auto") != "auto":', "if False:"),
     ("train.py", "std_now / std, (mean_now", "std / std_now, (mean_now"),
+    ("train.py", 'name = recipe["data"] = "folder"', 'name = "folder"'),
     ("train.py", 'theirs.get("std", data.std), data)', "data.std, data)"),
     ("train.py", "(mean_now - mean) / std))", "(mean - mean_now) / std))"),
     ("train.py", 'out or checkpoint.free_folder(Path(path).parent / "pictures")',

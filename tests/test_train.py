@@ -782,7 +782,7 @@ def test_a_model_of_64_pixels_has_64_pixels_and_learns_from_a_folder_of_pictures
                            "--batch_size", "6", method="tgr")
     assert result["config"]["data"] == "folder:zoo" and state["student"]["pos"].shape[1] == 17
     assert result["test_accuracy"] == 1.0 and result["train_images"] == 36
-    assert next(iter(Path("runs/teachers").iterdir())).name.startswith("tiny-folder-zoo-")
+    assert next(iter(Path("runs/teachers").iterdir())).name.startswith("tiny-folder-")
     capsys.readouterr()
     main(["--eval", "run/checkpoint.pt"])
     assert "best  " in capsys.readouterr().out
@@ -1440,6 +1440,11 @@ def test_a_folder_that_has_moved_is_known_by_its_pictures(monkeypatch):
     Path("pictures").rename("moved")
     main(["--eval", "run/checkpoint.pt", "--data", "folder:moved"])
     main(["--resume", "--out", "run", "--data", "folder:moved/"])
+    taught = [*BASE, "--method", "tgr", "--batch_size", "4", "--data"]
+    main([*taught, "folder:moved", "--out", "first"])
+    Path("moved").rename("back")
+    teacher, _ = train.plan(train.parse([*taught, "folder:back", "--out", "second"]))
+    assert teacher.ended                                    # it is not trained again
 
 
 def test_a_student_does_not_wait_for_itself(capsys):
