@@ -243,6 +243,10 @@ def pictures(name, folder, size):
     parts = [folder / "train", folder / "test"] if divided else [folder]
     try:
         found = [ImageFolder(part) for part in parts]
+        files = [os.path.realpath(file) for part in found for file, _ in part.samples]
+        if len(set(files)) < len(files):
+            raise ValueError(f"{name} holds a picture twice, by a link, perhaps into the test too: "
+                             f"take the link out")
         images = [torch.stack([square(file, size) for file, _ in part.samples]) for part in found]
     except OSError as error:                   # of ImageFolder's, and of a file that is no picture
         why = str(error).splitlines()[0]

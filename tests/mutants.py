@@ -690,6 +690,7 @@ MUTANTS = [
     ("data.py", "    with contextlib.suppress(Exception): ", "    if True: "),
     ("data.py", "if alone := set(labels[1].tolist()) - set(labels[0].tolist()):", "if alone := 0:"),
     ("data.py", 'if name == "folder:":', "if False:"),
+    ("data.py", "if len(set(files)) < len(files):", "if False:"),
     ("checkpoint.py", '"utf-8", "backslashreplace"', '"utf-8"'),
     ("checkpoint.py", "if path.suffix == Path(NAME).suffix else (path,)", "if True else (path,)"),
     ("teacher.py", "(RuntimeError, ValueError, KeyError, TypeError, AttributeError)",

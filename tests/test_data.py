@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import socket
 import struct
@@ -643,6 +644,16 @@ def test_each_way_to_hold_a_camera_has_its_turn(tmp_path, held, corner):
     picture.save(tmp_path / "x.png", exif=exif)
     bright = (D.square(tmp_path / "x.png", 2)[0] == 255).nonzero()
     assert bright.tolist() == [list(corner)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a link needs rights on Windows")
+def test_a_picture_that_a_link_makes_two_of_is_refused(tmp_path):
+    for kind in ("cat", "dog"):
+        paint(tmp_path / kind, [f"{i}.png" for i in range(12)])
+    assert len(D.load(f"folder:{tmp_path}", size=8).train.fine) == 22
+    (tmp_path / "all").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ValueError, match="holds a picture twice, by a link"):
+        D.load(f"folder:{tmp_path}", size=8)
 
 
 def test_a_class_that_has_only_test_pictures_is_refused_by_name(tmp_path):
