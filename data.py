@@ -281,13 +281,12 @@ def pictures(name, folder, size):
 
 def upright(picture):
     """A picture as its camera was held, if its EXIF says how; one that is damaged says nothing."""
-    turn = Image.Transpose
+    turn, held = Image.Transpose, None
     with contextlib.suppress(Exception):                    # the format's parser raises all kinds
         held = picture.getexif().get(ExifTags.Base.Orientation)
-        return picture.transpose({
-            2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-            6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}[held])
-    return picture
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
+             5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    return picture.transpose(turns[held]) if held in turns else picture
 
 
 def square(file, size):

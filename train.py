@@ -526,10 +526,8 @@ def one_epoch(job, guide, losses, optimizer, scaler, progress, asked):
         # forward; once guidance has ended, the teacher is not even asked
         guided = guide if now < cfg.guide_until * cfg.epochs else None
         where = f"epoch {epoch}, step {step + 1}"
-        try:
+        with told(where, cfg):                         # on a CPU a router looks, and speaks up
             terms = losses(cfg, model, guided, images, targets)
-        except FloatingPointError as error:                 # of a router, which looks on a CPU
-            raise FloatingPointError(f"{where}: {error}; {way_on(cfg)}") from None
         loss = sum(terms.values())
 
         # backward; in fp16 the loss is scaled up, or small gradients would round to 0
@@ -576,22 +574,26 @@ def stop_unless_finite(loss, norm, scaler, model, images, cfg, where):
     routine = scaler.is_enabled() and scaler.get_scale() > 1e-3
     if torch.isfinite(loss) and (routine or torch.isfinite(norm)):
         return
-    try:
+    with told(where, cfg):
         with torch.no_grad(), autocast(cfg, images):
             model.eval()(images)    # only here would a router that is compiled, or on a GPU, speak
+        bad = [name for name, p in model.named_parameters()
+               if p.grad is not None and not torch.isfinite(p.grad).all()]
+        raise FloatingPointError(
+            f"the loss is {loss.item():.4g} and the gradient of {bad[0] if bad else 'nothing'} is "
+            f"{'not ' if bad else ''}finite")
+
+
+@contextlib.contextmanager
+def told(where, cfg):
+    """Of a number that is not finite, say where that was and what to do."""
+    try:
+        yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"{where}: {error}; {way_on(cfg)}") from None
-    bad = [name for name, p in model.named_parameters()
-           if p.grad is not None and not torch.isfinite(p.grad).all()]
-    raise FloatingPointError(
-        f"{where}: the loss is {loss.item():.4g} and the gradient of {bad[0] if bad else 'nothing'}"
-        f" is {'not ' if bad else ''}finite; {way_on(cfg)}")
-
-
-def way_on(cfg):
-    other = "" if cfg.precision == "fp32" else " or with --precision fp32"
-    return (f"the last checkpoint is kept. Start another run, with another --out, at a lower --lr "
-            f"than {cfg.lr:g}{other}")
+        other = "" if cfg.precision == "fp32" else " or with --precision fp32"
+        error.args = (f"{where}: {error}; the last checkpoint is kept. Start another run, with "
+                      f"another --out, at a lower --lr than {cfg.lr:g}{other}",)
+        raise
 
 
 def less_memory(job):
@@ -625,12 +627,10 @@ def keep(job, progress, guide=None, optimizer=None, scaler=None, result=None):
              "routers": guide.routers.state_dict() if guide else {},
              "teacher": checkpoint.fingerprint(guide.teacher.state_dict()) if guide else None,
              "result": result}
-    try:
+    where = f"epoch {progress.epoch + 1}, after step {progress.step}" if progress.step else \
+        f"after the last step of epoch {progress.epoch}"
+    with told(where, job.cfg):
         first(checkpoint.save, Path(job.cfg.out, checkpoint.NAME), state)
-    except FloatingPointError as error:
-        where = f"epoch {progress.epoch + 1}, after step {progress.step}" if progress.step else \
-            f"after the last step of epoch {progress.epoch}"
-        raise FloatingPointError(f"{where}: {error}; {way_on(job.cfg)}") from None
     return state
 
 
@@ -684,10 +684,10 @@ def rehearsed(job, guide, losses, progress):
     seeds its own generators and begins without gradients; buffers that a layer moves are put back.
     """
     cfg, data, sets, model, _ = job
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
     guided = guide if progress.epoch < cfg.guide_until * cfg.epochs else None
     while cfg.compile or cfg.backend == "fused":
         began, compute = time.perf_counter(), torch.compile(losses) if cfg.compile else losses
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
         images, targets = own_share(*next(batches(cfg, data, sets, progress.epoch + 1)))
         model.train()
         try:
@@ -910,15 +910,11 @@ def plan(given, own=lambda folder: None, change=lambda job: None):
     guided = "guide" in METHODS[cfg.method] and not job.ended
     teacher = teacher_of(job) if guided else None
     if cfg.out is None:
-        name = f"{cfg.method}-{cfg.preset}-{label(data)}-seed{cfg.seed}"
+        images = re.sub(r"\W+", "-", data.name).strip("-")
+        name = f"{cfg.method}-{cfg.preset}-{images}-seed{cfg.seed}"
         cfg.out = first(checkpoint.free_folder, f"runs/{name}")
         first(own, cfg.out)
     return teacher, job
-
-
-def label(data):
-    """A data set's name as a part of a folder's."""
-    return re.sub(r"\W+", "-", data.name).strip("-")
 
 
 def run_in(out):
@@ -991,8 +987,8 @@ def teacher_of(job):
                              f"train it with --split val too, or leave --split out")
         model, path = build(its, data), cfg.teacher
         checkpoint.restore(model, state["student"], path)
-        theirs = state.get("shown", {})
-        restandardise(model, theirs.get("mean", data.mean), theirs.get("std", data.std), data)
+        if shown := state.get("shown"):
+            restandardise(model, shown["mean"], shown["std"], data)
         Guide(model, student, cfg.n_experts)               # speaks up if their images differ
         return Job(its, data, sets, model, state)
     shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if not f.metadata["own"]}
@@ -1002,12 +998,12 @@ def teacher_of(job):
     its = replace(Config(**shared), method="dense", seed=TEACHERS_SEED, moe_blocks="",
                   expert_ratio=cfg.mlp_ratio, epochs=cfg.teacher_epochs,
                   teacher_epochs=cfg.teacher_epochs)
-    recipe = {name: value for name, value in asdict(its).items() if name not in checkpoint.HOW}
-    name = label(data)
-    if cfg.data.startswith("folder:"):          # which may move; what is in it says the md5
-        name = recipe["data"] = "folder"
+    # which images, the md5 says: a folder may have moved
+    recipe = {name: value for name, value in asdict(its).items()
+              if name not in (*checkpoint.HOW, "data")}
     key = hashlib.md5(json.dumps([recipe, data.md5]).encode()).hexdigest()[:8]
-    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{name}-{key}"))
+    kind = data.name.partition(":")[0]
+    its.out = str(Path("runs", "teachers", f"{cfg.preset}-{kind}-{key}"))
     if cfg.out and Path(cfg.out).resolve() == Path(its.out).resolve():
         raise ValueError(f"--out {cfg.out} is the folder of this run's teacher: choose another")
     model, path = build(its, data), Path(its.out, checkpoint.NAME)

@@ -109,7 +109,7 @@ def test_mending_writes_what_is_missing_or_differs_and_nothing_else():
     assert checkpoint.mend(Path("f"), b"Text") and Path("f").read_bytes() == b"Text"
 
 
-def test_a_name_that_is_no_utf8_is_written_as_its_bytes_number():
+def test_a_name_that_is_no_utf8_is_written_with_its_odd_bytes_escaped():
     checkpoint.write(Path("f"), "q\udcff.png")
     assert Path("f").read_text(encoding="utf-8") == "q\\udcff.png"
     assert not checkpoint.mend(Path("f"), "q\udcff.png")

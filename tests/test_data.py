@@ -612,17 +612,6 @@ def test_a_picture_of_more_than_8_bits_is_refused_and_not_cut_off(tmp_path, mode
         D.square(tmp_path / "x.tiff", 8)
 
 
-def test_a_picture_stands_as_its_camera_was_held(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                        # the row on top was on the right
-    left = Image.new("RGB", (24, 24), "blue")
-    left.paste("red", (0, 0, 12, 24))                       # the left half, which belongs on top
-    left.save(tmp_path / "x.png", exif=exif)
-    x = D.square(tmp_path / "x.png", 24)
-    assert (x[:, :12] == torch.tensor([255, 0, 0])[:, None, None]).all()
-    assert (x[:, 12:] == torch.tensor([0, 0, 255])[:, None, None]).all()
-
-
 def test_a_damaged_note_on_how_a_camera_was_held_costs_no_picture(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png")
 

@@ -706,6 +706,17 @@ def test_what_a_router_learns_of_a_remedy_is_not_rounded_to_bfloat16(name):
     assert_close(found[1], found[0])
 
 
+def test_a_run_that_a_gpu_made_by_the_fused_rung_is_measured_on_a_cpu(monkeypatch):
+    train.main([*BASE, "--out", "run"])
+    result = json.loads(Path("run/result.json").read_text())
+    result["config"] |= {"backend": "fused", "device": "cuda"}
+    Path("run/result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(measure.data, "load", lambda *_: SMALL)
+    _, cfg, _, vit = measure.ended(Path("run"), "data")
+    assert (cfg.device, vit.blocks[0].mlp.backend) == ("cpu", "auto")
+    assert vit(SMALL.normalise(SMALL.test.images[:2])).layers[1].raw.shape == (10, 1, 16)
+
+
 def test_a_lone_expert_is_coupled_to_nobody_and_is_worth_nothing_more_than_itself():
     moe = MoE(D, H, 1, 1)
     layer = REMEDIES["coupled"](moe, None)
